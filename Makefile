@@ -1,0 +1,50 @@
+# Needs Python 3.11 or newer and git; everything else is installed into .venv on first use.
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+VENV := .venv
+OLDEST_VENV := .venv-oldest
+OLDEST := transformers==5.17.0 huggingface_hub==1.31.0 httpx==0.28.1
+PY := $(VENV)/bin/python
+SITE := import sysconfig; print(sysconfig.get_path("purelib"))
+TEST := -m pytest -n auto
+
+.PHONY: setup demo test test-slow test-oldest conformance bench style
+
+test test-slow test-oldest: export OMP_NUM_THREADS = 1
+
+setup: $(VENV)/stamp
+
+$(VENV)/stamp: setup.cfg pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(PY) -m pip install --constraint constraints.txt --editable ".[train,dev]"
+	touch $@
+
+# The oldest supported transformers, laid over what .venv holds: packages found here first, there second.
+$(OLDEST_VENV)/stamp: $(VENV)/stamp Makefile
+	rm -rf $(OLDEST_VENV)
+	$(PY) -m venv $(OLDEST_VENV)
+	echo "import site; site.addsitedir('$$($(PY) -c '$(SITE)')')" > $$($(OLDEST_VENV)/bin/python -c '$(SITE)')/base.pth
+	$(OLDEST_VENV)/bin/python -m pip install $(OLDEST)
+	touch $@
+
+demo: setup
+	$(PY) -m granulon.train.demo
+
+test: setup
+	$(PY) $(TEST)
+
+test-slow: setup
+	$(PY) $(TEST) -m "slow or not slow"
+
+test-oldest: $(OLDEST_VENV)/stamp
+	$(OLDEST_VENV)/bin/python $(TEST)
+
+conformance: setup
+	$(PY) -m pytest tests/conformance
+
+bench: setup
+	$(PY) benchmarks/aggregation.py
+	$(PY) benchmarks/inference.py
+
+style: setup
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
