@@ -13,7 +13,6 @@ from contextlib import contextmanager
 import numpy as np
 from PIL import ExifTags, Image, UnidentifiedImageError
 
-
 # Formats whose header tells the size of the picture and whose decoder is part of Pillow. Not here: EPS and WMF, which
 # start another program, ICO and ICNS, which hold a second file with a header of its own.
 FORMATS = ("AVIF", "BMP", "DIB", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TGA", "TIFF", "WEBP")

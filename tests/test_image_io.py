@@ -14,7 +14,6 @@ from PIL import ExifTags, Image
 
 from modeling_granulon.image_io import FORMATS, UPRIGHT, load_rgb
 
-
 WIDTH, HEIGHT = 24, 16
 GREY = (np.arange(WIDTH * HEIGHT).reshape(HEIGHT, WIDTH) * 255 // (WIDTH * HEIGHT - 1)).astype(np.uint8)
 COLOUR = np.stack([GREY, GREY[::-1], GREY[:, ::-1]], axis=-1)
