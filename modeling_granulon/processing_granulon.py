@@ -1,0 +1,286 @@
+"""Text and images to model inputs: placeholders, the question, views, and user text that cannot forge either."""
+
+import re
+from functools import lru_cache
+from os.path import commonprefix
+
+import numpy as np
+import torch
+from PIL import Image
+from transformers.image_utils import make_flat_list_of_images
+from transformers.processing_utils import ImagesKwargs, MultiModalData, ProcessingKwargs, ProcessorMixin
+from transformers.utils.chat_template_utils import render_jinja_template
+
+from .image_io import load_rgb
+
+MEDIA_KEYS = ("image", "url", "path", "base64", "image_url")
+ZERO_WIDTH_SPACE = "\u200b"
+
+
+class GranulonImagesKwargs(ImagesKwargs, total=False):
+    visual_view: str
+
+
+class GranulonProcessorKwargs(ProcessingKwargs, total=False):
+    images_kwargs: GranulonImagesKwargs
+    _defaults = {"images_kwargs": {"visual_view": "full"}}
+
+
+class GranulonProcessor(ProcessorMixin):
+    r"""
+    Prepares prompts with images for Granulon.
+
+    Args:
+        image_processor: resizes and normalises images; its output size must be a multiple of `patch_size`.
+        tokenizer: of the language model; pads on the left from here on.
+        patch_size (`int`): pixels per patch side of the vision tower.
+        num_semantic_tokens (`int`): K_max, semantic slots per image (`config.max_semantic_tokens`).
+        image_token (`str`): the placeholder, a token of the tokenizer (`config.image_token_id`).
+        chat_template (`str`): renders messages whose content holds image and text parts.
+
+    Called with `text` and `images` (PIL, numpy, torch, path, bytes or URL; nested per row, or flat in the order of the
+    placeholders) it returns `input_ids`, `attention_mask` (B,T), `pixel_values` (I,3,h,w) and, where there are images,
+    the right-padded `question_input_ids` and `question_attention_mask` (B,Tq): the latest user turn without template,
+    images and answer. `visual_view="pixel"` or `"semantic"` makes the shorter prompt of that view.
+
+    Raises:
+        ValueError: a row whose placeholders and images differ in number, an unusable image, an unknown view.
+    """
+
+    valid_processor_kwargs = GranulonProcessorKwargs
+
+    def __init__(
+        self,
+        image_processor=None,
+        tokenizer=None,
+        patch_size: int = 16,
+        num_semantic_tokens: int = 20,
+        image_token: str = "<image>",
+        chat_template: str | None = None,
+    ):
+        self.patch_size = patch_size
+        self.num_semantic_tokens = num_semantic_tokens
+        self.image_token = image_token
+        if image_token not in tokenizer.get_vocab():
+            raise ValueError(f"image_token {image_token!r} is not in the tokenizer; add it or name a token that is")
+        self.image_token_id = tokenizer.convert_tokens_to_ids(image_token)
+        tokenizer.padding_side = "left"
+        super().__init__(image_processor, tokenizer, chat_template=chat_template or tokenizer.chat_template)
+
+    @property
+    def model_input_names(self) -> list[str]:
+        return [*super().model_input_names, "question_input_ids", "question_attention_mask"]
+
+    def __call__(self, images=None, text=None, **kwargs):
+        """See the class; takes what every transformers processor takes (`padding`, `return_tensors`, ...)."""
+        texts = [text] if isinstance(text, str) else text
+        images = None if images is None or not _flat(images) else images
+        features = super().__call__(images=images, text=text, **kwargs)
+        if images is not None and texts is not None:
+            tensors = kwargs.get("return_tensors") or (kwargs.get("text_kwargs") or {}).get("return_tensors")
+            features.update(self._question_inputs([self.question(prompt) for prompt in texts], tensors))
+        return features
+
+    def apply_chat_template(self, conversation, chat_template=None, sanitize_control_tokens: bool = True, **kwargs):
+        """Render (and, with `tokenize=True`, process) conversations, as upstream.
+
+        User text never forges turns or placeholders: with `sanitize_control_tokens` (the default) control tokens in
+        message texts are broken by a zero-width space, which also holds where the text is tokenized later.
+        """
+        if sanitize_control_tokens:
+            conversation = _neutralise(conversation, self._control_tokens())
+        return super().apply_chat_template(conversation, chat_template, **kwargs)
+
+    def question(self, prompt: str) -> str:
+        """The latest user turn of a rendered prompt, without its images; all of a prompt without chat turns."""
+        start, end = _user_turn_marks(self.chat_template, tuple(self.tokenizer.special_tokens_map.items()))
+        if start and start in prompt:
+            prompt = prompt[prompt.rindex(start) + len(start) :]
+            prompt = prompt[: prompt.index(end)] if end and end in prompt else prompt
+        return prompt.replace(self.image_token, " ").strip()
+
+    def replace_image_token(self, image_inputs: dict, image_idx: int, visual_view: str = "full", **kwargs) -> str:
+        """The span of placeholders of one processed image."""
+        height, width = image_inputs["pixel_values"][image_idx].shape[-2:]
+        return self.image_token * self._span_length(height, width, visual_view)
+
+    def prepare_inputs_layout(self, images=None, text=None, **kwargs):
+        if images is not None:
+            images = _map_images(self._open_image, images)
+        return super().prepare_inputs_layout(images=images, text=text, **kwargs)
+
+    def validate_inputs(self, images=None, text=None, **kwargs):
+        """Placeholders and images must agree in every row, not only in their sum."""
+        if text is not None and all(isinstance(prompt, str) for prompt in text):
+            _check_rows([prompt.count(self.image_token) for prompt in text], images)
+        super().validate_inputs(images=_flat(images), text=text, **kwargs)
+
+    def _process_images(self, images, visual_view: str = "full", **kwargs):
+        images = _flat(images)
+        processed = self.image_processor(images, **kwargs)
+        spans = [self.replace_image_token(processed, index, visual_view) for index in range(len(images))]
+        return processed, spans
+
+    def _get_num_multimodal_tokens(self, image_sizes: list | None = None, **kwargs) -> MultiModalData:
+        """Placeholders per image for sizes given as (height, width), as the processor itself would make them."""
+        if image_sizes is None:
+            return MultiModalData()
+        kwargs = self._merge_kwargs(self.valid_processor_kwargs, **kwargs)["images_kwargs"]
+        spans = [self._process_images([Image.new("RGB", (w, h))], **kwargs)[1][0] for h, w in image_sizes]
+        tokens = [span.count(self.image_token) for span in spans]
+        return MultiModalData(num_image_tokens=tokens, num_image_patches=[1] * len(tokens))
+
+    def _span_length(self, height: int, width: int, visual_view: str) -> int:
+        if height % self.patch_size or width % self.patch_size:
+            raise ValueError(
+                f"processed images are {height} x {width} pixels, which patches of {self.patch_size} do not divide; "
+                "give the image processor a size that they do"
+            )
+        pixel, semantic = (height // self.patch_size) * (width // self.patch_size), self.num_semantic_tokens
+        lengths = {"full": pixel + semantic, "pixel": pixel, "semantic": semantic}
+        if visual_view not in lengths:
+            raise ValueError(
+                f"visual_view is {visual_view!r}; choose one of {tuple(lengths)} ('auto' is for generate)"
+            )
+        if visual_view == "semantic" and semantic in (0, pixel):
+            raise ValueError(
+                f"a semantic prompt cannot be told from others with {semantic} semantic slots and {pixel} patches; "
+                "make the full prompt and pass visual_view='semantic' to generate"
+            )
+        return lengths[visual_view]
+
+    def _open_image(self, image):
+        if isinstance(image, str) and image.startswith(("http://", "https://")):
+            image = self.image_processor.fetch_images(image)
+        elif isinstance(image, (np.ndarray, torch.Tensor)):
+            return _array_to_image(image)
+        return load_rgb(image)
+
+    def _control_tokens(self) -> tuple[str, ...]:
+        template = self.chat_template or ""
+        return tuple(
+            token.content
+            for token in self.tokenizer.added_tokens_decoder.values()
+            if token.content.strip() and (token.special or token.content in template)
+        )
+
+    def _question_inputs(self, questions: list[str], return_tensors) -> dict:
+        ids = [self.tokenizer(question, add_special_tokens=False)["input_ids"] for question in questions]
+        width = max(1, *map(len, ids))
+        pad = self.tokenizer.pad_token_id or 0
+        padded = [row + [pad] * (width - len(row)) for row in ids]
+        mask = [[1] * len(row) + [0] * (width - len(row)) for row in ids]
+        keys = {"question_input_ids": padded, "question_attention_mask": mask}
+        if return_tensors is None:
+            return keys
+        make = torch.tensor if str(return_tensors) == "pt" else np.array
+        return {name: make(rows) for name, rows in keys.items()}
+
+
+@lru_cache(maxsize=16)
+def _user_turn_marks(chat_template: str | None, special_tokens: tuple) -> tuple[str, str]:
+    """What a chat template writes before and after a user turn, read off rendered probes; empty without a template."""
+    if not isinstance(chat_template, str):
+        return "", ""
+    first, answer, second = "\u2460first\u2460", "\u2461answer\u2461", "\u2462second\u2462"
+    turns = [("user", first), ("assistant", answer), ("user", second)]
+    conversation = [{"role": role, "content": content} for role, content in turns]
+
+    def render(add_generation_prompt: bool) -> str:
+        return render_jinja_template(
+            conversations=[conversation],
+            chat_template=chat_template,
+            add_generation_prompt=add_generation_prompt,
+            **dict(special_tokens),
+        )[0][0]
+
+    asked, plain = render(True), render(False)
+    before = [asked[: asked.index(first)], asked[asked.index(answer) + len(answer) : asked.index(second)]]
+    after = [
+        asked[asked.index(first) + len(first) : asked.index(answer)],
+        asked[asked.index(second) + len(second) :],
+        plain[plain.index(second) + len(second) :],
+    ]
+    start = commonprefix([text[::-1] for text in before])[::-1]
+    return start, commonprefix(after) or commonprefix(after[:2])
+
+
+def _neutralise(value, control_tokens: tuple[str, ...]):
+    """The conversation with every control token in its texts broken; media entries stay as they are."""
+    if isinstance(value, str):
+        longest_first = sorted((token for token in control_tokens if len(token) > 1), key=len, reverse=True)
+        pattern = re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
+        while pattern.search(value):
+            value = pattern.sub(lambda match: match[0][0] + ZERO_WIDTH_SPACE + match[0][1:], value)
+        return value
+    if isinstance(value, dict):
+        return {
+            key: entry if key in MEDIA_KEYS else _neutralise(entry, control_tokens) for key, entry in value.items()
+        }
+    if isinstance(value, (list, tuple)):
+        return [_neutralise(entry, control_tokens) for entry in _join_texts(value)]
+    return value
+
+
+def _join_texts(parts) -> list:
+    """Neighbouring text parts as one, since the template joins them and a token could be split between them."""
+    joined = []
+    for part in parts:
+        is_text = isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str)
+        if is_text and joined and isinstance(joined[-1], dict) and joined[-1].get("type") == "text":
+            joined[-1] = {**joined[-1], "text": joined[-1]["text"] + part["text"]}
+        else:
+            joined.append(part)
+    return joined
+
+
+def _map_images(function, images):
+    if isinstance(images, (list, tuple)):
+        return [_map_images(function, image) for image in images]
+    return function(images)
+
+
+def _flat(images):
+    """All images of the batch as one list, rows without any included."""
+    if images is None:
+        return None
+    if isinstance(images, (list, tuple)):
+        return [image for row in images for image in (_flat(row) if isinstance(row, (list, tuple)) else [row])]
+    return make_flat_list_of_images(images)
+
+
+def _check_rows(counts: list[int], images):
+    if images is None:
+        images = []
+    nested = isinstance(images, (list, tuple)) and any(isinstance(row, (list, tuple)) for row in images)
+    if nested and len(images) != len(counts):
+        raise ValueError(f"{len(images)} lists of images for {len(counts)} prompts; pass one list per prompt")
+    for row, count in enumerate(counts if nested else []):
+        if count != len(images[row]):
+            raise ValueError(
+                f"row {row} has {count} image placeholders but {len(images[row])} images; give each its image"
+            )
+    if not nested and sum(counts) != len(_flat(images)):
+        raise ValueError(
+            f"the prompts have {counts} image placeholders, {sum(counts)} in all, but {len(_flat(images))} images "
+            "were passed; pass one image per placeholder, nested by prompt"
+        )
+
+
+def _array_to_image(array):
+    """A uint8 array or tensor of 1, 3 or 4 channels as an image; others are left to the image processor."""
+    pixels = array.detach().cpu().numpy() if isinstance(array, torch.Tensor) else array
+    if pixels.dtype != np.uint8 or pixels.ndim not in (2, 3):
+        return array
+    if pixels.ndim == 3 and pixels.shape[0] in (1, 3, 4) and pixels.shape[-1] not in (1, 3, 4):
+        pixels = pixels.transpose(1, 2, 0)  # (C,h,w) -> (h,w,C)
+    if pixels.ndim == 3 and pixels.shape[-1] == 1:
+        pixels = pixels[..., 0]
+    if pixels.ndim == 3 and pixels.shape[-1] not in (3, 4):
+        raise ValueError(f"an image array has shape {tuple(array.shape)}; expected 1, 3 or 4 channels, first or last")
+    return load_rgb(Image.fromarray(np.ascontiguousarray(pixels)))
+
+
+GranulonProcessor.register_for_auto_class("AutoProcessor")
+
+__all__ = ["GranulonProcessor"]
