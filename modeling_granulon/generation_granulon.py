@@ -3,7 +3,7 @@
 import torch
 from transformers.generation import GenerationMixin
 
-from .joint_views import compact, gather_slots, hide_slots, take
+from .joint_views import compact, gather_slots, hide_slots, refuse_lone_placeholders, take
 
 
 class GranulonGenerationMixin(GenerationMixin):
@@ -20,6 +20,11 @@ class GranulonGenerationMixin(GenerationMixin):
             model_inputs["image_embeds"] = image_embeds
         return model_inputs
 
+    def _get_candidate_generator(self, *, model_kwargs, **kwargs):
+        """An assistant has no use for this model's image tokens: it drafts from the text, and drafts are verified."""
+        model_kwargs = {name: value for name, value in model_kwargs.items() if name != "image_embeds"}
+        return super()._get_candidate_generator(model_kwargs=model_kwargs, **kwargs)
+
     @torch.no_grad()
     def generate(self, inputs: torch.LongTensor | None = None, visual_view: str | None = None, **kwargs):
         """Generate answers; the images are encoded once, whatever the decoding mode.
@@ -31,7 +36,7 @@ class GranulonGenerationMixin(GenerationMixin):
                 shortened before it is read; what is returned still starts with the prompt that was passed.
             kwargs: everything that `GenerationMixin.generate` takes, except `prefill_chunk_size`.
 
-        Padding may stand on either side of the prompt.
+        Padding may stand on either side of the prompt. An `assistant_model` drafts from the text alone.
 
         Raises:
             ValueError: as `forward`; `prefill_chunk_size`; a cache that already holds a prompt, together with images.
@@ -42,6 +47,9 @@ class GranulonGenerationMixin(GenerationMixin):
         }
         input_ids = inputs if inputs is not None else kwargs.pop("input_ids", None)
         if pixel_values is None:
+            drafts = getattr(kwargs.get("generation_config"), "is_assistant", False)
+            if input_ids is not None and kwargs.get("image_embeds") is None and not drafts:
+                refuse_lone_placeholders(self.model.placeholders(input_ids, None))
             return super().generate(inputs=input_ids, **kwargs)
         _refuse_unsafe_generation(kwargs, self.generation_config)
 

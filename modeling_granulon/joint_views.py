@@ -82,6 +82,13 @@ def _check_spans(placeholder_BT: torch.Tensor, counts: list[int], num_images: in
         raise ValueError(f"row {row} has an image span that is broken; every image needs {needed} in a row{remedy}")
 
 
+def refuse_lone_placeholders(placeholder_BT: torch.Tensor):
+    """Raises ValueError for prompts with image tokens and no images."""
+    for row, count in enumerate(placeholder_BT.sum(-1).tolist()):
+        if count:
+            raise ValueError(f"row {row} has {count} image tokens but no pixel_values were passed; pass its images")
+
+
 def slot_roles(placeholder_BT: torch.Tensor, role_BR: torch.Tensor) -> torch.Tensor:
     """Role of every prompt token: TEXT_ROLE, PIXEL_ROLE or SEMANTIC_ROLE, (B,T)."""
     return gather_slots(placeholder_BT, role_BR) * placeholder_BT

@@ -33,6 +33,7 @@ from .joint_views import (
     kept_last,
     pack_views,
     positions,
+    refuse_lone_placeholders,
     slot_layout,
     slot_roles,
     take,
@@ -156,13 +157,12 @@ class GranulonModel(GranulonPreTrainedModel):
             score_weights=tuple(config.score_weights),
         )
         self.post_init()
-        self.vision_tower.requires_grad_(False)
-        self.vision_tower.eval()
+        self.train(self.training)
 
     def train(self, mode: bool = True):
-        """The frozen tower stays in eval mode: DINOv3 jitters its position embedding in train mode."""
+        """The tower stays frozen and in eval mode: DINOv3 jitters its position embedding in train mode."""
         super().train(mode)
-        self.vision_tower.eval()
+        self.vision_tower.eval().requires_grad_(False)
         return self
 
     def get_input_embeddings(self):
@@ -434,8 +434,8 @@ class GranulonModel(GranulonPreTrainedModel):
             )
             attention_mask = hide_slots(attention_mask, placeholder_BT, visible_BR)
             role_BT = slot_roles(placeholder_BT, role_BR.to(placeholder_BT.device))
-        elif image_embeds is None and inputs_embeds.shape[1] > 1:
-            _refuse_lone_placeholders(placeholder_BT)
+        elif image_embeds is None and past_key_values is None:
+            refuse_lone_placeholders(placeholder_BT)
         if image_embeds is not None:
             image_embeds = image_embeds.to(inputs_embeds.device, inputs_embeds.dtype)
             inputs_embeds = torch.where(
@@ -548,15 +548,6 @@ class GranulonForConditionalGeneration(GranulonPreTrainedModel, GranulonGenerati
             )
         rest = {name: value for name, value in outputs.items() if name != "last_hidden_state"}
         return GranulonCausalLMOutputWithPast(loss=loss, logits=logits, **rest)
-
-
-def _refuse_lone_placeholders(placeholder_BT: torch.Tensor):
-    if torch.compiler.is_compiling():
-        return
-    counts = placeholder_BT.sum(-1).tolist()
-    for row, count in enumerate(counts):
-        if count:
-            raise ValueError(f"row {row} has {count} image tokens but no pixel_values were passed; pass its images")
 
 
 GranulonModel.register_for_auto_class("AutoModel")

@@ -7,7 +7,6 @@ from os.path import commonprefix
 import numpy as np
 import torch
 from PIL import Image
-from transformers.image_utils import make_flat_list_of_images
 from transformers.processing_utils import ImagesKwargs, MultiModalData, ProcessingKwargs, ProcessorMixin
 from transformers.utils.chat_template_utils import render_jinja_template
 
@@ -74,7 +73,7 @@ class GranulonProcessor(ProcessorMixin):
     def __call__(self, images=None, text=None, **kwargs):
         """See the class; takes what every transformers processor takes (`padding`, `return_tensors`, ...)."""
         texts = [text] if isinstance(text, str) else text
-        images = None if images is None or not _flat(images) else images
+        images = None if isinstance(images, (list, tuple)) and not any(map(_is_filled, images)) else images
         features = super().__call__(images=images, text=text, **kwargs)
         if images is not None and texts is not None:
             tensors = kwargs.get("return_tensors") or (kwargs.get("text_kwargs") or {}).get("return_tensors")
@@ -240,13 +239,18 @@ def _map_images(function, images):
     return function(images)
 
 
+def _is_filled(row) -> bool:
+    return not isinstance(row, (list, tuple)) or len(row) > 0
+
+
 def _flat(images):
     """All images of the batch as one list, rows without any included."""
     if images is None:
         return None
     if isinstance(images, (list, tuple)):
-        return [image for row in images for image in (_flat(row) if isinstance(row, (list, tuple)) else [row])]
-    return make_flat_list_of_images(images)
+        return [image for row in images for image in _flat(row)]
+    is_batch = isinstance(images, (np.ndarray, torch.Tensor)) and images.ndim == 4
+    return list(images) if is_batch else [images]
 
 
 def _check_rows(counts: list[int], images):
