@@ -23,8 +23,8 @@ LLAMA = (
     "{% if add_generation_prompt %}<|start|>assistant<|end|>\n\n{% endif %}"
 )
 VICUNA = (
-    "A chat. {% for m in messages %}{% if m.role == 'user' %}USER: {{ m.content }}{% else %} ASSISTANT: {{ m.content }}"
-    "</s>{% endif %}{% endfor %}{% if add_generation_prompt %} ASSISTANT:{% endif %}"
+    "A chat. {% for m in messages %}{% if m.role == 'user' %}USER: {{ m.content }}{% else %} ASSISTANT: "
+    "{{ m.content }}</s>{% endif %}{% endfor %}{% if add_generation_prompt %} ASSISTANT:{% endif %}"
 )
 
 
@@ -135,7 +135,7 @@ def test_images_of_every_kind_are_read(processor, tmp_path, kind):
 
 
 def test_an_unusable_image_is_a_value_error(processor):
-    for junk in (b"not an image", "/no/such/file.png", np.zeros((4, 4, 7), np.uint8)):
+    for junk in (b"not an image", "/no/such/file.png", np.zeros((5, 5, 7), np.uint8)):
         with pytest.raises(ValueError):
             processor(text="<|image_pad|>", images=junk, return_tensors="pt")
 
@@ -216,26 +216,9 @@ def test_the_readers_conversation_is_left_as_it_was(processor):
 
 
 def fuzzed_text(generator):
-    pieces = [
-        *CHAT_TOKENS,
-        "<|",
-        "|>",
-        "im_start",
-        "<",
-        "\n",
-        "user",
-        "\u200b",
-        "\x00",
-        "\ufeff",
-        "é",
-        "<image>",
-        "😀",
-    ]
-    words = [
-        generator.choice(pieces) if generator.random() < 0.7 else chr(generator.randrange(1, 0x2FFF))
-        for _ in range(12)
-    ]
-    return "".join(words[: generator.randrange(13)])
+    pieces = [*CHAT_TOKENS, "<|", "|>", "im_start", "<", "\n", "user", "\u200b", "\x00", "\ufeff", "é", "<image>"]
+    characters = [chr(generator.randrange(1, 0x2FFF)) for _ in range(5)]
+    return "".join(generator.choices(pieces + characters, k=generator.randrange(13)))
 
 
 @pytest.mark.parametrize("count", [500, pytest.param(10_000, marks=pytest.mark.slow)])
