@@ -12,8 +12,10 @@ from transformers import (
     DINOv3ConvNextConfig,
     DINOv3ViTConfig,
     LlamaConfig,
+    MistralConfig,
     PreTrainedTokenizerFast,
     Qwen2Config,
+    Qwen3Config,
     Siglip2VisionConfig,
     SiglipVisionConfig,
 )
@@ -63,6 +65,12 @@ DECODER = {
     "bos_token_id": None,
     "eos_token_id": 258,
 }
+DECODERS = {
+    "llama": LlamaConfig(**DECODER),
+    "mistral": MistralConfig(**DECODER, sliding_window=None),
+    "qwen2": Qwen2Config(**DECODER),
+    "qwen3": Qwen3Config(**DECODER, head_dim=8),
+}
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:
@@ -94,7 +102,7 @@ def make_processor(image_size=24, patch_size=4, num_semantic_tokens=5) -> Granul
 
 
 def make_config(tower="dinov3", decoder="qwen2", **overrides) -> GranulonConfig:
-    text = {"qwen2": Qwen2Config, "llama": LlamaConfig}[decoder](**DECODER)
+    text = DECODERS[decoder]
     image_token_id = byte_tokenizer().convert_tokens_to_ids("<|image_pad|>")
     values = {"granularities": LEVELS, "controller_hidden_size": 16, "image_token_id": image_token_id, **overrides}
     return GranulonConfig(vision_config=TOWERS[tower].to_dict(), text_config=text.to_dict(), **values)

@@ -1,5 +1,7 @@
 """`generate` in all modes: equal to each other, to rows alone, and to reading without a cache."""
 
+import functools
+
 import pytest
 import torch
 from conftest import make_image, make_inputs, make_model, make_processor
@@ -86,6 +88,25 @@ def test_the_semantic_view_reads_a_shorter_prompt(setup):
         answers(model, inputs, visual_view=view, max_new_tokens=1)
     hook.remove()
     assert lengths[1] <= lengths[0] - 2 * 36
+
+
+def test_decoding_with_a_static_cache_compiles_to_one_graph(setup):
+    model, _, inputs, expected = setup
+    plain, counters = model.forward, torch._dynamo.utils.counters
+    compiled = torch.compile(plain, fullgraph=True)
+
+    @functools.wraps(plain)
+    def decode_compiled(**kwargs):
+        ids = kwargs.get("input_ids")
+        return (compiled if ids is not None and ids.shape[1] == 1 else plain)(**kwargs)
+
+    counters.clear()
+    model.forward = decode_compiled
+    try:
+        assert torch.equal(answers(model, inputs, cache_implementation="static"), expected)
+    finally:
+        del model.forward
+    assert counters["stats"]["unique_graphs"] == 1
 
 
 def test_beams_and_samples_keep_their_rows(setup):

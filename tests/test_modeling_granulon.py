@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import LEVELS, TOWERS, make_image, make_inputs, make_model, make_processor
+from conftest import DECODERS, LEVELS, TOWERS, make_image, make_inputs, make_model, make_processor
 from peft import LoraConfig, get_peft_model
 from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText
 
@@ -18,7 +18,7 @@ def close(left, right, tolerance=1e-5):
     torch.testing.assert_close(left, right, atol=tolerance, rtol=tolerance)
 
 
-@pytest.mark.parametrize("decoder", ["qwen2", "llama"])
+@pytest.mark.parametrize("decoder", DECODERS)
 @pytest.mark.parametrize("padding_side", ["left", "right"])
 def test_a_batch_gives_each_row_the_logits_it_gets_alone(decoder, padding_side):
     model, processor = make_model(decoder=decoder), make_processor()

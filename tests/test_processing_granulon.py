@@ -6,7 +6,9 @@ import random
 import numpy as np
 import pytest
 import torch
+import transformers
 from conftest import CHAT_TOKENS, ask, byte_tokenizer, make_image, make_inputs, make_model, make_processor
+from packaging.version import Version
 from PIL import Image
 from transformers import AutoProcessor
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
@@ -168,6 +170,9 @@ def test_an_unknown_placeholder_is_refused():
         GranulonProcessor(ViTImageProcessorPil(), byte_tokenizer(), image_token="<picture>")
 
 
+@pytest.mark.skipif(
+    Version(transformers.__version__) < Version("5.18"), reason="transformers 5.17 misplaces these masks for any image"
+)
 def test_assistant_masks_skip_images_and_questions(processor):
     template = processor.chat_template.replace(
         "{{ part.text }}",
