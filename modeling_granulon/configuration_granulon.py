@@ -38,7 +38,7 @@ class GranulonConfig(PreTrainedConfig):
         max_semantic_tokens (`int`): K_max, the semantic slots reserved for an image; the largest `keep` by default.
         cluster_iterations (`int`): rounds of the relation-aware k-means (Eq. 5).
         relation_weight (`float`): lambda_f of Eq. 5.
-        score_weights (`list[float]`): eta_1, eta_2, eta_3 of Eq. 7 (size, coherence, dispersion).
+        score_weights (`list[float]`): eta_1, eta_2, eta_3 of Eq. 6 (size, coherence, dispersion).
         vision_feature_layer (`int`): the tower's hidden state that holds the patch features; -1 is its normed output.
         projector_hidden_act, multimodal_projector_bias: the two-layer projector, as in Llava.
         controller_hidden_size (`int`): width of the question descriptor h (Eq. 2).

@@ -52,7 +52,7 @@ class GranulonVisualOutput(ModelOutput):
     granularity_logits (B,G) or None: the controller's logits; None without controller or question.
     granularity_index (B,) long or None: the level of each row; None without levels.
     cluster_map (I,H,W) long: for each patch the kept cluster it belongs to, or -1.
-    cluster_scores (I,K) fp32: quality of the kept clusters (Eq. 7).
+    cluster_scores (I,K) fp32: quality of the kept clusters (Eq. 6).
     """
 
     image_hidden_states: torch.FloatTensor | None = None
