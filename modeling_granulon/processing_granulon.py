@@ -1,5 +1,7 @@
 """Text and images to model inputs: placeholders, the question, views, and user text that cannot forge either."""
 
+import base64
+import os
 import re
 from functools import lru_cache
 from os.path import commonprefix
@@ -37,7 +39,7 @@ class GranulonProcessor(ProcessorMixin):
         image_token (`str`): the placeholder, a token of the tokenizer (`config.image_token_id`).
         chat_template (`str`): renders messages whose content holds image and text parts.
 
-    Called with `text` and `images` (PIL, numpy, torch, path, bytes or URL; nested per row, or flat in the order of the
+    Called with `text` and `images` (PIL, numpy, torch, path, bytes, base64 or URL; nested per row, or flat in the order of the
     placeholders) it returns `input_ids`, `attention_mask` (B,T), `pixel_values` (I,3,h,w) and, where there are images,
     the right-padded `question_input_ids` and `question_attention_mask` (B,Tq): the latest user turn without template,
     images and answer. `visual_view="pixel"` or `"semantic"` makes the shorter prompt of that view.
@@ -149,10 +151,12 @@ class GranulonProcessor(ProcessorMixin):
         return lengths[visual_view]
 
     def _open_image(self, image):
-        if isinstance(image, str) and image.startswith(("http://", "https://")):
-            image = self.image_processor.fetch_images(image)
-        elif isinstance(image, (np.ndarray, torch.Tensor)):
+        if isinstance(image, (np.ndarray, torch.Tensor)):
             return _array_to_image(image)
+        if isinstance(image, str) and image.startswith(("http://", "https://")):
+            image = self.image_processor.fetch_images(image)  # downloads are the library's business
+        elif isinstance(image, str) and not os.path.exists(image):
+            image = _base64_bytes(image) or image
         return load_rgb(image)
 
     def _control_tokens(self) -> tuple[str, ...]:
@@ -269,6 +273,14 @@ def _check_rows(counts: list[int], images):
             f"the prompts have {counts} image placeholders, {sum(counts)} in all, but {len(_flat(images))} images "
             "were passed; pass one image per placeholder, nested by prompt"
         )
+
+
+def _base64_bytes(text: str) -> bytes | None:
+    """The bytes of a base64 string or data URL; None for any other text."""
+    try:
+        return base64.b64decode(text.partition(",")[2] if text.startswith("data:") else text, validate=True)
+    except ValueError:
+        return None
 
 
 def _array_to_image(array):

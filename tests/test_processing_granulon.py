@@ -1,5 +1,6 @@
 """The processor: spans, the question, rows that agree with their images, and text that cannot forge anything."""
 
+import base64
 import json
 import random
 
@@ -112,7 +113,9 @@ def test_flat_and_nested_images_are_the_same(processor):
         assert torch.equal(flat[name], nested[name])
 
 
-@pytest.mark.parametrize("kind", ["path", "bytes", "numpy", "channels first", "torch", "grey", "alpha", "float"])
+@pytest.mark.parametrize(
+    "kind", ["path", "bytes", "base64", "data URL", "numpy", "channels first", "torch", "grey", "alpha", "float"]
+)
 def test_images_of_every_kind_are_read(processor, tmp_path, kind):
     image = make_image(0)
     path = tmp_path / "image.png"
@@ -121,6 +124,8 @@ def test_images_of_every_kind_are_read(processor, tmp_path, kind):
     opened = {
         "path": str(path),
         "bytes": path.read_bytes(),
+        "base64": base64.b64encode(path.read_bytes()).decode(),
+        "data URL": "data:image/png;base64," + base64.b64encode(path.read_bytes()).decode(),
         "numpy": pixels,
         "channels first": pixels.transpose(2, 0, 1),
         "torch": torch.from_numpy(pixels).permute(2, 0, 1),
