@@ -39,10 +39,10 @@ class GranulonProcessor(ProcessorMixin):
         image_token (`str`): the placeholder, a token of the tokenizer (`config.image_token_id`).
         chat_template (`str`): renders messages whose content holds image and text parts.
 
-    Called with `text` and `images` (PIL, numpy, torch, path, bytes, base64 or URL; nested per row, or flat in the order of the
-    placeholders) it returns `input_ids`, `attention_mask` (B,T), `pixel_values` (I,3,h,w) and, where there are images,
-    the right-padded `question_input_ids` and `question_attention_mask` (B,Tq): the latest user turn without template,
-    images and answer. `visual_view="pixel"` or `"semantic"` makes the shorter prompt of that view.
+    Called with `text` and `images` (PIL, numpy, torch, path, bytes, base64 or URL; nested per row, or flat in the
+    order of the placeholders) it returns `input_ids`, `attention_mask` (B,T), `pixel_values` (I,3,h,w) and, with
+    images, the right-padded `question_input_ids` and `question_attention_mask` (B,Tq): the latest user turn without
+    template, images and answer. `visual_view="pixel"` or `"semantic"` makes the shorter prompt of that view.
 
     Raises:
         ValueError: a row whose placeholders and images differ in number, an unusable image, an unknown view.
