@@ -26,8 +26,8 @@ TOWERS = ("dinov3_vit", CONVNEXT, "dinov2", "dinov2_with_registers", *FIXED_SIZE
 # Query and key projections of an attention module; the second pair is DINOv2's in transformers 5.17.
 PROJECTIONS = (("q_proj", "k_proj"), ("query", "key"))
 
-# Attention weights held at a time: 16 MB in fp32.
-SCRATCH = 2**22
+# Attention weights held at a time: 4 MB in fp32, which a CPU's cache holds; elsewhere 32 MB, for few kernel launches.
+SCRATCH = {"cpu": 2**20, "other": 2**23}
 
 
 def check_tower(vision_config, layer: int = -1) -> None:
@@ -98,24 +98,25 @@ class RelationMap:
         query_IANC, key_IATC = (x if images is None else x[images] for x in (self.query, self.key))
         device = query_IANC.device
         with torch.autocast(device.type, enabled=False) if device.type != "meta" else nullcontext():
-            key_IATC = key_IATC.float()
-            rows = stride * max(1, SCRATCH // (len(key_IATC) * key_IATC.shape[2] * stride * self.grid[1]))
-            bands = query_IANC.split(rows * self.grid[1], dim=2)
-            return torch.cat([self._pooled_band(band, key_IATC, stride) for band in bands], dim=1)
+            query_IANC, key_IATC = self.scale * query_IANC.float(), key_IATC.float()
+            scratch = SCRATCH.get(device.type, SCRATCH["other"]) // (len(key_IATC) * key_IATC.shape[2])
+            cells = stride * self.grid[1]  # patches in one row of cells
+            patches = min(cells * max(1, scratch // cells), query_IANC.shape[2])
+            heads = max(1, scratch // patches)
+            bands = query_IANC.split(patches, dim=2)
+            return torch.cat([self._pooled_band(band, key_IATC, stride, heads) for band in bands], dim=1)
 
-    def _pooled_band(self, query_IARC: Tensor, key_IATC: Tensor, stride: int) -> Tensor:
-        """Rows of cells (I, m, M) from the queries of their patches."""
+    def _pooled_band(self, query_IARC: Tensor, key_IATC: Tensor, stride: int, heads: int) -> Tensor:
+        """Rows of cells (I, m, M) from the scaled queries of their patches, some heads at a time."""
         height, width = self.grid
-        images, _, patches, _ = query_IARC.shape
-        heads = max(1, SCRATCH // (images * patches * key_IATC.shape[2]))
         attention_IRN = 0
-        for query, key in zip(query_IARC.split(heads, dim=1), key_IATC.split(heads, dim=1)):
-            weights_IART = (self.scale * query.float() @ key.mT).softmax(-1)
+        for query, key in zip(query_IARC.split(heads, dim=1), key_IATC.split(heads, dim=1), strict=True):
+            weights_IART = (query @ key.mT).softmax(-1)
             attention_IRN = attention_IRN + weights_IART[..., -height * width :].sum(1)
         # The sum over heads stands for their mean: renormalising removes the factor.
         attention_IRN = attention_IRN / attention_IRN.sum(-1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
         columns_IMR = pool_features(attention_IRN.mT, self.grid, stride)
-        return pool_features(columns_IMR.mT, (patches // width, width), stride)
+        return pool_features(columns_IMR.mT, (query_IARC.shape[2] // width, width), stride)
 
 
 @dataclass
@@ -177,19 +178,23 @@ def tower_inputs(vision_config, pixel_values: Tensor, grid: tuple[int, int]) -> 
 def last_attention(tower: nn.Module):
     """While open, hooks keep `query` and `key` (I, T, D) and rotary `positions` or None of the last layer, in a dict.
 
-    Only this thread's forward is recorded, since others may run the same tower at the same time.
+    Only this thread's forward is kept, since others may run the same tower at the same time.
     """
-    seen, thread = {}, get_ident()
+    seen = {}
+    thread = None if torch.compiler.is_compiling() else get_ident()  # torch.compile cannot trace get_ident
+
+    def ours() -> bool:
+        return torch.compiler.is_compiling() or thread in (None, get_ident())
 
     def keep(name):
         def hook(module, args, output):
-            if get_ident() == thread:
+            if ours():
                 seen[name] = output
 
         return hook
 
     def keep_positions(module, args, kwargs):
-        if get_ident() == thread:
+        if ours():
             seen["positions"] = kwargs.get("position_embeddings")
 
     handles = []
