@@ -75,7 +75,7 @@ def patch_grid(vision_config, pixel_values: Tensor) -> tuple[int, int]:
 
 
 class RelationMap:
-    """A (N, N): how much each patch of an image attends to each other patch; rows sum to 1. Computed when asked for.
+    """How much each patch of an image attends to each other patch (N, N); rows sum to 1. Computed when asked for.
 
     query (I, A, N, C), key (I, A, T, C) of the tokens, patches last; scale is that of their products.
     """
