@@ -1,0 +1,133 @@
+"""A picture of what the model saw: the image, its clusters by number, and a legend with their scores.
+
+Shapes by suffix: H x W patch grid, h x w pixels.
+"""
+
+import textwrap
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+# Okabe and Ito's colours, told apart with any colour vision; from the eighth cluster on they come back striped, then
+# checked. Numbers name the clusters all the same.
+COLOURS = np.array(
+    [(230, 159, 0), (86, 180, 233), (0, 158, 115), (240, 228, 66), (0, 114, 178), (213, 94, 0), (204, 121, 167)]
+)
+TINT = 0.55  # how much of the colour covers the image
+SIDE = 480  # pixels of the longer side of a shown image
+MARGIN, LEGEND_WIDTH, LINE = 20, 230, 22
+INK, FAINT = (20, 20, 20), (110, 110, 110)
+
+
+def draw_clusters(image, cluster_map, scores, lines):
+    """
+    The image, the same image under its clusters, and a legend, below some lines of text.
+
+    Args:
+        image (`PIL.Image.Image`): RGB.
+        cluster_map (`array`): (H, W) int, number of the cluster of each patch from 0, or -1 for those dropped.
+        scores (`array`): (K,) quality of each cluster (Eq. 7), best first.
+        lines (`list[str]`): the text above, long ones are wrapped.
+
+    Returns:
+        `PIL.Image.Image`: RGB.
+    """
+    cluster_map, scores = np.asarray(cluster_map), np.asarray(scores)
+    scale = SIDE / max(image.size)
+    shown = image.resize([max(round(side * scale), 1) for side in image.size], Image.Resampling.LANCZOS)
+    width = 4 * MARGIN + 2 * shown.width + LEGEND_WIDTH
+    text = [row for line in lines for row in textwrap.wrap(line, width // 9) or [""]]
+    top = 2 * MARGIN + LINE * len(text)
+    height = top + max(shown.height, LINE * (len(scores) + 2)) + MARGIN
+
+    page = Image.new("RGB", (width, height), "white")
+    draw = ImageDraw.Draw(page)
+    for index, row in enumerate(text):
+        draw.text((MARGIN, MARGIN + LINE * index), row, INK, ImageFont.load_default(17))
+    page.paste(shown, (MARGIN, top))
+    page.paste(_overlaid(shown, cluster_map), (2 * MARGIN + shown.width, top))
+    _draw_legend(page, (3 * MARGIN + 2 * shown.width, top), cluster_map, scores)
+    return page
+
+
+def _overlaid(image, cluster_map):
+    """The image tinted by cluster, dropped patches in grey, with borders and numbers."""
+    grid_height, grid_width = cluster_map.shape
+    rows_h = np.arange(image.height) * grid_height // image.height
+    columns_w = np.arange(image.width) * grid_width // image.width
+    map_hw = cluster_map[rows_h[:, None], columns_w]
+    pixels_hw3 = np.asarray(image, dtype=float)
+
+    pale_hw1 = 150 + 0.35 * pixels_hw3.mean(-1, keepdims=True)
+    pixels_hw3 = np.where(map_hw[..., None] < 0, pale_hw1, pixels_hw3)
+    pixels_hw3 = _tinted(pixels_hw3, map_hw, TINT)
+    pixels_hw3[_borders(map_hw)] = 255
+
+    overlaid = Image.fromarray(pixels_hw3.round().astype(np.uint8))
+    draw = ImageDraw.Draw(overlaid)
+    for cluster, row, column in _label_places(cluster_map):
+        centre = (column + 0.5) * image.width / grid_width, (row + 0.5) * image.height / grid_height
+        font = ImageFont.load_default(18)
+        draw.text(centre, str(cluster + 1), "white", font, anchor="mm", stroke_width=3, stroke_fill="black")
+    return overlaid
+
+
+def _tinted(pixels_hw3, map_hw, strength):
+    """Pixels in their cluster's colour: 1-7 evenly, 8-14 in stripes, 15-21 in checks, and again; dropped ones not."""
+    y_h1, x_w = np.arange(map_hw.shape[0])[:, None], np.arange(map_hw.shape[1])
+    stripes_hw = 0.25 + 0.75 * ((x_w + y_h1) // 7 % 2)
+    checks_hw = 1.0 * ((x_w // 6 + y_h1 // 6) % 2)
+    kind_hw = map_hw // len(COLOURS) % 3
+    cover_hw = np.select([map_hw < 0, kind_hw == 0, kind_hw == 1], [0.0, 1.0, stripes_hw], checks_hw)
+    cover_hw1 = strength * cover_hw[..., None]
+    return pixels_hw3 * (1 - cover_hw1) + COLOURS[map_hw % len(COLOURS)] * cover_hw1
+
+
+def _borders(map_hw):
+    """Pixels beside one of another cluster."""
+    borders_hw = np.zeros(map_hw.shape, dtype=bool)
+    across, down = map_hw[:, 1:] != map_hw[:, :-1], map_hw[1:] != map_hw[:-1]
+    borders_hw[:, 1:] |= across
+    borders_hw[:, :-1] |= across
+    borders_hw[1:] |= down
+    borders_hw[:-1] |= down
+    return borders_hw
+
+
+def _label_places(cluster_map):
+    """(cluster, row, column) for each region worth a number: the largest of a cluster, and others above 3 % of all."""
+    regions = {}
+    free = {(row, column) for row, column in np.ndindex(cluster_map.shape) if cluster_map[row, column] >= 0}
+    while free:
+        region, edge = [], [free.pop()]
+        while edge:
+            row, column = edge.pop()
+            region.append((row, column))
+            for near in ((row - 1, column), (row + 1, column), (row, column - 1), (row, column + 1)):
+                if near in free and cluster_map[near] == cluster_map[row, column]:
+                    free.remove(near)
+                    edge.append(near)
+        regions.setdefault(int(cluster_map[region[0]]), []).append(np.array(region))
+    for cluster, found in sorted(regions.items()):
+        found.sort(key=len, reverse=True)
+        for region in found[:1] + [other for other in found[1:] if len(other) > 0.03 * cluster_map.size]:
+            distance = ((region - region.mean(0)) ** 2).sum(-1)
+            yield cluster, *region[distance.argmin()]
+
+
+def _draw_legend(page, corner, cluster_map, scores):
+    x, y = corner
+    draw, font, small = ImageDraw.Draw(page), ImageFont.load_default(16), ImageFont.load_default(13)
+    for text, offset in (("cluster", 0), ("score", 110), ("share", 175)):
+        draw.text((x + offset, y), text, FAINT, small)
+    for cluster, score in enumerate(scores):
+        y += LINE
+        swatch_hw3 = _tinted(np.full((LINE - 6, 32, 3), 255.0), np.full((LINE - 6, 32), cluster), 1)
+        page.paste(Image.fromarray(swatch_hw3.round().astype(np.uint8)), (x, y + 2))
+        draw.rectangle((x, y + 2, x + 31, y + LINE - 5), outline=FAINT)
+        share = (cluster_map == cluster).mean()
+        for text, offset in ((f"{cluster + 1}", 42), (f"{score:.2f}", 110), (f"{share:.0%}", 175)):
+            draw.text((x + offset, y), text, INK, font)
+    dropped = (cluster_map < 0).mean()
+    if dropped:
+        draw.text((x, y + LINE), f"grey: {dropped:.0%}, dropped by the filter", FAINT, small)
