@@ -99,7 +99,7 @@ class GranulonConfig(PreTrainedConfig):
         raise ValueError(f"unknown granularity {granularity!r}: choose one of {names} or an index below {len(names)}")
 
     def _check(self):
-        check_tower(self.vision_config)
+        check_tower(self.vision_config, self.vision_feature_layer)
         _check_decoder(self.text_config)
         if not 0 <= self.image_token_id < self.text_config.vocab_size:
             raise ValueError(

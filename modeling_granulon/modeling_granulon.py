@@ -18,7 +18,8 @@ from transformers.modeling_outputs import (
     BaseModelOutputWithPooling,
     CausalLMOutputWithPast,
 )
-from transformers.utils import ModelOutput
+from transformers.processing_utils import Unpack
+from transformers.utils import ModelOutput, TransformersKwargs
 from transformers.utils.generic import can_return_tuple
 
 from .adaptive_token_aggregation import AdaptiveTokenAggregation
@@ -310,7 +311,7 @@ class GranulonModel(GranulonPreTrainedModel):
         question_input_ids: torch.LongTensor | None = None,
         question_attention_mask: torch.Tensor | None = None,
         granularity: str | int | Sequence | torch.Tensor | None = None,
-        **kwargs,
+        **kwargs: Unpack[TransformersKwargs],
     ) -> GranulonVisualOutput:
         """What would be chosen and seen, without generating: levels, clusters and their scores.
 
@@ -386,7 +387,7 @@ class GranulonModel(GranulonPreTrainedModel):
         granularity: str | int | Sequence | torch.Tensor | None = None,
         visual_view: str | None = None,
         joint_views: bool = False,
-        **kwargs,
+        **kwargs: Unpack[TransformersKwargs],
     ) -> GranulonModelOutputWithPast:
         """One pass over `[text before | N pixel | K semantic | text after]` (Eq. 8).
 
@@ -520,7 +521,7 @@ class GranulonForConditionalGeneration(GranulonPreTrainedModel, GranulonGenerati
         visual_view: str | None = None,
         labels: torch.LongTensor | None = None,
         logits_to_keep: int | torch.Tensor = 0,
-        **kwargs,
+        **kwargs: Unpack[TransformersKwargs],
     ) -> GranulonCausalLMOutputWithPast:
         """As `GranulonModel.forward`, with logits and, given `labels` (B,T; -100 is ignored), the next-token loss."""
         outputs = self.model(

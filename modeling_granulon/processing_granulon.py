@@ -9,6 +9,7 @@ from os.path import commonprefix
 import numpy as np
 import torch
 from PIL import Image
+from transformers.image_utils import ImageInput
 from transformers.processing_utils import ImagesKwargs, MultiModalData, ProcessingKwargs, ProcessorMixin
 from transformers.utils.chat_template_utils import render_jinja_template
 
@@ -24,7 +25,7 @@ class GranulonImagesKwargs(ImagesKwargs, total=False):
 
 class GranulonProcessorKwargs(ProcessingKwargs, total=False):
     images_kwargs: GranulonImagesKwargs
-    _defaults = {"images_kwargs": {"visual_view": "full"}}
+    _defaults = {}  # transformers 5.17 asks for the attribute
 
 
 class GranulonProcessor(ProcessorMixin):
@@ -66,20 +67,20 @@ class GranulonProcessor(ProcessorMixin):
             raise ValueError(f"image_token {image_token!r} is not in the tokenizer; add it or name a token that is")
         self.image_token_id = tokenizer.convert_tokens_to_ids(image_token)
         tokenizer.padding_side = "left"
+        self.auto_map = {"AutoProcessor": "processing_granulon.GranulonProcessor"}
         super().__init__(image_processor, tokenizer, chat_template=chat_template or tokenizer.chat_template)
 
     @property
     def model_input_names(self) -> list[str]:
         return [*super().model_input_names, "question_input_ids", "question_attention_mask"]
 
-    def __call__(self, images=None, text=None, **kwargs):
+    def __call__(self, images: ImageInput | None = None, text: str | list[str] | None = None, **kwargs):
         """See the class; takes what every transformers processor takes (`padding`, `return_tensors`, ...)."""
         texts = [text] if isinstance(text, str) else text
         images = None if isinstance(images, (list, tuple)) and not any(map(_is_filled, images)) else images
         features = super().__call__(images=images, text=text, **kwargs)
         if images is not None and texts is not None:
-            tensors = kwargs.get("return_tensors") or (kwargs.get("text_kwargs") or {}).get("return_tensors")
-            features.update(self._question_inputs([self.question(prompt) for prompt in texts], tensors))
+            features.update(self._question_inputs([self.question(prompt) for prompt in texts], features["input_ids"]))
         return features
 
     def apply_chat_template(self, conversation, chat_template=None, sanitize_control_tokens: bool = True, **kwargs):
@@ -167,16 +168,15 @@ class GranulonProcessor(ProcessorMixin):
             if token.content.strip() and (token.special or token.content in template)
         )
 
-    def _question_inputs(self, questions: list[str], return_tensors) -> dict:
+    def _question_inputs(self, questions: list[str], like) -> dict:
+        """The questions' tokens and mask, right-padded, in the form of `like`: lists, numpy or torch."""
         ids = [self.tokenizer(question, add_special_tokens=False)["input_ids"] for question in questions]
         width = max(1, *map(len, ids))
         pad = self.tokenizer.pad_token_id or 0
         padded = [row + [pad] * (width - len(row)) for row in ids]
         mask = [[1] * len(row) + [0] * (width - len(row)) for row in ids]
         keys = {"question_input_ids": padded, "question_attention_mask": mask}
-        if return_tensors is None:
-            return keys
-        make = torch.tensor if str(return_tensors) == "pt" else np.array
+        make = torch.tensor if isinstance(like, torch.Tensor) else np.array if isinstance(like, np.ndarray) else list
         return {name: make(rows) for name, rows in keys.items()}
 
 
@@ -185,11 +185,14 @@ def _user_turn_marks(chat_template: str | None, special_tokens: tuple) -> tuple[
     """What a chat template writes before and after a user turn, read off rendered probes; empty without a template."""
     if not isinstance(chat_template, str):
         return "", ""
-    first, answer, second = "\u2460first\u2460", "\u2461answer\u2461", "\u2462second\u2462"
-    turns = [("user", first), ("assistant", answer), ("user", second)]
-    conversation = [{"role": role, "content": content} for role, content in turns]
+    probes = "\u2460first\u2460", "\u2461answer\u2461", "\u2462second\u2462"
+    first, answer, second = probes
+    turns = list(zip(("user", "assistant", "user"), probes, strict=True))
 
-    def render(add_generation_prompt: bool) -> str:
+    def render(as_parts: bool, add_generation_prompt: bool) -> str:
+        conversation = [
+            {"role": role, "content": [{"type": "text", "text": text}] if as_parts else text} for role, text in turns
+        ]
         return render_jinja_template(
             conversations=[conversation],
             chat_template=chat_template,
@@ -197,7 +200,9 @@ def _user_turn_marks(chat_template: str | None, special_tokens: tuple) -> tuple[
             **dict(special_tokens),
         )[0][0]
 
-    asked, plain = render(True), render(False)
+    # A template that reads content as a list of parts finds nothing in a string.
+    as_parts = not all(probe in render(False, True) for probe in probes)
+    asked, plain = render(as_parts, True), render(as_parts, False)
     before = [asked[: asked.index(first)], asked[asked.index(answer) + len(answer) : asked.index(second)]]
     after = [
         asked[asked.index(first) + len(first) : asked.index(answer)],
@@ -262,7 +267,10 @@ def _check_rows(counts: list[int], images):
         images = []
     nested = isinstance(images, (list, tuple)) and any(isinstance(row, (list, tuple)) for row in images)
     if nested and len(images) != len(counts):
-        raise ValueError(f"{len(images)} lists of images for {len(counts)} prompts; pass one list per prompt")
+        raise ValueError(
+            "the placeholder tokens in the prompts should be the same as the number of images in each, found "
+            f"{len(images)} lists of images for {len(counts)} prompts; pass one list per prompt"
+        )
     for row, count in enumerate(counts if nested else []):
         if count != len(images[row]):
             raise ValueError(

@@ -82,6 +82,16 @@ def test_questions_are_padded_on_the_right_and_prompts_on_the_left(processor):
     assert inputs["attention_mask"][0, 0] == 0 and inputs["attention_mask"][0, -1] == 1
 
 
+@pytest.mark.parametrize(
+    "how",
+    [{"return_tensors": "pt"}, {"text_kwargs": {"return_tensors": "pt"}}, {"common_kwargs": {"return_tensors": "pt"}}],
+)
+def test_questions_come_in_the_form_of_the_prompt(processor, how):
+    inputs = processor(text="<|image_pad|>", images=make_image(0), **how)
+    assert isinstance(inputs["question_input_ids"], torch.Tensor)
+    assert isinstance(processor(text="<|image_pad|>", images=make_image(0))["question_input_ids"], list)
+
+
 def test_there_are_no_question_keys_without_images(processor):
     assert set(processor(text=["hello"], return_tensors="pt")) == {"input_ids", "attention_mask"}
     assert set(processor(text=["hello"], images=[[]], return_tensors="pt")) == {"input_ids", "attention_mask"}
