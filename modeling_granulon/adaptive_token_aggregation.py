@@ -4,8 +4,8 @@ Pooling at the stride of the chosen granularity, relation-aware k-means, a quali
 patches of each cluster that stays. No parameters, no host synchronisation, no loop over images, no random numbers; the
 result for an image does not depend on the other images of the batch. Needs torch alone.
 
-Shapes by suffix: I images, N patches of the H x W grid, M pooled cells, K clusters or token slots, D feature width,
-C width of a point in cluster space.
+Shapes by suffix: I images, N patches of the H x W grid, M pooled cells, C candidate seeds, K clusters or token slots,
+D feature width.
 """
 
 from contextlib import nullcontext
@@ -15,8 +15,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-# Points closer than this (squared distance, features of unit length) count as the same point.
-SAME_POINT = 1e-10
+CANDIDATES = 64  # cells that may seed a cluster
+SKETCH_WIDTH = 128  # width of the folded features on which seeds are chosen
+SAME_POINT = 1e-5  # cells whose cosine distance is below this count as one point
+ROUNDING = 1e-6  # distances that differ by less tie, and the first cluster wins
+GOLDEN_RATIO = 40503  # times 2 ** -16
 
 
 class AggregationOutput(NamedTuple):
@@ -65,15 +68,15 @@ class AdaptiveTokenAggregation(nn.Module):
     """Aggregates patch features into semantic tokens.
 
     relation_weight: lambda_f of Eq. 5, the weight of the attention profiles in the distance.
-    iterations: rounds of k-means after the seeding; a fixed number, so that nothing waits for a convergence check.
+    iterations: rounds of k-means, the assignment to the seeds included; fixed, so that nothing waits for a check.
     score_weights: (eta1, eta2, eta3) of Eq. 7 for size, coherence and dispersion.
-    max_clusters: the largest beta or top_k that a tensor argument may hold, since shapes cannot depend on its values.
+    max_clusters: where beta and top_k are tensors, the shapes hold this many; larger values count as this.
     """
 
     def __init__(
         self,
         relation_weight: float = 0.1,
-        iterations: int = 3,
+        iterations: int = 2,
         score_weights: tuple[float, float, float] = (1.0, 1.0, 1.0),
         max_clusters: int = 24,
     ):
@@ -99,80 +102,102 @@ class AdaptiveTokenAggregation(nn.Module):
         alpha, beta, top_k: stride, clusters, kept tokens; ints (the fast way) or (I,) long tensors (a mixed batch).
         Gradients reach the features through the token means; the assignment is discrete.
         """
-        device = features.device
-        fp32 = torch.autocast(device.type, enabled=False) if device.type != "meta" else nullcontext()
-        with fp32:
+        slots = self.max_clusters if isinstance(top_k, Tensor) else top_k
+        clusters = max(self.max_clusters if isinstance(beta, Tensor) else beta, slots)
+        images, device = len(features), features.device
+        image_I1 = torch.arange(images, device=device)[:, None]
+        index_K, top_k = torch.arange(clusters, device=device), as_column(top_k)
+        with torch.autocast(device.type, enabled=False) if device.type != "meta" else nullcontext():
+            features_IND = features.float()
             with torch.no_grad():
-                cell_IN, features_IMD, attention_IMM, used_IM = self._pool(features, attention, alpha, grid)
-                points_IMC = F.normalize(features_IMD, dim=-1)
-                if attention_IMM is not None:
-                    points_IMC = torch.cat([points_IMC, self.relation_weight**0.5 * attention_IMM], dim=-1)
-                slots = max(self._bound(beta), self._bound(top_k))
-                cluster_IM, coherence_IK = self._cluster(points_IMC, used_IM, beta, slots, features.shape[-1])
-                cluster_IN = cluster_IM.gather(1, cell_IN)
-                slot_IN, scores_IK, mask_IK = self._select(cluster_IN, coherence_IK, top_k, grid)
-                weights_IKN = one_hot(slot_IN, mask_IK.shape[1])
-                weights_IKN = weights_IKN / weights_IKN.sum(-1, keepdim=True).clamp_min(1)
-            tokens_IKD = weights_IKN @ features.float()
+                cell_IN, exists_IM, pooled_IMD, attention_IMM = pool(features_IND, attention, alpha, grid)
+                allowed_IK = (index_K < as_column(beta)).expand(images, clusters)
+                cluster_IM, cosine_IM = self._cluster(pooled_IMD, attention_IMM, exists_IM, allowed_IK)
+                cluster_IN, cosine_IN = cluster_IM.gather(1, cell_IN), cosine_IM.gather(1, cell_IN)
+                groups = Groups.of(cluster_IN, clusters)
+                ranking = self._score(groups, cosine_IN, grid).sort(dim=-1, descending=True, stable=True)
+                slot_IN = ranking.indices.argsort(dim=-1).gather(1, cluster_IN)  # the rank of the patch's cluster
+                slot_IN = slot_IN.masked_fill(slot_IN >= top_k, -1)
+                scores_IK, chosen_IK = ranking.values[:, :slots], ranking.indices[:, :slots]
+                mask_IK = scores_IK.isfinite() & (index_K[:slots] < top_k)
+            tokens_IKD = groups.means(features_IND)[image_I1, chosen_IK] * mask_IK[..., None]
+        scores_IK = scores_IK.masked_fill(~mask_IK, 0)
         return AggregationOutput(tokens_IKD.to(features.dtype), mask_IK, slot_IN.unflatten(1, grid), scores_IK)
 
-    def _bound(self, count: int | Tensor) -> int:
-        return self.max_clusters if isinstance(count, Tensor) else count
+    def _cluster(
+        self, pooled_IMD: Tensor, attention_IMM: Tensor | None, exists_IM: Tensor, allowed_IK: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Eq. 5-6: k-means on [a, sqrt(lambda_f) A] with a the pooled feature at unit length.
 
-    def _pool(self, features: Tensor, attention: Tensor | None, alpha: int | Tensor, grid: tuple[int, int]):
-        """Eq. 4. Returns the cell of each patch (I,N), pooled features, pooled attention or None, used cells (I,M).
-
-        A tensor alpha keeps M = N: a cell lives at the place of its first patch, the other places are unused.
+        Returns the cluster of each cell (I,M) and the cosine to its centre (I,M).
         """
-        rows_N, columns_N = grid_coordinates(grid, features.device)
-        if isinstance(alpha, Tensor):
-            stride_I1 = alpha[:, None]
-            cell_IN = (rows_N - rows_N % stride_I1) * grid[1] + columns_N - columns_N % stride_I1
-            used_IM = cell_IN == torch.arange(cell_IN.shape[1], device=features.device)
-            features_IMD = mean_by_cell(features.float(), cell_IN)
-            if attention is not None:
-                attention = mean_by_cell(mean_by_cell(attention.float(), cell_IN).mT, cell_IN).mT
-            return cell_IN, features_IMD, attention, used_IM
-        cell_N = rows_N // alpha * -(-grid[1] // alpha) + columns_N // alpha
-        features_IMD = pool_features(features, grid, alpha)
-        if attention is not None and attention.shape[1] != features_IMD.shape[1]:
-            attention = pool_attention(attention, grid, alpha)
-        attention = None if attention is None else attention.float()
-        used_IM = torch.ones(features_IMD.shape[:2], dtype=torch.bool, device=features.device)
-        return cell_N.expand(len(features), -1), features_IMD, attention, used_IM
+        scale_IM1 = 1 / torch.linalg.vector_norm(pooled_IMD, dim=-1, keepdim=True).clamp_min(1e-12)
+        cluster_IM, cosine_IM = assign_to_seeds(pooled_IMD, exists_IM, allowed_IK)
+        distance_IM = 1 - cosine_IM
+        for _ in range(self.iterations - 1):
+            cluster_IM = fill_empty_clusters(cluster_IM, distance_IM, exists_IM, allowed_IK)
+            groups = Groups.of(cluster_IM.masked_fill(~exists_IM, -1), allowed_IK.shape[1])
+            centers_IKD = groups.means(pooled_IMD, scale_IM1)
+            square_IK = centers_IKD.square().sum(-1)
+            product_IMK = pooled_IMD @ centers_IKD.mT * scale_IM1
+            gain_IMK = product_IMK - square_IK[:, None] / 2  # up to a constant, minus half of the squared distance
+            if attention_IMM is not None:
+                profiles_IKM = groups.means(attention_IMM)
+                relation_IMK = attention_IMM @ profiles_IKM.mT - profiles_IKM.square().sum(-1)[:, None] / 2
+                gain_IMK = gain_IMK + self.relation_weight * relation_IMK
+            gain_IMK = gain_IMK.masked_fill(groups.count_IK[:, None] == 0, -torch.inf)
+            cluster_IM = (gain_IMK > gain_IMK.amax(-1, keepdim=True) - ROUNDING).byte().argmax(-1)
+            product_IM = product_IMK.gather(2, cluster_IM[..., None])[..., 0]
+            square_IM = square_IK.gather(1, cluster_IM)
+            distance_IM = 0.5 + square_IM / 2 - product_IM
+            cosine_IM = product_IM * square_IM.clamp_min(1e-12).rsqrt()
+        return cluster_IM, cosine_IM
 
-    def _cluster(self, points_IMC: Tensor, used_IM: Tensor, beta: int | Tensor, slots: int, width: int):
-        """Eq. 5-6: k-means. Returns the cluster of each cell (I,M) and the clusters' coherence (I,K)."""
-        centers_IKC, active_IK = seed_centers(points_IMC, used_IM, beta, slots)
-        cluster_IM, distance_IM = assign(points_IMC, centers_IKC, active_IK)
-        for _ in range(self.iterations):
-            centers_IKC = update_centers(points_IMC, cluster_IM, distance_IM, used_IM, active_IK)
-            cluster_IM, distance_IM = assign(points_IMC, centers_IKC, active_IK)
-        directions_IKD = F.normalize(centers_IKC[..., :width], dim=-1)
-        cosine_IMK = points_IMC[..., :width] @ directions_IKD.mT
-        member_IKM = one_hot(cluster_IM, slots) * used_IM[:, None]
-        coherence_IK = (member_IKM * cosine_IMK.mT).sum(-1) / member_IKM.sum(-1).clamp_min(1)
-        return cluster_IM, coherence_IK.clamp(0, 1)
-
-    def _select(self, cluster_IN: Tensor, coherence_IK: Tensor, top_k: int | Tensor, grid: tuple[int, int]):
-        """Eq. 7: keep the best clusters. Returns the slot of each patch (I,N) or -1, scores (I,K), mask (I,K)."""
-        member_IKN = one_hot(cluster_IN, coherence_IK.shape[1])
-        count_IK = member_IKN.sum(-1)
-        place_N2 = torch.stack(grid_coordinates(grid, cluster_IN.device), dim=-1).float()
-        centroid_IK2 = member_IKN @ place_N2 / count_IK.clamp_min(1)[..., None]
-        square_IK = member_IKN @ place_N2.square().sum(-1) / count_IK.clamp_min(1)
+    def _score(self, groups: "Groups", cosine_IN: Tensor, grid: tuple[int, int]) -> Tensor:
+        """Eq. 7 for each cluster (I,K), -inf for empty ones. Rounded, so that equal clusters tie on any machine."""
+        row_N, column_N = grid_coordinates(grid, cosine_IN.device)
+        place_N3 = torch.stack([row_N, column_N, row_N**2 + column_N**2], dim=-1).float()
+        means_IK4 = groups.means(torch.cat([cosine_IN[..., None], place_N3.expand(len(cosine_IN), -1, -1)], dim=-1))
+        coherence_IK, row_IK, column_IK, square_IK = means_IK4.unbind(-1)
         widest = max((grid[0] - 1) ** 2 + (grid[1] - 1) ** 2, 1) / 4  # half of the patches in each of two far corners
-        dispersion_IK = ((square_IK - centroid_IK2.square().sum(-1)) / widest).clamp(0, 1)
-        scores_IK = quality_scores(count_IK / cluster_IN.shape[1], coherence_IK, dispersion_IK, self.score_weights)
+        dispersion_IK = (square_IK - row_IK**2 - column_IK**2) / widest
+        size_IK = groups.count_IK / cosine_IN.shape[1]
+        scores_IK = quality_scores(size_IK, coherence_IK.clamp(0, 1), dispersion_IK.clamp(0, 1), self.score_weights)
+        return scores_IK.round(decimals=5).masked_fill(groups.count_IK == 0, -torch.inf)
 
-        ranking = scores_IK.masked_fill(count_IK == 0, -torch.inf).sort(dim=-1, descending=True, stable=True)
-        slot_IN = ranking.indices.argsort(dim=-1).gather(1, cluster_IN)  # a cluster's rank is its slot
-        if isinstance(top_k, Tensor):
-            top_k = top_k[:, None]
-        width = self._bound(top_k)
-        mask_IK = ranking.values[:, :width].isfinite() & (torch.arange(width, device=slot_IN.device) < top_k)
-        scores_IK = ranking.values[:, :width].masked_fill(~mask_IK, 0)
-        return slot_IN.masked_fill(slot_IN >= top_k, -1), scores_IK, mask_IK
+
+class Groups(NamedTuple):
+    """Rows sorted by image and cluster: their means are deterministic and read every row once.
+
+    order: (I * N) the rows of all images by group, those without one last.
+    start: (I * K + 1) where each group begins in it.
+    count_IK: (I, K) members.
+    """
+
+    order: Tensor
+    start: Tensor
+    count_IK: Tensor
+
+    @classmethod
+    def of(cls, cluster_IN: Tensor, clusters: int) -> "Groups":
+        """From the cluster of each row, -1 for none."""
+        images = len(cluster_IN)
+        first_I1 = clusters * torch.arange(images, device=cluster_IN.device)[:, None]
+        group_IN = torch.where(cluster_IN < 0, clusters * images, first_I1 + cluster_IN)
+        ordered = group_IN.flatten().sort(stable=True)
+        start = torch.searchsorted(ordered.values, torch.arange(clusters * images + 1, device=cluster_IN.device))
+        return cls(ordered.indices, start, start.diff().unflatten(0, (images, clusters)))
+
+    def means(self, rows_IND: Tensor, weights: Tensor | None = None) -> Tensor:
+        """Mean of the (weighted) rows of each group, (I,K,D); 0 for an empty one."""
+        weights = None if weights is None else weights.flatten()[self.order]
+        sums = F.embedding_bag(self.order, rows_IND.flatten(0, 1), self.start, mode="sum", per_sample_weights=weights)
+        return sums[:-1].unflatten(0, self.count_IK.shape) / self.count_IK.clamp_min(1)[..., None]
+
+
+def as_column(value: int | Tensor) -> int | Tensor:
+    """(I,) -> (I,1), so that it broadcasts over what each image holds."""
+    return value[:, None] if isinstance(value, Tensor) else value
 
 
 def grid_coordinates(grid: tuple[int, int], device: torch.device) -> tuple[Tensor, Tensor]:
@@ -181,60 +206,75 @@ def grid_coordinates(grid: tuple[int, int], device: torch.device) -> tuple[Tenso
     return index_N // grid[1], index_N % grid[1]
 
 
-def one_hot(index: Tensor, classes: int) -> Tensor:
-    """(I, N) long -> (I, classes, N) fp32; an index below 0 belongs to no class."""
-    return (index[:, None] == torch.arange(classes, device=index.device)[:, None]).float()
+def pool(
+    features_IND: Tensor, attention: Tensor | None, alpha: int | Tensor, grid: tuple[int, int]
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """Eq. 4. Returns the cell of each patch (I,N), which cells exist (I,M), pooled features and pooled attention.
 
-
-def mean_by_cell(values: Tensor, cell: Tensor) -> Tensor:
-    """Mean of the rows (I, N, D) that share a cell (I, N), at the cell's place; 0 at places that are no cell."""
-    count_IN = torch.zeros_like(values[..., 0]).scatter_add_(1, cell, torch.ones_like(values[..., 0]))
-    total_IND = torch.zeros_like(values).scatter_add_(1, cell[..., None].expand_as(values), values)
-    return total_IND / count_IN.clamp_min(1)[..., None]
-
-
-def seed_centers(points_IMC: Tensor, used_IM: Tensor, beta: int | Tensor, slots: int) -> tuple[Tensor, Tensor]:
-    """Farthest-point seeds (I,K,C), the first one the point farthest from the mean, and which are in use (I,K).
-
-    A slot is in use when it is below beta and its point differs from all earlier ones.
+    A tensor alpha keeps room for M = N cells, of which an image fills the first ones.
     """
-    count_I11 = used_IM.sum(1)[:, None, None]
-    mean_I1C = (points_IMC * used_IM[..., None]).sum(1, keepdim=True) / count_I11
-    distance_IM = squared_distance(points_IMC, mean_I1C)
-    centers, active = [], []
-    for k in range(slots):
-        farthest_I1 = distance_IM.masked_fill(~used_IM, -1).argmax(1, keepdim=True)
-        center_I1C = points_IMC.take_along_dim(farthest_I1[..., None], 1)
-        active.append(distance_IM.take_along_dim(farthest_I1, 1) > SAME_POINT if k else used_IM[:, :1])
-        to_center_IM = squared_distance(points_IMC, center_I1C)
-        distance_IM = torch.minimum(distance_IM, to_center_IM) if k else to_center_IM
-        centers.append(center_I1C)
-    slot_K = torch.arange(slots, device=points_IMC.device)
-    below_beta = slot_K < (beta[:, None] if isinstance(beta, Tensor) else beta)
-    return torch.cat(centers, 1), torch.cat(active, 1) & below_beta
+    stride = as_column(alpha)
+    row_N, column_N = grid_coordinates(grid, features_IND.device)
+    cell_IN = (row_N // stride * -(-grid[1] // stride) + column_N // stride).expand(features_IND.shape[:2])
+    if isinstance(alpha, Tensor):
+        groups = Groups.of(cell_IN, cell_IN.shape[1])
+        pooled_IMD = groups.means(features_IND)
+        if attention is not None:
+            attention = groups.means(groups.means(attention.float()).mT).mT
+        return cell_IN, groups.count_IK > 0, pooled_IMD, attention
+    pooled_IMD = pool_features(features_IND, grid, alpha)
+    if attention is not None and attention.shape[1] != pooled_IMD.shape[1]:
+        attention = pool_attention(attention, grid, alpha)
+    attention = None if attention is None else attention.float()
+    return cell_IN, torch.ones_like(pooled_IMD[..., 0], dtype=torch.bool), pooled_IMD, attention
 
 
-def squared_distance(points_IMC: Tensor, center_I1C: Tensor) -> Tensor:
-    """(I, M), by differences: exactly 0 for equal points."""
-    return (points_IMC - center_I1C).square().sum(-1)
+def sketch(features_IMD: Tensor) -> Tensor:
+    """Folds the width to some SKETCH_WIDTH, adding blocks with alternating signs: distances good enough for seeds."""
+    width = features_IMD.shape[-1]
+    blocks = next(n for n in range(max(1, width // SKETCH_WIDTH), 0, -1) if width % n == 0)
+    blocks_IMnS = features_IMD.unflatten(-1, (blocks, -1))  # (I,M,D) -> (I,M,blocks,D/blocks)
+    return blocks_IMnS[..., ::2, :].sum(-2) - blocks_IMnS[..., 1::2, :].sum(-2)
 
 
-def assign(points_IMC: Tensor, centers_IKC: Tensor, active_IK: Tensor) -> tuple[Tensor, Tensor]:
-    """Nearest active centre of each point (I,M), the first among equals, and the squared distance to it (I,M)."""
-    gain_IMK = torch.baddbmm(-0.5 * centers_IKC.square().sum(-1)[:, None], points_IMC, centers_IKC.mT)
-    gain_IM, cluster_IM = gain_IMK.masked_fill(~active_IK[:, None], -torch.inf).max(-1)
-    return cluster_IM, (points_IMC.square().sum(-1) - 2 * gain_IM).clamp_min(0)
+def spread_candidates(count_I1: Tensor, cells: int) -> Tensor:
+    """(I,C) cells, one in each of C equal stretches, at golden-ratio offsets so that they do not align in columns."""
+    rank_C = torch.arange(min(cells, CANDIDATES), device=count_I1.device)
+    position_C = (rank_C << 16) + rank_C * GOLDEN_RATIO % 65536
+    return position_C * count_I1.clamp_min(len(rank_C)) // (len(rank_C) << 16)
 
 
-def update_centers(
-    points_IMC: Tensor, cluster_IM: Tensor, distance_IM: Tensor, used_IM: Tensor, active_IK: Tensor
-) -> Tensor:
-    """Means of the members (I,K,C); the j-th empty cluster moves to the point j-th farthest from its centre."""
-    member_IKM = one_hot(cluster_IM, active_IK.shape[1]) * used_IM[:, None]
-    count_IK1 = member_IKM.sum(-1, keepdim=True)
-    mean_IKC = member_IKM @ points_IMC / count_IK1.clamp_min(1)
-    empty_IK1 = (count_IK1 == 0) & active_IK[..., None]
-    farthest_IM = distance_IM.masked_fill(~used_IM, -1).argsort(dim=1, descending=True, stable=True)
-    rank_IK1 = (empty_IK1.cumsum(1) - 1).clamp(0, points_IMC.shape[1] - 1)
-    seed_IKC = points_IMC.take_along_dim(farthest_IM[..., None].take_along_dim(rank_IK1, 1), 1)
-    return torch.where(empty_IK1, seed_IKC, mean_IKC)
+def assign_to_seeds(pooled_IMD: Tensor, exists_IM: Tensor, allowed_IK: Tensor) -> tuple[Tensor, Tensor]:
+    """Greedy seeds: each is the candidate that most lowers the total distance of all cells to their nearest seed.
+
+    The attention joins in the rounds that follow. Returns each cell's nearest seed (I,M) and the cosine to it (I,M).
+    """
+    image_I = torch.arange(len(pooled_IMD), device=pooled_IMD.device)
+    count_I1 = exists_IM.sum(1, keepdim=True)
+    candidate_IC = spread_candidates(count_I1, pooled_IMD.shape[1])
+    bar_IC = torch.where(candidate_IC < count_I1, 0, -torch.inf)
+    sketch_IMS = F.normalize(sketch(pooled_IMD), dim=-1)
+    cosine_ICM = sketch_IMS[image_I[:, None], candidate_IC] @ sketch_IMS.mT
+    nearest_IM = torch.full_like(cosine_ICM[:, 0], -1)
+    seeds = []
+    for _ in range(allowed_IK.shape[1]):
+        total_IC = torch.maximum(cosine_ICM, nearest_IM[:, None]).sum(-1) + bar_IC
+        seeds.append(cosine_ICM[image_I, total_IC.argmax(-1)])
+        nearest_IM = torch.maximum(nearest_IM, seeds[-1])
+    cosine_IKM = torch.stack(seeds, dim=1)
+    cosine_IKM = torch.where(cosine_IKM > 1 - SAME_POINT, 1, cosine_IKM)  # a repeated seed attracts nothing
+    cosine_IKM = cosine_IKM.masked_fill(~allowed_IK[..., None], -torch.inf)
+    return cosine_IKM.argmax(1), cosine_IKM.amax(1)
+
+
+def fill_empty_clusters(cluster_IM: Tensor, distance_IM: Tensor, exists_IM: Tensor, allowed_IK: Tensor) -> Tensor:
+    """The j-th empty cluster takes the cell that is j-th farthest from its centre, unless it lies in the centre."""
+    cells, clusters = cluster_IM.shape[1], allowed_IK.shape[1]
+    slot_K = torch.arange(clusters, device=cluster_IM.device)
+    member_IKM = (cluster_IM[:, None] == slot_K[:, None]) & exists_IM[:, None]
+    empty_IK = allowed_IK & ~member_IKM.any(-1)
+    farthest = (distance_IM * exists_IM).topk(min(clusters, cells), dim=-1)
+    rank_IK = (empty_IK.cumsum(-1) - 1).clamp(0, min(clusters, cells) - 1)
+    moves_IK = empty_IK & (farthest.values.gather(1, rank_IK) > SAME_POINT)
+    target_IK = torch.where(moves_IK, farthest.indices.gather(1, rank_IK), cells)  # the rest: past the end
+    return F.pad(cluster_IM, (0, 1)).scatter(1, target_IK, slot_K.expand_as(target_IK))[:, :cells]
