@@ -26,7 +26,7 @@ def draw_clusters(image, cluster_map, scores, lines):
     Args:
         image (`PIL.Image.Image`): RGB.
         cluster_map (`array`): (H, W) int, number of the cluster of each patch from 0, or -1 for those dropped.
-        scores (`array`): (K,) quality of each cluster (Eq. 7), best first.
+        scores (`array`): (K,) quality of each cluster (Eq. 6), best first.
         lines (`list[str]`): the text above, long ones are wrapped.
 
     Returns:
@@ -45,13 +45,13 @@ def draw_clusters(image, cluster_map, scores, lines):
     for index, row in enumerate(text):
         draw.text((MARGIN, MARGIN + LINE * index), row, INK, ImageFont.load_default(17))
     page.paste(shown, (MARGIN, top))
-    page.paste(_overlaid(shown, cluster_map), (2 * MARGIN + shown.width, top))
+    page.paste(overlay_clusters(shown, cluster_map), (2 * MARGIN + shown.width, top))
     _draw_legend(page, (3 * MARGIN + 2 * shown.width, top), cluster_map, scores)
     return page
 
 
-def _overlaid(image, cluster_map):
-    """The image tinted by cluster, dropped patches in grey, with borders and numbers."""
+def overlay_clusters(image, cluster_map):
+    """The image (RGB) tinted by cluster of its (H, W) map, dropped patches (-1) in grey, with borders and numbers."""
     grid_height, grid_width = cluster_map.shape
     rows_h = np.arange(image.height) * grid_height // image.height
     columns_w = np.arange(image.width) * grid_width // image.width

@@ -36,7 +36,7 @@ class GranulonConfig(PreTrainedConfig):
         default_granularity (`str` or `int`): the level of an image without a question; the middle one by default.
         controller (`str`): `"learned"`, or for ablations `"random"` or the name of a fixed level.
         max_semantic_tokens (`int`): K_max, the semantic slots reserved for an image; the largest `keep` by default.
-        cluster_iterations (`int`): rounds of the relation-aware k-means (Eq. 5).
+        cluster_iterations (`int`): rounds of the relation-aware k-means (Eq. 5), the seeding included.
         relation_weight (`float`): lambda_f of Eq. 5.
         score_weights (`list[float]`): eta_1, eta_2, eta_3 of Eq. 6 (size, coherence, dispersion).
         vision_feature_layer (`int`): the tower's hidden state that holds the patch features; -1 is its normed output.
@@ -57,7 +57,7 @@ class GranulonConfig(PreTrainedConfig):
     default_granularity: str | int | None = None
     controller: str = "learned"
     max_semantic_tokens: int | None = None
-    cluster_iterations: int = 3
+    cluster_iterations: int = 2
     relation_weight: float = 0.1
     score_weights: list | tuple = (1.0, 1.0, 1.0)
     vision_feature_layer: int = -1

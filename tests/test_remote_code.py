@@ -31,9 +31,10 @@ inputs = processor.apply_chat_template(
 )
 ids = head.generate(**inputs, max_new_tokens=4, do_sample=False)
 answer = processor.decode(ids[0, inputs["input_ids"].shape[1]:], skip_special_tokens=True)
+greedy = {"max_new_tokens": 4, "do_sample": False}
 pipe = pipeline("image-text-to-text", model=folder, trust_remote_code=True)
-piped = pipe(text=messages, max_new_tokens=4, do_sample=False, return_full_text=False)[0]["generated_text"]
-both = pipe(text=[messages, messages], batch_size=2, max_new_tokens=4, do_sample=False, return_full_text=False)
+piped = pipe(text=messages, generate_kwargs=greedy, return_full_text=False)[0]["generated_text"]
+both = pipe(text=[messages, messages], batch_size=2, generate_kwargs=greedy, return_full_text=False)
 head.save_pretrained(resaved)
 processor.save_pretrained(resaved)
 print("RESULT" + json.dumps({
