@@ -18,7 +18,7 @@ from torch.nn import functional as F
 CANDIDATES = 64  # cells that may seed a cluster
 SKETCH_WIDTH = 128  # width of the folded features on which seeds are chosen
 SAME_POINT = 1e-5  # cells whose cosine distance is below this count as one point
-ROUNDING = 1e-6  # distances that differ by less tie, and the first cluster wins
+ROUNDING = 1e-6  # distances that differ by less count as equal
 GOLDEN_RATIO = 40503  # times 2 ** -16
 
 
@@ -146,7 +146,7 @@ class AdaptiveTokenAggregation(nn.Module):
                 relation_IMK = attention_IMM @ profiles_IKM.mT - profiles_IKM.square().sum(-1)[:, None] / 2
                 gain_IMK = gain_IMK + self.relation_weight * relation_IMK
             gain_IMK = gain_IMK.masked_fill(groups.count_IK[:, None] == 0, -torch.inf)
-            cluster_IM = (gain_IMK > gain_IMK.amax(-1, keepdim=True) - ROUNDING).byte().argmax(-1)
+            cluster_IM = first_of_best(gain_IMK, ROUNDING)
             product_IM = product_IMK.gather(2, cluster_IM[..., None])[..., 0]
             square_IM = square_IK.gather(1, cluster_IM)
             distance_IM = 0.5 + square_IM / 2 - product_IM
@@ -200,6 +200,11 @@ def as_column(value: int | Tensor) -> int | Tensor:
     return value[:, None] if isinstance(value, Tensor) else value
 
 
+def first_of_best(values: Tensor, tolerance: float | Tensor) -> Tensor:
+    """Index of the first value that is the largest up to a tolerance (last dimension): the same on any machine."""
+    return (values >= values.amax(-1, keepdim=True) - tolerance).byte().argmax(-1)
+
+
 def grid_coordinates(grid: tuple[int, int], device: torch.device) -> tuple[Tensor, Tensor]:
     """Row and column of each patch, (N,) long each."""
     index_N = torch.arange(grid[0] * grid[1], device=device)
@@ -247,24 +252,22 @@ def spread_candidates(count_I1: Tensor, cells: int) -> Tensor:
 def assign_to_seeds(pooled_IMD: Tensor, exists_IM: Tensor, allowed_IK: Tensor) -> tuple[Tensor, Tensor]:
     """Greedy seeds: each is the candidate that most lowers the total distance of all cells to their nearest seed.
 
-    The attention joins in the rounds that follow. Returns each cell's nearest seed (I,M) and the cosine to it (I,M).
+    A place without a cell has a zero row, which is never better than the best cell. The attention joins in the rounds
+    that follow. Returns each cell's nearest seed (I,M) and the cosine to it (I,M).
     """
     image_I = torch.arange(len(pooled_IMD), device=pooled_IMD.device)
     count_I1 = exists_IM.sum(1, keepdim=True)
     candidate_IC = spread_candidates(count_I1, pooled_IMD.shape[1])
-    bar_IC = torch.where(candidate_IC < count_I1, 0, -torch.inf)
     sketch_IMS = F.normalize(sketch(pooled_IMD), dim=-1)
     cosine_ICM = sketch_IMS[image_I[:, None], candidate_IC] @ sketch_IMS.mT
     nearest_IM = torch.full_like(cosine_ICM[:, 0], -1)
     seeds = []
     for _ in range(allowed_IK.shape[1]):
-        total_IC = torch.maximum(cosine_ICM, nearest_IM[:, None]).sum(-1) + bar_IC
-        seeds.append(cosine_ICM[image_I, total_IC.argmax(-1)])
+        total_IC = torch.maximum(cosine_ICM, nearest_IM[:, None]).sum(-1)
+        seeds.append(cosine_ICM[image_I, first_of_best(total_IC, ROUNDING * count_I1)])
         nearest_IM = torch.maximum(nearest_IM, seeds[-1])
-    cosine_IKM = torch.stack(seeds, dim=1)
-    cosine_IKM = torch.where(cosine_IKM > 1 - SAME_POINT, 1, cosine_IKM)  # a repeated seed attracts nothing
-    cosine_IKM = cosine_IKM.masked_fill(~allowed_IK[..., None], -torch.inf)
-    return cosine_IKM.argmax(1), cosine_IKM.amax(1)
+    cosine_IMK = torch.stack(seeds, dim=-1).masked_fill(~allowed_IK[:, None], -torch.inf)
+    return first_of_best(cosine_IMK, ROUNDING), cosine_IMK.amax(-1)
 
 
 def fill_empty_clusters(cluster_IM: Tensor, distance_IM: Tensor, exists_IM: Tensor, allowed_IK: Tensor) -> Tensor:
