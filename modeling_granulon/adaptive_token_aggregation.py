@@ -56,7 +56,7 @@ def pool_attention(attention: Tensor, grid: tuple[int, int], stride: int) -> Ten
 
 
 def quality_scores(size: Tensor, coherence: Tensor, dispersion: Tensor, weights: tuple[float, float, float]) -> Tensor:
-    """Eq. 7: s_j = eta1 size + eta2 coherence - eta3 dispersion, each part in [0, 1].
+    """Eq. 6: s_j = eta1 size + eta2 coherence - eta3 dispersion, each part in [0, 1].
 
     size: share of the image's patches; coherence: mean cosine of the members to their centre; dispersion: mean squared
     distance of the member patches to their centroid, relative to the largest that the grid allows.
@@ -69,7 +69,7 @@ class AdaptiveTokenAggregation(nn.Module):
 
     relation_weight: lambda_f of Eq. 5, the weight of the attention profiles in the distance.
     iterations: rounds of k-means, the assignment to the seeds included; fixed, so that nothing waits for a check.
-    score_weights: (eta1, eta2, eta3) of Eq. 7 for size, coherence and dispersion.
+    score_weights: (eta1, eta2, eta3) of Eq. 6 for size, coherence and dispersion.
     max_clusters: where beta and top_k are tensors, the shapes hold this many; larger values count as this.
     """
 
@@ -127,7 +127,7 @@ class AdaptiveTokenAggregation(nn.Module):
     def _cluster(
         self, pooled_IMD: Tensor, attention_IMM: Tensor | None, exists_IM: Tensor, allowed_IK: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """Eq. 5-6: k-means on [a, sqrt(lambda_f) A] with a the pooled feature at unit length.
+        """Eq. 5: k-means on [a, sqrt(lambda_f) A] with a the pooled feature at unit length.
 
         Returns the cluster of each cell (I,M) and the cosine to its centre (I,M).
         """
@@ -154,7 +154,7 @@ class AdaptiveTokenAggregation(nn.Module):
         return cluster_IM, cosine_IM
 
     def _score(self, groups: "Groups", cosine_IN: Tensor, grid: tuple[int, int]) -> Tensor:
-        """Eq. 7 for each cluster (I,K), -inf for empty ones. Rounded, so that equal clusters tie on any machine."""
+        """Eq. 6 for each cluster (I,K), -inf for empty ones. Rounded, so that equal clusters tie on any machine."""
         row_N, column_N = grid_coordinates(grid, cosine_IN.device)
         place_N3 = torch.stack([row_N, column_N, row_N**2 + column_N**2], dim=-1).float()
         means_IK4 = groups.means(torch.cat([cosine_IN[..., None], place_N3.expand(len(cosine_IN), -1, -1)], dim=-1))
@@ -189,7 +189,7 @@ class Groups(NamedTuple):
         return cls(ordered.indices, start, start.diff().unflatten(0, (images, clusters)))
 
     def means(self, rows_IND: Tensor, weights: Tensor | None = None) -> Tensor:
-        """Mean of the (weighted) rows of each group, (I,K,D); 0 for an empty one."""
+        """Eq. 7: mean of the (weighted) rows of each group, (I,K,D); 0 for an empty one."""
         weights = None if weights is None else weights.flatten()[self.order]
         sums = F.embedding_bag(self.order, rows_IND.flatten(0, 1), self.start, mode="sum", per_sample_weights=weights)
         return sums[:-1].unflatten(0, self.count_IK.shape) / self.count_IK.clamp_min(1)[..., None]

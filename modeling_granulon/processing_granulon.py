@@ -8,6 +8,7 @@ from os.path import commonprefix
 
 import numpy as np
 import torch
+import transformers
 from PIL import Image
 from transformers.image_utils import ImageInput
 from transformers.processing_utils import ImagesKwargs, MultiModalData, ProcessingKwargs, ProcessorMixin
@@ -17,6 +18,7 @@ from .image_io import load_rgb
 
 MEDIA_KEYS = ("image", "url", "path", "base64", "image_url")
 ZERO_WIDTH_SPACE = "\u200b"
+MASKS_KNOW_IMAGES = tuple(map(int, transformers.__version__.split(".")[:2])) >= (5, 18)
 
 
 class GranulonImagesKwargs(ImagesKwargs, total=False):
@@ -76,6 +78,7 @@ class GranulonProcessor(ProcessorMixin):
 
     def __call__(self, images: ImageInput | None = None, text: str | list[str] | None = None, **kwargs):
         """See the class; takes what every transformers processor takes (`padding`, `return_tensors`, ...)."""
+        text = self._without_second_bos(text, kwargs)
         texts = [text] if isinstance(text, str) else text
         images = None if isinstance(images, (list, tuple)) and not any(map(_is_filled, images)) else images
         features = super().__call__(images=images, text=text, **kwargs)
@@ -91,7 +94,13 @@ class GranulonProcessor(ProcessorMixin):
         """
         if sanitize_control_tokens:
             conversation = _neutralise(conversation, self._control_tokens())
-        return super().apply_chat_template(conversation, chat_template, **kwargs)
+        output = super().apply_chat_template(conversation, chat_template, **kwargs)
+        if kwargs.get("return_assistant_tokens_mask") and "pixel_values" in output and not MASKS_KNOW_IMAGES:
+            raise ValueError(
+                "transformers 5.17 misplaces the assistant masks of prompts with images; take 5.18 or newer, or train "
+                "on prompts and completions"
+            )
+        return output
 
     def question(self, prompt: str) -> str:
         """The latest user turn of a rendered prompt, without its images; all of a prompt without chat turns."""
@@ -151,6 +160,18 @@ class GranulonProcessor(ProcessorMixin):
             )
         return lengths[visual_view]
 
+    def _without_second_bos(self, text, kwargs):
+        """A rendered prompt begins with the BOS token of its template, and the tokenizer would add another."""
+        bos = self.tokenizer.bos_token
+        merged = self._merge_kwargs(self.valid_processor_kwargs, **kwargs)["text_kwargs"]
+        adds_bos = bos and self.tokenizer("")["input_ids"][:1] == [self.tokenizer.bos_token_id]
+        if not adds_bos or not merged.get("add_special_tokens", True):
+            return text
+        if isinstance(text, str):
+            return text.removeprefix(bos)
+        is_batch = isinstance(text, (list, tuple)) and all(isinstance(prompt, str) for prompt in text)
+        return [prompt.removeprefix(bos) for prompt in text] if is_batch else text
+
     def _open_image(self, image):
         if isinstance(image, (np.ndarray, torch.Tensor)):
             return _array_to_image(image)
@@ -160,13 +181,16 @@ class GranulonProcessor(ProcessorMixin):
             image = _base64_bytes(image) or image
         return load_rgb(image)
 
-    def _control_tokens(self) -> tuple[str, ...]:
+    def _control_tokens(self) -> re.Pattern:
+        """Matches what users may not write; single characters cannot be broken and are no turn or image."""
         template = self.chat_template or ""
-        return tuple(
+        tokens = {
             token.content
             for token in self.tokenizer.added_tokens_decoder.values()
-            if token.content.strip() and (token.special or token.content in template)
-        )
+            if len(token.content.strip()) > 1 and (token.special or token.content in template)
+        }
+        longest_first = sorted(tokens, key=len, reverse=True)
+        return re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
 
     def _question_inputs(self, questions: list[str], like) -> dict:
         """The questions' tokens and mask, right-padded, in the form of `like`: lists, numpy or torch."""
@@ -213,33 +237,30 @@ def _user_turn_marks(chat_template: str | None, special_tokens: tuple) -> tuple[
     return start, commonprefix(after) or commonprefix(after[:2])
 
 
-def _neutralise(value, control_tokens: tuple[str, ...]):
+def _neutralise(value, control: re.Pattern):
     """The conversation with every control token in its texts broken; media entries stay as they are."""
     if isinstance(value, str):
-        longest_first = sorted((token for token in control_tokens if len(token) > 1), key=len, reverse=True)
-        pattern = re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
-        while pattern.search(value):
-            value = pattern.sub(lambda match: match[0][0] + ZERO_WIDTH_SPACE + match[0][1:], value)
+        while control.search(value):
+            value = control.sub(lambda match: match[0][0] + ZERO_WIDTH_SPACE + match[0][1:], value)
         return value
     if isinstance(value, dict):
-        return {
-            key: entry if key in MEDIA_KEYS else _neutralise(entry, control_tokens) for key, entry in value.items()
-        }
+        return {key: entry if key in MEDIA_KEYS else _neutralise(entry, control) for key, entry in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_neutralise(entry, control_tokens) for entry in _join_texts(value)]
+        return _part_neighbours([_neutralise(entry, control) for entry in value], control)
     return value
 
 
-def _join_texts(parts) -> list:
-    """Neighbouring text parts as one, since the template joins them and a token could be split between them."""
-    joined = []
+def _part_neighbours(parts: list, control: re.Pattern) -> list:
+    """Neighbouring text parts, kept apart where a template that joins or trims them would write a control token."""
+    written = trimmed = ""
     for part in parts:
-        is_text = isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str)
-        if is_text and joined and isinstance(joined[-1], dict) and joined[-1].get("type") == "text":
-            joined[-1] = {**joined[-1], "text": joined[-1]["text"] + part["text"]}
-        else:
-            joined.append(part)
-    return joined
+        if not (isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str)):
+            written = trimmed = ""
+            continue
+        if control.search(written + part["text"]) or control.search(trimmed + part["text"].strip()):
+            part["text"] = ZERO_WIDTH_SPACE + part["text"]
+        written, trimmed = written + part["text"], trimmed + part["text"].strip()
+    return parts
 
 
 def _map_images(function, images):

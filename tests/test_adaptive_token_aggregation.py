@@ -104,7 +104,7 @@ def test_patches_of_a_cell_stay_together():
         assert len(result.assignment.flatten()[torch.from_numpy(patches)].unique()) == 1
 
 
-# ---- Eq. 5 and 6
+# ---- Eq. 5
 
 
 @pytest.mark.parametrize("relation_weight", [0.0, 0.1, 20.0])
@@ -166,7 +166,7 @@ def test_clearly_separate_regions_are_found():
     assert pairs.shape[1] == 12
 
 
-# ---- Eq. 7
+# ---- Eq. 6 and 7
 
 
 @pytest.mark.parametrize("alpha, beta, grid", [(1, 8, (12, 16)), (3, 6, (13, 11))])

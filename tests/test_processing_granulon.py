@@ -11,7 +11,8 @@ import transformers
 from conftest import CHAT_TOKENS, ask, byte_tokenizer, make_image, make_inputs, make_model, make_processor
 from packaging.version import Version
 from PIL import Image
-from transformers import AutoProcessor
+from tokenizers import processors
+from transformers import AutoProcessor, PreTrainedTokenizerFast
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
 from modeling_granulon import GranulonProcessor
@@ -185,9 +186,6 @@ def test_an_unknown_placeholder_is_refused():
         GranulonProcessor(ViTImageProcessorPil(), byte_tokenizer(), image_token="<picture>")
 
 
-@pytest.mark.skipif(
-    Version(transformers.__version__) < Version("5.18"), reason="transformers 5.17 misplaces these masks for any image"
-)
 def test_assistant_masks_skip_images_and_questions(processor):
     template = processor.chat_template.replace(
         "{{ part.text }}",
@@ -198,9 +196,12 @@ def test_assistant_masks_skip_images_and_questions(processor):
         {"role": "user", "content": [{"type": "image", "image": make_image(0)}, {"type": "text", "text": "what?"}]},
         {"role": "assistant", "content": [{"type": "text", "text": "a dog"}]},
     ]
-    inputs = processor.apply_chat_template(
-        conversation, template, tokenize=True, return_dict=True, return_tensors="pt", return_assistant_tokens_mask=True
-    )
+    masked = {"tokenize": True, "return_dict": True, "return_tensors": "pt", "return_assistant_tokens_mask": True}
+    if Version(transformers.__version__) < Version("5.18"):  # which misplaces these masks for any image
+        with pytest.raises(ValueError, match="misplaces"):
+            processor.apply_chat_template(conversation, template, **masked)
+        return
+    inputs = processor.apply_chat_template(conversation, template, **masked)
     answer = inputs["input_ids"][0][torch.as_tensor(inputs["assistant_masks"]).flatten().bool()]
     assert processor.decode(answer) == "a dog"
 
@@ -225,14 +226,48 @@ def test_user_text_forges_neither_turns_nor_placeholders(processor, forgery):
     harmless = control_count(processor, ask("hello"))
     assert control_count(processor, ask(forgery)) == harmless
     assert control_count(processor, ask(forgery), sanitize_control_tokens=False) != harmless
-    parts = [{"type": "image"}] + [{"type": "text", "text": char} for char in forgery]
-    assert control_count(processor, [{"role": "user", "content": parts}]) == harmless
+    for piece in ("{}", " {}\n"):  # a template may trim its parts before it joins them
+        parts = [{"type": "image"}] + [{"type": "text", "text": piece.format(char)} for char in forgery]
+        template = processor.chat_template.replace("part.text", "part.text | trim")
+        for chat_template in (None, template):
+            assert (
+                control_count(processor, [{"role": "user", "content": parts}], chat_template=chat_template) == harmless
+            )
+
+
+def test_text_parts_stay_parts_that_the_template_may_set_on_lines_of_their_own(processor):
+    parts = [{"type": "image"}, {"type": "text", "text": "Look."}, {"type": "text", "text": "What is it?"}]
+    template = "{% for part in messages[0].content %}{{ part.text if part.type == 'text' else '' }}\n{% endfor %}"
+    conversation = [{"role": "user", "content": parts}]
+    assert processor.apply_chat_template(conversation, template) == "\nLook.\nWhat is it?\n"
 
 
 def test_the_readers_conversation_is_left_as_it_was(processor):
     conversation = ask(FORGERIES[0])
     processor.apply_chat_template(conversation, add_generation_prompt=True)
     assert conversation == ask(FORGERIES[0])
+
+
+@pytest.mark.parametrize("how", [{}, {"text_kwargs": {"padding": True}}])
+def test_a_rendered_prompt_keeps_its_one_bos_token(how):
+    processor = GranulonProcessor(
+        ViTImageProcessorPil(size={"height": 24, "width": 24}), bos_tokenizer(), 4, 5, "<|image_pad|>"
+    )
+    rendered = processor(text=["<s>one", "two"], **how)["input_ids"]
+    assert [row.count(processor.tokenizer.bos_token_id) for row in rendered] == [1, 1]
+    bare = processor(text=["<s>one"], add_special_tokens=False)["input_ids"]
+    assert bare[0].count(processor.tokenizer.bos_token_id) == 1
+
+
+def bos_tokenizer():
+    """Like Llama's: every text gets a BOS token in front."""
+    tokenizer = byte_tokenizer()
+    tokenizer.add_special_tokens({"bos_token": "<s>"})
+    backend = tokenizer.backend_tokenizer
+    backend.post_processor = processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", tokenizer.bos_token_id)]
+    )
+    return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", pad_token=tokenizer.pad_token)
 
 
 def fuzzed_text(generator):
