@@ -15,7 +15,7 @@ setup: $(VENV)/stamp
 
 $(VENV)/stamp: setup.cfg constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(PY) -m pip install --constraint constraints.txt --editable ".[train,dev]"
+	$(PY) -m pip install --constraint constraints.txt --editable ".[train,annotate,dev]"
 	touch $@
 
 # The oldest supported transformers, laid over what .venv holds: packages found here first, there second.
@@ -42,8 +42,8 @@ conformance: setup
 	$(PY) tests/conformance/run.py
 
 bench: setup
-	$(PY) benchmarks/aggregation.py
-	$(PY) benchmarks/inference.py
+	$(PY) benchmarks/aggregation.py > benchmarks/results/aggregation.md
+	$(PY) benchmarks/inference.py > benchmarks/results/inference.md
 
 style: setup
 	$(PY) -m ruff check .

@@ -1,0 +1,217 @@
+"""What an answer costs, part by part: tower, controller, relation map, aggregation, projector, prefill, decode step.
+
+    python benchmarks/inference.py > benchmarks/results/inference.md
+
+A question of a few tokens about one image, on random weights: nothing that is timed depends on their values, since the
+clustering runs a fixed number of rounds. The parts are those of docs/method.md; progress goes to stderr.
+"""
+
+import argparse
+from time import perf_counter, process_time
+
+import torch
+from timing import interleaved, machine, milliseconds, table
+from transformers import DINOv3ViTConfig, Qwen2Config
+
+from modeling_granulon import GranulonConfig, GranulonForConditionalGeneration
+from modeling_granulon.vision_features import RelationMap, rotate, vision_features
+
+SHAPES = {
+    "tiny": (
+        "a small DINOv3 ViT (4 layers of width 64) and a small Qwen2 (4 layers of width 128)",
+        {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 4, "num_attention_heads": 4},
+        {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 4, "vocab_size": 512}
+        | {"num_attention_heads": 4, "num_key_value_heads": 2},
+    ),
+    "real": (
+        "DINOv3 ViT-L/16 and the decoder of Qwen2.5-0.5B",
+        {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16},
+        {"hidden_size": 896, "intermediate_size": 4864, "num_hidden_layers": 24, "vocab_size": 151936}
+        | {"num_attention_heads": 14, "num_key_value_heads": 2},
+    ),
+}
+PATCH = 16
+BEFORE, QUESTION, AFTER = 4, 12, 5  # tokens of the prompt around the image, as a chat template writes it
+VIEWS = ("full", "pixel", "semantic")
+PREFACE = f"""\
+# Inference, part by part
+
+{{machine}}, {{dtype}}; {{clock}}, medians of {{rounds}} interleaved rounds; one image, random weights.
+
+- The prompt is {BEFORE} tokens, the image, a question of {QUESTION} tokens and {AFTER} more. The semantic view shows
+  all its slots, as the finest level fills them.
+- "Prefill", of which the shares are taken, is the tower and the language model's prefill of the full view.
+- On a CPU the model runs in float32: without a matrix unit, bfloat16 products are slower there. On CUDA, bfloat16."""
+GOALS = {224: (0.01, 3), 448: (0.01, 10), 896: (0.02, 45)}  # pixels: the largest share, the smallest ratio
+
+
+def build(name: str, device: str, dtype: torch.dtype) -> GranulonForConditionalGeneration:
+    """A Granulon of the shapes that `name` stands for, with random weights and the default levels."""
+    _, vision, text = SHAPES[name]
+    config = GranulonConfig(
+        vision_config=DINOv3ViTConfig(**vision, patch_size=PATCH, num_register_tokens=4).to_dict(),
+        text_config=Qwen2Config(**text, max_position_embeddings=32768, tie_word_embeddings=True).to_dict(),
+        image_token_id=text["vocab_size"] - 1,
+    )
+    torch.manual_seed(0)
+    with torch.device(device):
+        return GranulonForConditionalGeneration(config).to(dtype).eval()
+
+
+def visual_parts(head: GranulonForConditionalGeneration, size: int) -> dict:
+    """The calls that turn an image and its question into image tokens, on what the part before each gives."""
+    model, config = head.model, head.config
+    pixels = torch.rand(1, 3, size, size, device=head.device, dtype=head.dtype)
+    vision = vision_features(model.vision_tower, pixels)
+    cos_NC, sin_NC = model.vision_tower.rope_embeddings(pixels)
+    question = torch.randint(config.image_token_id, (1, QUESTION), device=head.device)
+    mask = torch.ones_like(question)
+    _, _, weights_BG = model.choose_level(1, question, mask)
+    semantic = vision.features[:, : config.max_semantic_tokens]
+
+    def relation(stride: int) -> torch.Tensor:
+        query, key = (rotate(x, cos_NC, sin_NC) for x in (vision.relation.query, vision.relation.key))
+        return RelationMap(query, key, vision.relation.scale, vision.grid).pooled(stride)
+
+    def aggregate(level: dict, attention: torch.Tensor):
+        return model.aggregation(
+            vision.features, attention, level["stride"], level["clusters"], vision.grid, top_k=level["keep"]
+        )
+
+    calls = {
+        "tower": lambda: model.vision_tower(pixels),
+        "controller": lambda: model.choose_level(1, question, mask),
+        "projector": lambda: model.multi_modal_projector(vision.features, semantic, weights_BG),
+    }
+    for level in config.granularities:
+        attention = relation(level["stride"])
+        calls[f"relation map, {level['name']}"] = lambda stride=level["stride"]: relation(stride)
+        calls[f"AdaTA, {level['name']}"] = lambda level=level, attention=attention: aggregate(level, attention)
+    return calls
+
+
+def text_parts(head: GranulonForConditionalGeneration, size: int) -> tuple[dict, dict[str, int]]:
+    """The prefill and a decode step after it, per view, as `generate` runs them; and the length of each prompt."""
+    config, patches = head.config, (size // PATCH) ** 2
+    slots = {"full": patches + config.max_semantic_tokens, "pixel": patches, "semantic": config.max_semantic_tokens}
+    prefills, steps, lengths = {}, {}, {}
+    for view in VIEWS:
+        ids = torch.randint(config.image_token_id, (1, BEFORE + slots[view] + QUESTION + AFTER), device=head.device)
+        ids[:, BEFORE : BEFORE + slots[view]] = config.image_token_id
+        embeds = torch.randn(1, slots[view], config.text_config.hidden_size, device=head.device, dtype=head.dtype)
+        mask = torch.ones_like(ids)
+        prompt = {"input_ids": ids, "image_embeds": embeds, "attention_mask": mask, "logits_to_keep": 1}
+        cache = head(**prompt).past_key_values
+        longer = torch.cat([mask, mask[:, :1]], dim=1)
+        token = {"input_ids": ids[:, :1], "attention_mask": longer, "past_key_values": cache, "logits_to_keep": 1}
+
+        def step(token=token):
+            head(**token)
+            token["past_key_values"].crop(-1)
+
+        prefills[f"prefill, {view}"] = lambda prompt=prompt: head(**prompt)
+        steps[f"decode step, {view}"] = step
+        lengths[view] = ids.shape[1]
+    return prefills | steps, lengths
+
+
+def shares(seconds: dict[str, float], levels: list[str]) -> dict[str, float]:
+    """Controller, relation map and aggregation of each level, against the tower and the prefill of the full view."""
+    prefill = seconds["tower"] + seconds["prefill, full"]
+    return {level: sum(seconds[part] for part in parts_of(level)) / prefill for level in levels}
+
+
+def parts_of(level: str) -> list[str]:
+    return ["controller", f"relation map, {level}", f"AdaTA, {level}"]
+
+
+def verdicts(size: int, seconds: dict[str, float], lengths: dict[str, int], levels: list[str]) -> list[str]:
+    """The goals at this size, each met or with what stands in the way."""
+    largest, smallest = GOALS[size]
+    by_level = shares(seconds, levels)
+    level = max(levels, key=by_level.get)
+    share = f"{size} px: controller, relation map and AdaTA take {by_level[level]:.2%} ({level}), goal {largest:.0%}"
+    if by_level[level] <= largest:
+        share += ": met."
+    else:
+        dearest = max(parts_of(level), key=seconds.get)
+        allowed = largest * (seconds["tower"] + seconds["prefill, full"])
+        share += (
+            f": not met. {dearest} alone takes {milliseconds(seconds[dearest])} ms, and the goal leaves "
+            f"{milliseconds(allowed)} ms for all of them."
+        )
+    faster = seconds["prefill, full"] / seconds["prefill, semantic"]
+    ratio = f"{size} px: the semantic view's prefill is {faster:.1f}x faster than the full one's, goal {smallest}x"
+    if faster >= smallest:
+        ratio += ": met."
+    else:
+        reading = seconds["decode step, semantic"] / seconds["prefill, semantic"]
+        ratio += (
+            f": not met. Its prompt is {lengths['full'] / lengths['semantic']:.1f}x shorter, but one token alone, "
+            f"that is reading the weights, takes {reading:.0%} of its time."
+        )
+    return [share, ratio]
+
+
+def report(sizes: list[int], results: list[tuple[dict[str, float], dict[str, int]]], levels: list[str]) -> str:
+    """Two Markdown tables: the time of each part, and the ratios."""
+    header = [f"{size} px" for size in sizes]
+    parts = [[part, *(milliseconds(seconds[part]) for seconds, _ in results)] for part in results[0][0]]
+    ratios = [[f"prompt tokens, {view}", *(lengths[view] for _, lengths in results)] for view in VIEWS]
+    for level in levels:
+        row = [f"{shares(seconds, levels)[level]:.2%}" for seconds, _ in results]
+        ratios.append([f"controller + relation map + AdaTA, {level}: share of prefill", *row])
+    for view in VIEWS[1:]:
+        row = [f"{seconds['prefill, full'] / seconds[f'prefill, {view}']:.1f}x" for seconds, _ in results]
+        ratios.append([f"prefill of the language model, full / {view}", *row])
+    row = [f"{first_token(seconds, 'full') / first_token(seconds, 'semantic'):.1f}x" for seconds, _ in results]
+    ratios.append(["the same with tower and projector, full / semantic", *row])
+    return table(["milliseconds", *header], parts) + "\n\n" + table(["ratio", *header], ratios)
+
+
+def first_token(seconds: dict[str, float], view: str) -> float:
+    return seconds["tower"] + seconds["projector"] + seconds[f"prefill, {view}"]
+
+
+@torch.no_grad()
+def measure(name: str, sizes: list[int], head: GranulonForConditionalGeneration, **timing) -> str:
+    """The Markdown section of one model."""
+    levels, results = head.config.granularity_names, []
+    for size in sizes:
+        calls, lengths = text_parts(head, size)
+        results.append((interleaved(visual_parts(head, size) | calls, device=head.device, **timing), lengths))
+    section = f"## {name.capitalize()} shapes: {SHAPES[name][0]}\n\n{report(sizes, results, levels)}"
+    if name == "real" and GOALS.keys() & set(sizes):
+        lines = [verdicts(size, *result, levels) for size, result in zip(sizes, results) if size in GOALS]
+        section += "\n\n" + "\n".join(f"- {line}" for pair in lines for line in pair)
+    return section
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", nargs="+", choices=SHAPES, default=list(SHAPES), help="shapes to run (both)")
+    parser.add_argument(
+        "--sizes", nargs="+", type=int, default=[224, 448, 896], help="image sides in pixels (224 448 896)"
+    )
+    parser.add_argument("--rounds", type=int, default=3, help="rounds of which the median is taken (3)")
+    parser.add_argument("--threads", type=int, default=2, help="CPU threads (2)")
+    parser.add_argument("--cpu-time", action="store_true", help="CPU time of one thread, for a machine that is shared")
+    parser.add_argument("--quick", action="store_true", help="one round of the tiny shapes at 64 pixels")
+    options = parser.parse_args()
+    if options.quick:
+        options.model, options.sizes, options.rounds = ["tiny"], [64], 1
+    if wrong := [size for size in options.sizes if size < PATCH or size % PATCH]:
+        parser.error(f"--sizes {wrong}: a size must be a multiple of the patch size, {PATCH}")
+    torch.set_num_threads(1 if options.cpu_time else options.threads)
+    on_cuda = torch.cuda.is_available() and not options.cpu_time
+    device, dtype = ("cuda", torch.bfloat16) if on_cuda else ("cpu", torch.float32)
+    clock, clock_name = (process_time, "CPU time") if options.cpu_time else (perf_counter, "wall time")
+    dtype_name = str(dtype).removeprefix("torch.")
+    print(PREFACE.format(machine=machine(device), dtype=dtype_name, clock=clock_name, rounds=options.rounds))
+    for name in options.model:
+        head = build(name, device, dtype)
+        print("\n" + measure(name, options.sizes, head, rounds=options.rounds, clock=clock), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,33 @@
+"""Run by the demo in a process of its own, which knows the checkpoint folder and nothing of this package."""
+
+import json
+import sys
+from pathlib import Path
+
+from transformers import pipeline
+
+
+def chat(image: str, question: str) -> list[dict]:
+    return [{"role": "user", "content": [{"type": "image", "path": image}, {"type": "text", "text": question}]}]
+
+
+def main(output: Path):
+    rows = json.loads((output / "questions.json").read_text())
+    pipe = pipeline("image-text-to-text", model=str(output / "checkpoint"), trust_remote_code=True)
+    for key, image in (("answer", "image"), ("other_answer", "other_image")):
+        chats = [chat(row[image], row["question"]) for row in rows]
+        generate = {"max_new_tokens": 8, "do_sample": False}
+        answers = pipe(text=chats, batch_size=64, generate_kwargs=generate, return_full_text=False)
+        for row, answer in zip(rows, answers, strict=True):
+            row[key] = answer[0]["generated_text"].strip()
+    names = [level["name"] for level in pipe.model.config.granularities]
+    for row in rows:
+        inputs = pipe.processor.apply_chat_template(
+            chat(row["image"], row["question"]), tokenize=True, return_dict=True, return_tensors="pt"
+        )
+        row["chosen"] = names[int(pipe.model.explain(**inputs).granularity_index[0])]
+    (output / "answers.json").write_text(json.dumps(rows, indent=1))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
