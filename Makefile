@@ -15,7 +15,7 @@ setup: $(VENV)/stamp
 
 $(VENV)/stamp: setup.cfg constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(PY) -m pip install --constraint constraints.txt --editable ".[train,annotate,dev]"
+	$(PY) -m pip install --constraint constraints.txt --editable ".[train,annotate,space,serve,dev]"
 	touch $@
 
 # The oldest supported transformers, laid over what .venv holds: packages found here first, there second.
