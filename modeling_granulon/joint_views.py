@@ -11,8 +11,9 @@ from typing import NamedTuple
 
 import torch
 
-FULL, PIXEL, SEMANTIC = "full", "pixel", "semantic"
+FULL, PIXEL, SEMANTIC = VIEW_ORDER = "full", "pixel", "semantic"
 TEXT_ROLE, PIXEL_ROLE, SEMANTIC_ROLE = 0, 1, 2
+HIDDEN_ROLE = {FULL: -1, PIXEL: SEMANTIC_ROLE, SEMANTIC: PIXEL_ROLE}
 
 
 class SlotLayout(NamedTuple):
@@ -101,8 +102,7 @@ def gather_slots(placeholder_BT: torch.Tensor, values: torch.Tensor) -> torch.Te
 
 def visible_roles(role: torch.Tensor, views: list[str]) -> torch.Tensor:
     """Which slots each row's view shows: (B,...) roles and one view per row give a mask of the same shape."""
-    hidden_role = {FULL: -1, PIXEL: SEMANTIC_ROLE, SEMANTIC: PIXEL_ROLE}
-    hidden_B = torch.tensor([hidden_role[view] for view in views], device=role.device)
+    hidden_B = torch.tensor([HIDDEN_ROLE[view] for view in views], device=role.device)
     return role != hidden_B.view(-1, *[1] * (role.dim() - 1))
 
 
@@ -172,9 +172,22 @@ class PackedViews(NamedTuple):
         """The prompt's labels on the packed sequence, (B,P), for the usual shift by one; -100 where none counts."""
         return take(labels_BT, self.source_BP).masked_fill(~self.scored_BP, -100)
 
+    def predictors(self, index_BL: torch.Tensor, view: str) -> torch.Tensor:
+        """Where the tokens stand that predict the given prompt tokens in a view, (B,L) places in the packed sequence.
 
-def pack_views(role_BT: torch.Tensor, mask_BT: torch.Tensor) -> PackedViews:
-    """The joint likelihood's three views in one pass (Eq. 9, 10).
+        What a partial view shares with the full one is predicted there, as are all tokens of a row without images.
+        """
+        copied_BP = self.scored_BP & (self.view_BP == VIEW_ORDER.index(view))
+        place_BP = torch.arange(copied_BP.shape[1], device=copied_BP.device).expand_as(copied_BP)
+        # A token's place is the last one that copies it in this view, and its own in the full row otherwise.
+        own_BP = place_BP.scatter_reduce(1, self.source_BP, place_BP * copied_BP, "amax")
+        return (own_BP.gather(1, index_BL) - 1).clamp_min(0)
+
+
+def pack_views(
+    role_BT: torch.Tensor, mask_BT: torch.Tensor, partial_views: tuple[str, ...] = (PIXEL, SEMANTIC)
+) -> PackedViews:
+    """The joint likelihood's views in one pass (Eq. 9, 10).
 
     The full rows come first. A partial view shares what stands before its first hidden slot, so only the rest is
     copied, led by the last shared token, which predicts the first copied one. Rows without images get no copies.
@@ -182,23 +195,26 @@ def pack_views(role_BT: torch.Tensor, mask_BT: torch.Tensor) -> PackedViews:
     Args:
         role_BT: long, from `slot_roles`.
         mask_BT: 1 on tokens that the full view sees: no padding, no unused semantic slot.
+        partial_views: those that are packed behind the full one.
     """
     mask_BT = mask_BT.bool()
     token_T = torch.arange(role_BT.shape[1], device=role_BT.device)
-    copies = [_view_copy(role_BT, mask_BT, hidden) for hidden in (SEMANTIC_ROLE, PIXEL_ROLE)]
+    copies = [_view_copy(role_BT, mask_BT, HIDDEN_ROLE[view]) for view in partial_views]
     source = torch.cat([token_T.expand_as(role_BT), *(copy[0] for copy in copies)], dim=1)
     valid = torch.cat([mask_BT, *(copy[1] for copy in copies)], dim=1)
     position_ids = torch.cat([positions(mask_BT), *(copy[2] for copy in copies)], dim=1)
     widths = torch.tensor([role_BT.shape[1], *(copy[0].shape[1] for copy in copies)], device=role_BT.device)
-    view_P = torch.arange(3, device=role_BT.device).repeat_interleave(widths, output_size=source.shape[1])
-    starts_B3 = torch.stack([torch.zeros_like(copies[0][3]), *(copy[3] for copy in copies)], dim=1)
+    block_P = torch.arange(len(widths), device=role_BT.device).repeat_interleave(widths, output_size=source.shape[1])
+    no_start_B = torch.zeros_like(role_BT[:, 0])
+    starts_BV = torch.stack([no_start_B, *(copy[3] for copy in copies)], dim=1)
 
-    same_view_PP = view_P.unsqueeze(1) == view_P
+    same_view_PP = block_P.unsqueeze(1) == block_P
     before_BPP = source.unsqueeze(1) <= source.unsqueeze(2)
-    shared_BPP = (view_P == 0) & (source.unsqueeze(1) < starts_B3[:, view_P].unsqueeze(2))
+    shared_BPP = (block_P == 0) & (source.unsqueeze(1) < starts_BV[:, block_P].unsqueeze(2))
     mask_BPP = valid.unsqueeze(1) & before_BPP & (same_view_PP | shared_BPP)
     mask_BPP |= torch.eye(source.shape[1], dtype=torch.bool, device=source.device)
-    view_BP = view_P.expand_as(source).masked_fill(~valid, -1)
+    view_V = torch.tensor([VIEW_ORDER.index(view) for view in (FULL, *partial_views)], device=role_BT.device)
+    view_BP = view_V[block_P].expand_as(source).masked_fill(~valid, -1)
     follows_BP = torch.nn.functional.pad(view_BP[:, 1:] == view_BP[:, :-1], (1, 0))
     return PackedViews(source, view_BP, mask_BPP, position_ids, valid & follows_BP)
 

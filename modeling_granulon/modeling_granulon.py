@@ -28,6 +28,8 @@ from .generation_granulon import GranulonGenerationMixin
 from .granularity_controller import GranularityController, choose_granularity, first_layer_states
 from .joint_views import (
     FULL,
+    PIXEL,
+    SEMANTIC,
     PackedViews,
     gather_slots,
     hide_slots,
@@ -386,7 +388,8 @@ class GranulonModel(GranulonPreTrainedModel):
         question_attention_mask: torch.Tensor | None = None,
         granularity: str | int | Sequence | torch.Tensor | None = None,
         visual_view: str | None = None,
-        joint_views: bool = False,
+        joint_views: bool | Sequence[str] = False,
+        predict: torch.LongTensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> GranulonModelOutputWithPast:
         """One pass over `[text before | N pixel | K semantic | text after]` (Eq. 8).
@@ -401,7 +404,10 @@ class GranulonModel(GranulonPreTrainedModel):
             granularity: a level's name or index, for all rows or one per row, instead of the controller's choice.
             visual_view: "full", "pixel", "semantic" or "auto": masks the other slots of a full prompt. A prompt that
                 the processor made for one view is read as such without it.
-            joint_views: run the full, the pixel-only and the semantic-only prompt as one packed sequence (Eq. 9, 10).
+            joint_views: run the full, the pixel-only and the semantic-only prompt as one packed sequence (Eq. 9, 10);
+                or the partial views that follow the full one, such as `("semantic",)`.
+            predict: (B,L) long, places of prompt tokens: `last_hidden_state` is then (B,V*L,E), the states that
+                predict these tokens, view after view, for a head that needs no others.
 
         When continuing from `past_key_values` by hand, pass the attention mask that hides the empty slots; `generate`
         does.
@@ -437,15 +443,18 @@ class GranulonModel(GranulonPreTrainedModel):
             role_BT = slot_roles(placeholder_BT, role_BR.to(placeholder_BT.device))
         elif image_embeds is None and past_key_values is None:
             refuse_lone_placeholders(placeholder_BT)
+            if self.training:
+                inputs_embeds = inputs_embeds + self._idle_parts()
         if image_embeds is not None:
             image_embeds = image_embeds.to(inputs_embeds.device, inputs_embeds.dtype)
             inputs_embeds = torch.where(
                 placeholder_BT.unsqueeze(-1), gather_slots(placeholder_BT, image_embeds), inputs_embeds
             )
 
-        packed = None
-        if joint_views:
-            packed = pack_views(role_BT, torch.ones_like(role_BT) if attention_mask is None else attention_mask)
+        packed, partial_views = None, (PIXEL, SEMANTIC) if joint_views is True else tuple(joint_views or ())
+        if partial_views:
+            seen_BT = torch.ones_like(role_BT) if attention_mask is None else attention_mask
+            packed = pack_views(role_BT, seen_BT, partial_views)
             inputs_embeds = take(inputs_embeds, packed.source_BP)
             attention_mask = self._packed_mask(packed.mask_BPP, inputs_embeds.dtype)
             position_ids = packed.position_ids_BP
@@ -459,14 +468,31 @@ class GranulonModel(GranulonPreTrainedModel):
             past_key_values=past_key_values,
             **kwargs,
         )
+        states = outputs.last_hidden_state
+        if predict is not None:
+            views = (FULL, *partial_views)
+            before_BL = (predict - 1).clamp_min(0)
+            places = [before_BL] if packed is None else [packed.predictors(predict, view) for view in views]
+            states = take(states, torch.cat(places, dim=1).to(states.device))
         return GranulonModelOutputWithPast(
-            last_hidden_state=outputs.last_hidden_state,
+            last_hidden_state=states,
             past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
             packed_views=packed,
             **visual,
         )
+
+    def _idle_parts(self) -> torch.Tensor:
+        """Zero, by way of projector and controller, so that a batch without images reduces the same gradients."""
+        zeros_11D = torch.zeros(1, 1, feature_width_of(self.config.vision_config), device=self.device)
+        weights_1G = torch.ones(1, len(self.config.granularities), device=self.device)
+        if self.granularity_controller is not None:
+            states_11E = torch.zeros(1, 1, self.config.text_config.hidden_size, device=self.device, dtype=self.dtype)
+            logits_1G = self.granularity_controller(states_11E, torch.ones_like(states_11E[..., 0], dtype=torch.long))
+            weights_1G = logits_1G.softmax(-1)
+        tokens = self.multi_modal_projector(zeros_11D, zeros_11D, weights_1G)
+        return 0 * sum(group.sum() for group in tokens if group is not None)
 
     def _packed_mask(self, mask_BPP: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         """The packed sequence's mask in the form the language model's attention takes, (B,1,P,P)."""
