@@ -1,0 +1,303 @@
+"""One stored row, in any of the formats that people use, to the answers it holds.
+
+Every answer of a conversation becomes a `Turn` of its own, with what came before as its prompt: the controller reads
+the latest question, so that each answer needs an image read for its own question.
+"""
+
+import base64
+import json
+import os
+from dataclasses import dataclass
+
+import fsspec
+from datasets import Features, Json, List
+
+from modeling_granulon.image_io import load_rgb
+
+# What a row of each format must hold.
+FORMATS = {
+    "llava": ("conversations",),
+    "messages": ("messages",),
+    "prompt-completion": ("prompt", "completion"),
+    "question-answer": ("question", "answer"),
+}
+FIELDS = ("conversations", "messages", "prompt", "completion", "question", "answer", "images", "granularity")
+ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
+IMAGE_MARK = "<image>"
+
+
+class BadRow(ValueError):
+    """A row that cannot be trained on; the message says why."""
+
+
+@dataclass
+class Turn:
+    """One answer and what it needs; `images` are mappings with `bytes` or `path`, in the order of the prompt."""
+
+    prompt: list[dict]
+    completion: list[dict]
+    images: list[dict]
+    granularity: str | None
+
+
+@dataclass
+class Reader:
+    """Reads the rows of one source, as stored, into `Turn`s."""
+
+    label: str
+    format: str
+    columns: dict[str, str]  # our name -> column
+    image_folder: str
+    question: str | None = None
+    is_lines: bool = False
+    features: Features | None = None
+
+    def row(self, stored: dict) -> dict | None:
+        """A stored row as plain Python; None for an empty line."""
+        return parsed(stored, self.is_lines, self.features)
+
+    def shown(self, stored: dict) -> dict:
+        """A stored row as the quarantine shows it: without the bytes of images."""
+        try:
+            row = self.row(stored)
+        except Exception:  # as in turns
+            row = stored
+        return without_bytes(row)
+
+    def turns(self, stored: dict) -> list[Turn]:
+        """The answers of a stored row with their prompts; raises `BadRow` and nothing else."""
+        try:
+            return self._turns(stored)
+        except BadRow:
+            raise
+        except Exception as error:  # rows are written by strangers, who are more inventive than any check
+            raise BadRow(f"it cannot be read: {type(error).__name__}: {error}") from error
+
+    def _turns(self, stored: dict) -> list[Turn]:
+        row = self.row(stored)
+        if row is None:
+            return []
+        given = {name: row.get(column) for name, column in self.columns.items()}
+        if self.format == "question-answer" and given.get("question") is None:
+            given["question"] = self.question
+        missing = [self.columns.get(name, name) for name in FORMATS[self.format] if given.get(name) is None]
+        if self.format == "question-answer" and "images" in self.columns and given["images"] is None:
+            missing.append(self.columns["images"])  # an empty list says that there is none on purpose
+        if missing:
+            raise BadRow(f"it has no {' and no '.join(missing)}")
+        images = [self._image(image) for image in _as_list(given.get("images"))]
+        messages, first_target = self._messages(given)
+        messages, images = _with_images(messages, images, self._image)
+        return _split_turns(messages, first_target, images, given.get("granularity"))
+
+    def _messages(self, given: dict) -> tuple[list[dict], int]:
+        """The conversation, and the index from which its answers are trained on."""
+        if self.format == "llava":
+            turns = [(turn.get("from"), turn.get("value")) for turn in _mappings(given["conversations"])]
+            return [_message(*turn) for turn in turns], 0
+        if self.format == "messages":
+            return [_message(turn.get("role"), turn.get("content")) for turn in _mappings(given["messages"])], 0
+        if self.format == "question-answer":
+            return [_message("user", _text(given["question"])), _message("assistant", _text(given["answer"]))], 0
+        prompt, completion = (
+            [{"role": role, "content": given[name]}] if isinstance(given[name], str) else _mappings(given[name])
+            for name, role in (("prompt", "user"), ("completion", "assistant"))
+        )
+        return [_message(turn.get("role"), turn.get("content")) for turn in prompt + completion], len(prompt)
+
+    def _image(self, image) -> dict:
+        """Where an image is: bytes, or a path that opens from here."""
+        if isinstance(image, dict) and "url" in image:
+            image = image["url"]
+        if isinstance(image, dict) and (image.get("bytes") is not None or image.get("path")):
+            content, path = image.get("bytes"), image.get("path")
+        elif isinstance(image, (bytes, bytearray)):
+            content, path = bytes(image), None
+        elif isinstance(image, str) and image.startswith("data:"):
+            content, path = _base64_bytes(image), None
+        elif isinstance(image, str) and "://" in image:
+            raise BadRow(f"image {image} is an address; download it and give the file")
+        elif isinstance(image, str) and image:
+            content, path = None, image
+        else:
+            raise BadRow(f"an image is a file name or bytes, found {type(image).__name__}")
+        if path and content is None and "://" not in path:
+            path = os.path.join(self.image_folder, path)
+        return {"bytes": content, "path": path}
+
+
+def open_image(image: dict):
+    """The RGB picture of an entry of `Turn.images`; raises `ValueError`."""
+    if image["bytes"] is not None:
+        return load_rgb(image["bytes"])
+    if "://" not in image["path"]:
+        return load_rgb(image["path"])
+    try:
+        with fsspec.open(image["path"], "rb") as file:
+            content = file.read()
+    except Exception as error:  # each of fsspec's file systems has exceptions of its own
+        raise ValueError(f"image {image['path']} cannot be read: {error}") from error
+    return load_rgb(content)
+
+
+def parsed(stored: dict, is_lines: bool, features: Features | None) -> dict | None:
+    """A stored row as plain Python; None for an empty line; raises `BadRow` for a line that is no JSON object."""
+    if not is_lines:
+        row = _decode_json(stored, features)
+        inner = row.get("json") if "__key__" in row else None  # WebDataset: a sample's texts are in its .json
+        return {**inner, **{k: v for k, v in row.items() if k != "json"}} if isinstance(inner, dict) else row
+    line = stored["text"]
+    if not line.strip():
+        return None
+    if "\ufffd" in line:
+        raise BadRow("the line is not UTF-8")
+    try:
+        row = json.loads(line)
+    except ValueError as error:
+        raise BadRow(f"the line is not JSON: {error}") from error
+    if not isinstance(row, dict):
+        raise BadRow(f"the line holds a JSON {type(row).__name__}, expected an object")
+    return row
+
+
+def _decode_json(value, feature):
+    """`datasets` stores what has no fixed type as JSON text."""
+    if value is None or feature is None:
+        return value
+    if isinstance(feature, Json):
+        return json.loads(value) if isinstance(value, str) else value
+    if isinstance(feature, dict):
+        return {key: _decode_json(entry, feature.get(key)) for key, entry in value.items()}
+    if isinstance(feature, List):
+        return [_decode_json(entry, feature.feature) for entry in value]
+    return value
+
+
+def _as_list(images) -> list:
+    if images is None or isinstance(images, (list, tuple)):
+        return [image for image in images or [] if image is not None]
+    return [images]
+
+
+def _mappings(turns) -> list[dict]:
+    turns = _from_json(turns)
+    turns = list(map(_from_json, turns)) if isinstance(turns, list) else turns
+    if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
+        raise BadRow(f"a conversation is a list of turns, found {type(turns).__name__}")
+    return turns
+
+
+def _text(value) -> str:
+    if isinstance(value, (int, float)):
+        return str(value)
+    if not isinstance(value, str):
+        raise BadRow(f"a question and its answer are texts, found {type(value).__name__}")
+    return value
+
+
+def _from_json(value):
+    """What was stored as JSON text, as `datasets` does where the entries of a list differ in form."""
+    try:
+        return json.loads(value) if isinstance(value, str) and value[:1] in ("{", "[") else value
+    except ValueError:
+        return value
+
+
+def _base64_bytes(address: str) -> bytes:
+    try:
+        return base64.b64decode(address.partition(",")[2], validate=True)
+    except ValueError as error:
+        raise BadRow(f"an image is given as broken base64: {error}") from error
+
+
+def _message(role, content) -> dict:
+    """A message whose content is a list of parts: `{"type": "text", "text"}` and `{"type": "image"[, "image"]}`."""
+    if role not in ROLES:
+        raise BadRow(f"a turn is by {role!r}, expected one of {tuple(ROLES)}")
+    role = ROLES[role]
+    if content is None:
+        return {"role": role, "content": []}
+    if isinstance(content, str):
+        pieces = [content] if role == "assistant" else content.split(IMAGE_MARK)
+        if len(pieces) > 1:  # "<image>\nWhat ...": the mark is a part, and its line break is not a text
+            pieces = [piece.strip() for piece in pieces]
+        parts = [{"type": "image"} if piece is None else {"type": "text", "text": piece} for piece in _spaced(pieces)]
+        return {"role": role, "content": parts}
+    if not isinstance(content, list):
+        raise BadRow(f"the content of a turn is a text or a list of parts, found {type(content).__name__}")
+    return {"role": role, "content": [_part(part, role) for part in content]}
+
+
+def _spaced(pieces: list[str]) -> list[str | None]:
+    """The pieces with None between each two, and no empty ones."""
+    spaced = [entry for piece in pieces for entry in (None, piece)][1:]
+    return [entry for entry in spaced if entry != ""]
+
+
+def _part(part, role: str) -> dict:
+    part = _from_json(part)
+    kind = part.get("type") if isinstance(part, dict) else type(part).__name__
+    if kind == "text" and isinstance(part.get("text"), str):
+        return {"type": "text", "text": part["text"]}
+    if kind not in ("image", "image_url"):
+        raise BadRow(f"a turn holds a part of type {kind!r}, expected text or image")
+    if role == "assistant":
+        raise BadRow("an answer holds an image")
+    given = [part[key] for key in ("image", "image_url", "path", "url", "bytes") if part.get(key) is not None]
+    return {"type": "image", "image": given[0]} if given else {"type": "image"}
+
+
+def _with_images(messages: list[dict], images: list[dict], locate) -> tuple[list[dict], list[dict]]:
+    """Messages with bare image parts, and the images in their order; images without a place go before the question."""
+    parts = [part for message in messages for part in message["content"] if part["type"] == "image"]
+    bare = sum("image" not in part for part in parts)
+    users = [message for message in messages if message["role"] == "user"]
+    if not parts and images and users:
+        users[0]["content"] = [{"type": "image"} for _ in images] + users[0]["content"]
+        return messages, images
+    if bare != len(images):
+        raise BadRow(f"it has {bare} places for images but {len(images)} images")
+    waiting = iter(images)
+    images = [locate(part.pop("image")) if "image" in part else next(waiting) for part in parts]
+    return messages, images
+
+
+def _split_turns(messages: list[dict], first_target: int, images: list[dict], granularity) -> list[Turn]:
+    """One `Turn` for each answer from `first_target` on; raises `BadRow` where a question has none."""
+    roles = [message["role"] for message in messages]
+    for index, role in enumerate(roles):
+        if role == "assistant" and roles[index - 1 : index] != ["user"]:
+            raise BadRow(f"turn {index} is an answer, but the turn before it is no question")
+    if not roles or roles[-1] != "assistant" or first_target >= len(roles):
+        raise BadRow("it does not end with an answer")
+    targets = [index for index, role in enumerate(roles) if role == "assistant" and index >= first_target]
+    given = granularity if isinstance(granularity, list) else [granularity] * len(targets)
+    if len(given) != len(targets):
+        raise BadRow(f"it has {len(given)} levels for {len(targets)} answers")
+    turns = []
+    for index, level in zip(targets, given, strict=True):
+        answer = "".join(part["text"] for part in messages[index]["content"])
+        if not answer.strip():
+            raise BadRow(f"turn {index} is an answer without text")
+        prompt = messages[:index]
+        shown = sum(part["type"] == "image" for message in prompt for part in message["content"])
+        completion = [{"role": "assistant", "content": [{"type": "text", "text": answer}]}]
+        turns.append(Turn(prompt, completion, images[:shown], _level(level)))
+    return turns
+
+
+def _level(name) -> str | None:
+    if name is not None and not isinstance(name, str):
+        raise BadRow(f"its level is {name!r}, expected a name")
+    return name or None
+
+
+def without_bytes(value):
+    """The same with a note in place of all bytes."""
+    if isinstance(value, (bytes, bytearray)):
+        return f"<{len(value)} bytes>"
+    if isinstance(value, dict):
+        return {key: without_bytes(entry) for key, entry in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [without_bytes(entry) for entry in value]
+    return value
