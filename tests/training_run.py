@@ -1,0 +1,252 @@
+"""Small trainings in processes of their own, which may be killed: what test_checkpoints and test_distributed run.
+
+    python training_run.py '{"folder": ..., "runs": [{"name": ..., "steps": ..., ...}, ...]}'
+
+Every run is a fork of a process that has only imported: as good as a fresh one, and there in no time. Under torchrun
+there is one run, and no fork. Runs of one name share their output folder; their losses gather in NAME/losses.jsonl.
+"""
+
+import hashlib
+import json
+import os
+import signal
+import sys
+import threading
+import time
+import traceback
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+import transformers
+from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
+from conftest import make_image, make_model, make_processor
+from datasets import Dataset
+from transformers import TrainerCallback
+from trl import SFTConfig, SFTTrainer
+
+from granulon.train.checkpoints import complete_checkpoint, resume_point
+from modeling_granulon import GranulonForConditionalGeneration, GranulonProcessor
+
+
+@dataclass
+class Run:
+    """One training; with `kill_at` or `kill_after` one that does not end."""
+
+    name: str
+    steps: int = 6
+    batch: int = 2
+    accumulate: int = 2
+    save_steps: int = 2
+    resume: bool = False
+    kill_at: int | None = None  # the how-maniest write of the saves, counted from 0
+    torn: bool = False  # and the file written before it stays half
+    kill_after: float | None = None  # seconds
+    engine: str = "ddp"  # or "fsdp2", where there are several processes
+    rows: str = "mixed"  # or "text": no row has an image
+    count: int = 10  # of rows: an epoch ends within the accumulation of a step
+    arguments: dict = field(default_factory=dict)  # further ones of the trainer's configuration
+
+
+def make_base(folder: Path, dropout: float):
+    """A small checkpoint as `granulon-assemble` leaves it: tied weights, a manifest and licences."""
+    model = make_model(tie_word_embeddings=True)
+    model.config.text_config.attention_dropout = dropout
+    model.save_pretrained(folder)
+    make_processor().save_pretrained(folder)
+    (folder / "granulon_manifest.json").write_text('{"image_token": "<|image_pad|>"}\n')
+    (folder / "licences" / "vision").mkdir(parents=True)
+    (folder / "licences" / "vision" / "LICENSE.md").write_text("the tower's licence\n")
+
+
+def make_rows(kind: str, count: int) -> Dataset:
+    """Answers of uneven length; of every six rows the third and fourth have an image, and here and there another."""
+    rows = []
+    for number in range(count):
+        image = [make_image(number)] if kind == "mixed" and (number // 2 % 3 == 1 or number % 7 == 6) else []
+        question = [{"type": "image"}] * len(image) + [{"type": "text", "text": f"How many are {number}?"}]
+        answer = [{"type": "text", "text": "so many " * (1 + number % 5)}]
+        prompt, completion = {"role": "user", "content": question}, {"role": "assistant", "content": answer}
+        rows.append({"prompt": [prompt], "completion": [completion], "images": image})
+    return Dataset.from_list(rows)
+
+
+class Trainer(SFTTrainer):
+    def _save_checkpoint(self, model, trial):
+        with complete_checkpoint(self, trial):
+            super()._save_checkpoint(model, trial)
+
+    def get_batch_samples(self, epoch_iterator, num_batches, device):
+        if self.state.global_step >= self.state.max_steps:  # resumed where training ended: Trainer would go on
+            return [], None
+        return super().get_batch_samples(epoch_iterator, num_batches, device)
+
+
+class Losses(TrainerCallback):
+    """Every log line, at once, where no kill can take it back."""
+
+    def __init__(self, file: Path):
+        self.file = file
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if state.is_world_process_zero and "loss" in logs:
+            with self.file.open("a") as file:
+                file.write(json.dumps({"step": state.global_step, **logs}) + "\n")
+
+
+class Writes:
+    """Counts what the process writes below a folder, and kills the process at a given write."""
+
+    EVENTS = {"os.mkdir", "os.rename", "shutil.rmtree"}
+    OF_RMTREE = {"os.remove", "os.rmdir"}  # it names what it removes by an open folder
+
+    def __init__(self, folder: Path, kill_at: int | None, torn: bool):
+        self.folder, self.kill_at, self.torn = str(folder), kill_at, torn
+        self.count, self.last = 0, None
+        sys.addaudithook(self._audit)
+        # These write files from C++ and Rust, where no event is raised.
+        torch.save = self._watched(torch.save)
+        transformers.modeling_utils.safe_save_file = self._watched(transformers.modeling_utils.safe_save_file)
+
+    def _audit(self, event, arguments):
+        if event == "open":
+            path, _, flags = arguments
+            if flags & (os.O_WRONLY | os.O_RDWR | os.O_CREAT):
+                self._write(path)
+        elif event in self.EVENTS:
+            self._write(arguments[0], is_file=False)
+        elif event in self.OF_RMTREE and arguments[1] != -1 and self.count:
+            self._count(None)
+
+    def _watched(self, save):
+        def watched(what, path, *args, **kwargs):
+            self._write(path)
+            save(what, path, *args, **kwargs)
+
+        return watched
+
+    def _write(self, path, is_file=True):
+        if isinstance(path, (str, os.PathLike)) and str(path).startswith(f"{self.folder}/checkpoint-"):
+            self._count(str(path) if is_file else None)
+
+    def _count(self, file):
+        if self.count == self.kill_at:
+            if self.torn and self.last and os.path.isfile(self.last):
+                os.truncate(self.last, os.path.getsize(self.last) // 2)
+            os.kill(os.getpid(), signal.SIGKILL)
+        self.count, self.last = self.count + 1, file
+
+
+def train(folder: Path, run: Run) -> dict:
+    """The run, to its end."""
+    output = folder / run.name
+    output.mkdir(parents=True, exist_ok=True)
+    writes = Writes(output, run.kill_at, run.torn)
+    model = GranulonForConditionalGeneration.from_pretrained(folder / "base")
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    values = {
+        "output_dir": str(output),
+        "max_steps": run.steps,
+        "per_device_train_batch_size": run.batch,
+        "gradient_accumulation_steps": run.accumulate,
+        "save_steps": run.save_steps,
+        "save_total_limit": 1,
+        "learning_rate": 1e-3,
+        "logging_steps": 1,
+        "max_length": None,
+        "report_to": "none",
+        "disable_tqdm": True,
+        "bf16": False,
+        "use_cpu": True,
+        "gradient_checkpointing": False,
+        **run.arguments,
+    }
+    trainer = Trainer(
+        model,
+        args=SFTConfig(**values),
+        train_dataset=make_rows(run.rows, run.count),
+        processing_class=GranulonProcessor.from_pretrained(folder / "base"),
+        callbacks=[Losses(output / "losses.jsonl")],
+    )
+    if run.engine == "fsdp2" and trainer.args.world_size > 1:
+        shard_on_cpu(trainer)
+    checkpoint = resume_point(output) if run.resume else None
+    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    after = trainer.accelerator.get_state_dict(trainer.model)  # gathered, where it was sharded
+    return {
+        "resumed": checkpoint and checkpoint.name,
+        "writes": writes.count,
+        "hash": weights_hash(after),
+        "unchanged": [name for name, value in after.items() if torch.equal(value, before[name])],
+        "tied": trainer.model.lm_head.weight is trainer.model.get_input_embeddings().weight,
+    }
+
+
+class ReduceUnused(TrainerCallback):
+    """A batch without images leaves the projector without gradient on its process only: zeros are reduced there."""
+
+    def on_train_begin(self, args, state, control, model=None, **kwargs):
+        model.set_reduce_scatter_unused_params(True)
+
+
+def shard_on_cpu(trainer):
+    """What Trainer and accelerate do under FSDP2, though accelerate turns it on for accelerators only.
+
+    The decoder's layers are sharded, and stay whole from forward to backward: the tower and the controller's extra
+    pass through the first layer happen where there are images, so that they must gather nothing.
+    """
+    state = trainer.accelerator.state
+    state.fsdp_plugin = FullyShardedDataParallelPlugin(
+        fsdp_version=2,
+        auto_wrap_policy="transformer_based_wrap",
+        transformer_cls_names_to_wrap=["Qwen2DecoderLayer"],
+        reshard_after_forward=False,
+    )
+    state.distributed_type = DistributedType.FSDP
+    trainer.is_fsdp_enabled = True
+    trainer.add_callback(ReduceUnused)
+
+
+def weights_hash(weights: dict) -> str:
+    digest = hashlib.sha256()
+    for name, value in sorted(weights.items()):
+        digest.update(name.encode() + value.detach().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def in_fork(folder: Path, run: Run) -> dict:
+    """What became of the run in a child of this process: its result, or the signal that ended it."""
+    result, start = folder / f"{run.name}.json", time.monotonic()
+    result.unlink(missing_ok=True)
+    child = os.fork()
+    if child == 0:
+        try:
+            result.write_text(json.dumps(train(folder, run)))
+            os._exit(0)
+        except BaseException:
+            traceback.print_exc()
+            os._exit(1)
+    if run.kill_after is not None:
+        threading.Timer(run.kill_after, os.kill, (child, signal.SIGKILL)).start()
+    status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    return {
+        "exit": status,
+        "seconds": time.monotonic() - start,
+        **(json.loads(result.read_text()) if not status else {}),
+    }
+
+
+def main():
+    task = json.loads(sys.argv[1])
+    folder = Path(task["folder"])
+    if "WORLD_SIZE" in os.environ:
+        result = train(folder, Run(**task["runs"][0]))
+        if os.environ["RANK"] == "0":
+            print("RESULT " + json.dumps(result), flush=True)
+        return
+    for run in task["runs"]:
+        print("RESULT " + json.dumps(in_fork(folder, Run(**run))), flush=True)
+
+
+if __name__ == "__main__":
+    main()
