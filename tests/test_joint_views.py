@@ -7,6 +7,7 @@ from conftest import make_image, make_inputs, make_model, make_processor
 from modeling_granulon.joint_views import (
     PIXEL_ROLE,
     SEMANTIC_ROLE,
+    VIEW_ORDER,
     compact,
     hide_slots,
     kept_last,
@@ -94,6 +95,44 @@ def test_the_packed_sequence_shares_the_prefix_and_copies_only_what_differs():
     seen = lambda query: sorted(source[packed.mask_BPP[0, query.item()]].tolist())  # noqa: E731
     assert seen(last_pixel) == [0, 1, 2, 3, 6, 7]
     assert seen(last_semantic) == [0, 1, 4, 5, 6, 7]
+
+
+@pytest.mark.parametrize("partial, copied", [(("pixel",), [3, 6, 7]), (("semantic",), [1, 4, 5, 6, 7]), ((), [])])
+def test_only_the_wanted_views_are_packed(partial, copied):
+    roles = torch.tensor([[0, 0, 1, 1, 2, 2, 0, 0]])
+    packed = pack_views(roles, torch.ones_like(roles), partial)
+    assert packed.source_BP[0, 8:].tolist() == copied
+    assert packed.view_BP[0, 8:].tolist() == [VIEW_ORDER.index(view) for view in partial for _ in copied]
+
+
+def test_a_token_is_predicted_by_the_one_before_it_in_its_view():
+    roles = torch.tensor([[0, 0, 1, 1, 2, 2, 0, 0], [0, 0, 0, 0, 0, 0, 0, 0]])
+    packed = pack_views(roles, torch.ones_like(roles))
+    tokens = torch.tensor([[1, 6, 7], [1, 6, 7]])
+    for view, before in (("full", [0, 5, 6]), ("pixel", [0, 3, 6]), ("semantic", [0, 5, 6])):
+        places = packed.predictors(tokens, view)
+        assert take(packed.source_BP, places).tolist() == [before, [0, 5, 6]]  # the second row has one view
+        own_view = take(packed.view_BP, places)[0, 1:].tolist()
+        assert own_view == [VIEW_ORDER.index(view)] * 2, "what differs is predicted by the view's own copy"
+
+
+@pytest.mark.parametrize("joint_views", [True, ("pixel",), ("semantic",), False])
+@pytest.mark.parametrize("padding_side", ["left", "right"])
+def test_predicted_states_are_those_of_separate_passes(joint_views, padding_side):
+    model, processor = make_model().model, make_processor()
+    images = [[make_image(0)], [make_image(1), make_image(2)], []]
+    questions = ["what is it?", "and these two, long question?", "hi"]
+    inputs = make_inputs(processor, questions, images, padding_side=padding_side)
+    last = inputs["attention_mask"].cumsum(-1).argmax(-1, keepdim=True)
+    predict = last - torch.tensor([0, 3])  # (B,2): the last token and one before it
+    with torch.no_grad():
+        states = model(**inputs, joint_views=joint_views, predict=predict).last_hidden_state
+        views = ["full", *(("pixel", "semantic") if joint_views is True else joint_views or ())]
+        alone = [
+            take(model(**inputs, visual_view=None if view == "full" else view).last_hidden_state, predict - 1)
+            for view in views
+        ]
+    torch.testing.assert_close(states, torch.cat(alone, dim=1), atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])

@@ -1,0 +1,165 @@
+"""Every recipe and every cluster file that ships: complete, as the paper says, and able to take a step."""
+
+import json
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from accelerate.commands.config.config_args import load_config_from_file
+from conftest import make_image, make_model, make_processor
+
+from granulon.train import sft
+from granulon.train.stages import load_model
+
+RECIPES = {file.stem: yaml.safe_load(file.read_text()) for file in sorted(sft.RECIPES.glob("*.yaml"))}
+PAPER = [name for name in RECIPES if name.startswith("sft-")]
+ALIGNMENT = [name for name in RECIPES if name.startswith("align-")]
+BASELINES = [name for name in PAPER + ALIGNMENT if len(name.split("-")) > 3]
+CLUSTER = sft.RECIPES.parent / "cluster"
+TOWERS = {"clip": "clip", "siglip": "siglip", "dinov2": "dinov2"}
+
+
+def write_rows(source: dict):
+    """Eight rows where the recipe looks for its data, one of them without an image."""
+    file, folder = Path(source["path"]), Path(source["image_folder"])
+    folder.mkdir(parents=True, exist_ok=True)
+    make_image(1).save(folder / "1.png")
+    medical = {"question": "Which instrument is it?", "answer": "A grasper.", "image": "1.png", "granularity": "fine"}
+    turns = [{"from": "human", "value": "<image>\nWhat is this?"}, {"from": "gpt", "value": "A thing."}]
+    llava = {"id": "1", "image": "1.png", "conversations": turns}
+    text = [{"from": "human", "value": "And then?"}, {"from": "gpt", "value": "Nothing."}]
+    if file.suffix == ".jsonl":
+        file.write_text("\n".join([json.dumps(medical)] * 8))
+    else:
+        file.write_text(json.dumps([llava] * 7 + [{"id": "2", "conversations": text}]))
+
+
+def write_base(recipe: dict, name: str):
+    """A small model where the recipe looks for its base: with the tower and the language model it means."""
+    tower = next((tower for key, tower in TOWERS.items() if f"-{key}-" in name), "dinov3")
+    model = make_model(tower, "llama" if "llama" in name else "qwen2", tie_word_embeddings=True)
+    folder = Path(recipe["model_name_or_path"])
+    model.save_pretrained(folder)
+    make_processor().save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_recipe_takes_two_steps(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    recipe, options = RECIPES[name], ["--max_steps", "2", "--use_cpu", "true", "--disable_tqdm", "true"]
+    if recipe["model_name_or_path"] != "tiny":
+        base = write_base(recipe, name)
+        for source in recipe["data"] + recipe.get("eval_data", []):
+            write_rows(source)
+        # Fewer processes and rows, and no waiting; everything else is the recipe's.
+        options += ["--dataloader_num_workers", "0", "--dataset_num_proc", "None", "--report_to", "none"]
+        options += ["--per_device_train_batch_size", "2", "--global_batch_size", "4"]
+    sft.main(["--config", name, *options])
+    output = Path(recipe["output_dir"])
+    saved = load_model(str(output / "model"))
+    assert (output / "adapter").exists() == recipe.get("use_peft", False)
+    if recipe["model_name_or_path"] != "tiny":
+        before = load_model(str(base), granularities=recipe.get("granularities")).state_dict()
+        same = {key for key, value in saved.state_dict().items() if torch.equal(value.float(), before[key].float())}
+        tower = {key for key in before if "vision_tower" in key}
+        assert same < set(before) and (tower <= same or recipe["dtype"] == "bfloat16")
+    assert (saved.config.granularities == []) == ("granularities" in recipe)
+
+
+@pytest.mark.parametrize("name", PAPER)
+def test_joint_tuning_has_the_papers_values(name):
+    recipe = RECIPES[name]
+    assert (recipe["num_train_epochs"], recipe["global_batch_size"], recipe["learning_rate"]) == (2, 128, 2e-5)
+    assert recipe["bf16"] and recipe["lr_scheduler_type"] == "cosine" and recipe["stage"] == "sft"
+
+
+@pytest.mark.parametrize("name", ALIGNMENT)
+def test_alignment_has_its_rate(name):
+    assert RECIPES[name]["learning_rate"] == 1e-3 and RECIPES[name]["stage"] == "align"
+
+
+@pytest.mark.parametrize("name", PAPER + ALIGNMENT)
+def test_eight_gpus_make_the_global_batch(name):
+    recipe = RECIPES[name]
+    assert recipe["global_batch_size"] % (8 * recipe["per_device_train_batch_size"]) == 0
+
+
+@pytest.mark.parametrize("name", PAPER)
+def test_joint_tuning_starts_from_its_alignment(name):
+    alignment = RECIPES[name.replace("sft-", "align-")]
+    assert RECIPES[name]["model_name_or_path"] == f"{alignment['output_dir']}/model"
+
+
+@pytest.mark.parametrize("name", BASELINES)
+def test_a_baseline_differs_in_encoder_levels_and_views_alone(name):
+    stage, _, text = name.split("-", 2)
+    own, ours = RECIPES[name], RECIPES[f"{stage}-{text}"]
+    differing = {key for key in own | ours if own.get(key) != ours.get(key)}
+    assert differing - {"model_name_or_path"} == {
+        "output_dir",
+        "granularities",
+        "pixel_loss_weight",
+        "semantic_loss_weight",
+    }
+    assert own["granularities"] == [] and own["pixel_loss_weight"] == own["semantic_loss_weight"] == 0
+
+
+def test_every_baseline_of_the_paper_is_there():
+    encoders = {name.split("-")[1] for name in BASELINES}
+    assert encoders == {"clip", "siglip", "dinov2", "dinov3"} and len(BASELINES) == 8
+
+
+@pytest.mark.parametrize("file", sorted(CLUSTER.glob("*.yaml")), ids=lambda file: file.stem)
+def test_accelerate_reads_the_cluster_files(file):
+    config = load_config_from_file(str(file))
+    kind = {"one_gpu": "NO", "ddp": "MULTI_GPU", "fsdp2": "FSDP", "zero2": "DEEPSPEED"}[file.stem]
+    assert config.distributed_type == kind and config.mixed_precision == "bf16"
+    assert config.num_processes == (1 if file.stem == "one_gpu" else 8)
+
+
+@pytest.fixture
+def slurm(tmp_path):
+    """Runs the template with stand-ins for Slurm and accelerate that write down how they were called."""
+    stand_ins = {
+        "srun": 'shift; SLURM_NODEID=1 exec "$@"',
+        "scontrol": 'if [ "$1" = show ]; then echo node1; echo node2; else echo "$@" >> requeued; fi',
+        "accelerate": 'echo "$@" > called; trap -p USR1 > traps; [ -z "$ENDS" ] || mkdir -p "$ENDS"; exit "$CODE"',
+    }
+    (tmp_path / "bin").mkdir()
+    for name, body in stand_ins.items():
+        (tmp_path / "bin" / name).write_text(f"#!/bin/bash\n{body}\n")
+        (tmp_path / "bin" / name).chmod(0o755)
+
+    def run(ends="", code="0", **variables):
+        path = f"{tmp_path / 'bin'}:{Path(os.sys.executable).parent}:{os.environ['PATH']}"
+        job = {"SLURM_JOB_ID": "42", "SLURM_NNODES": "2", "SLURM_JOB_NODELIST": "node[1-2]"}
+        environment = {**os.environ, **job, "PATH": path, "ENDS": ends, "CODE": code, **variables}
+        done = subprocess.run(
+            ["bash", str(CLUSTER / "slurm.sh"), "--seed", "1"], env=environment, cwd=tmp_path, capture_output=True
+        )
+        requeued = tmp_path / "requeued"
+        return done.returncode, (tmp_path / "called").read_text(), requeued.exists() and requeued.read_text()
+
+    return run
+
+
+def test_the_slurm_job_resumes_and_goes_back_to_the_queue_until_a_model_is_there(slurm, tmp_path):
+    code, called, requeued = slurm(RECIPE="sft-llama3.2-3b", ENGINE="fsdp2")
+    assert code == 0 and requeued == "requeue 42\n"
+    assert f"--config_file {CLUSTER}/fsdp2.yaml --num_machines 2 --num_processes 16 --machine_rank 1" in called
+    assert "--main_process_ip node1" in called
+    assert "--config sft-llama3.2-3b --output_dir runs/sft-llama3.2-3b --resume --seed 1" in called
+    assert (tmp_path / "traps").read_text() == "trap -- '' SIGUSR1\n"
+
+
+def test_a_finished_slurm_job_is_not_repeated(slurm):
+    assert slurm(ends="runs/sft-qwen2.5-1.5b/model")[::2] == (0, False)
+
+
+def test_a_failed_slurm_job_is_not_repeated(slurm):
+    code, _, requeued = slurm(code="3")
+    assert code == 3 and not requeued
