@@ -484,13 +484,13 @@ class GranulonModel(GranulonPreTrainedModel):
         )
 
     def _idle_parts(self) -> torch.Tensor:
-        """Zero, by way of projector and controller, so that a batch without images reduces the same gradients."""
+        """Zero, by way of controller and projector: without images, a process reduces the gradients that others do."""
         zeros_11D = torch.zeros(1, 1, feature_width_of(self.config.vision_config), device=self.device)
         weights_1G = torch.ones(1, len(self.config.granularities), device=self.device)
         if self.granularity_controller is not None:
-            states_11E = torch.zeros(1, 1, self.config.text_config.hidden_size, device=self.device, dtype=self.dtype)
-            logits_1G = self.granularity_controller(states_11E, torch.ones_like(states_11E[..., 0], dtype=torch.long))
-            weights_1G = logits_1G.softmax(-1)
+            ids_11 = torch.zeros(1, 1, dtype=torch.long, device=self.device)
+            states_11E = first_layer_states(self.language_model, ids_11, torch.ones_like(ids_11))
+            weights_1G = self.granularity_controller(states_11E, torch.ones_like(ids_11)).softmax(-1)
         tokens = self.multi_modal_projector(zeros_11D, zeros_11D, weights_1G)
         return 0 * sum(group.sum() for group in tokens if group is not None)
 

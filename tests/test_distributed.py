@@ -9,14 +9,14 @@ from test_checkpoints import ENVIRONMENT, SCRIPT, losses, run_all
 from training_run import make_base
 
 IN_ORDER = {"train_sampling_strategy": "sequential", "save_strategy": "no", "learning_rate": 1e-4}
-RUN = {"steps": 20, "accumulate": 2, "count": 36, "arguments": IN_ORDER}
+RUN = {"steps": 4, "accumulate": 2, "count": 36, "arguments": IN_ORDER}
 
 
 def run_two(folder, run):
     """The result of a run in two processes."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(SCRIPT)]
     task = json.dumps({"folder": str(folder), "runs": [run]})
-    done = subprocess.run([*command, task], env=ENVIRONMENT, capture_output=True, text=True, timeout=280)
+    done = subprocess.run([*command, task], env=ENVIRONMENT, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr[-4000:]
     return json.loads(next(line[7:] for line in done.stdout.splitlines() if line.startswith("RESULT ")))
 
@@ -29,12 +29,44 @@ def folder(tmp_path_factory):
 
 
 def assert_same_training(folder, run):
-    """Runs `run` in one process and in two, and compares; both results."""
-    (one,) = run_all(folder, [{**run, "name": "one", "batch": 4}])
-    two = run_two(folder, {**run, "name": "two", "batch": 2})
-    for step, (entry,) in losses(folder, "one").items():
-        (other,) = losses(folder, "two")[step]
-        assert other == pytest.approx(entry, rel=1e-6), f"step {step}"
+    """Runs `run` in one process and in two, and compares; the names of the weights that stayed as they were."""
+    names = [f"{run['engine']}-{run['rows']}-{run['steps']}-{count}" for count in ("one", "two")]
+    (one,) = run_all(folder, [{**run, "name": names[0], "batch": 4}])
+    two = run_two(folder, {**run, "name": names[1], "batch": 2})
+    entries, others = (losses(folder, name) for name in names)
+    assert len(entries) == run["steps"]
+    for step, ((loss, norm, rate),) in entries.items():
+        ((other_loss, other_norm, other_rate),) = others[step]
+        assert other_loss == pytest.approx(loss, rel=1e-6), f"loss of step {step}"
+        assert other_norm == pytest.approx(norm, rel=1e-4) and other_rate == rate, f"gradient of step {step}"
     assert two["unchanged"] == one["unchanged"]
     assert two["tied"] and one["tied"]
-    return one, two
+    return one["unchanged"]
+
+
+@pytest.mark.parametrize("engine", ["ddp", "fsdp2"])
+def test_two_processes_train_as_one_though_only_one_of_them_sees_images(folder, engine):
+    unchanged = assert_same_training(folder, {**RUN, "engine": engine, "rows": "mixed"})
+    assert "model.vision_tower.embeddings.cls_token" in unchanged
+    assert not any(name.startswith("model.language_model.layers") for name in unchanged)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", ["ddp", "fsdp2"])
+@pytest.mark.parametrize("rows", ["mixed", "text"])
+def test_two_processes_train_as_one_over_epochs(folder, engine, rows):
+    unchanged = assert_same_training(folder, {**RUN, "steps": 20, "engine": engine, "rows": rows})
+    if rows == "text":
+        assert {name.split(".")[1] for name in unchanged} == {
+            "vision_tower", "multi_modal_projector", "granularity_controller",
+        }  # fmt: skip
+
+
+@pytest.mark.slow
+def test_two_processes_resume_where_they_were_killed(folder):
+    settings = {**RUN, "batch": 2, "arguments": {"lr_scheduler_type": "constant"}}
+    whole = run_two(folder, {**settings, "name": "whole"})
+    run_two(folder, {**settings, "name": "halted", "steps": 2})
+    resumed = run_two(folder, {**settings, "name": "halted", "resume": True})
+    assert resumed["resumed"] == "checkpoint-2"
+    assert resumed["hash"] == whole["hash"]

@@ -12,6 +12,7 @@ from accelerate.commands.config.config_args import load_config_from_file
 from conftest import make_image, make_model, make_processor
 
 from granulon.train import sft
+from granulon.train.memory import table
 from granulon.train.stages import load_model
 
 RECIPES = {file.stem: yaml.safe_load(file.read_text()) for file in sorted(sft.RECIPES.glob("*.yaml"))}
@@ -163,3 +164,12 @@ def test_a_finished_slurm_job_is_not_repeated(slurm):
 def test_a_failed_slurm_job_is_not_repeated(slurm):
     code, _, requeued = slurm(code="3")
     assert code == 3 and not requeued
+
+
+def test_the_documentation_shows_the_memory_table_and_every_recipe():
+    text = (CLUSTER.parents[1] / "docs" / "training.md").read_text()
+    assert table(gpus=8, lora_r=64) in text
+    for name in RECIPES:
+        assert all(word in text for word in name.split("-"))
+    for file in CLUSTER.iterdir():
+        assert f"cluster/{file.name}" in text

@@ -84,7 +84,13 @@ def answer(model, processor):
 
 class SignalAt(TrainerCallback):
     def __init__(self, step, number):
-        self.step, self.number = step, number
+        self.step, self.number, self.events = step, number, []
+
+    def on_save(self, args, state, control, **kwargs):
+        self.events.append(f"save {state.global_step}")
+
+    def on_evaluate(self, args, state, control, **kwargs):
+        self.events.append("evaluate")
 
     def on_step_begin(self, args, state, control, **kwargs):
         if state.global_step == self.step:
@@ -141,14 +147,17 @@ def test_the_manifest_tells_every_training(command, tmp_path):
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
 def test_a_signal_stops_after_the_step_and_the_resumed_run_ends_the_same(command, tmp_path, capsys, number):
-    sft.main(command(output_dir=tmp_path / "whole", save_steps=4))
+    settings = {"save_strategy": "epoch", "eval_strategy": "epoch", "eval_data": RECIPE["data"]}
+    sft.main(command(output_dir=tmp_path / "whole", **settings))
     handlers = [signal.getsignal(entry) for entry in (signal.SIGTERM, signal.SIGUSR1)]
-    sft.main(command(save_steps=4), [SignalAt(1, number)])
+    signalled = SignalAt(1, number)
+    sft.main(command(**settings), [signalled])
+    assert signalled.events == ["save 2"], "saved once, and no time lost with an evaluation"
     assert [signal.getsignal(entry) for entry in (signal.SIGTERM, signal.SIGUSR1)] == handlers
     assert newest_complete(tmp_path / "run").name == "checkpoint-2"
     assert not (tmp_path / "run/model").exists()
     assert "after step 2; go on with --resume" in capsys.readouterr().out
-    sft.main(command("--resume", save_steps=4))
+    sft.main(command("--resume", **settings))
     assert not changed(tmp_path / "run/model", tmp_path / "whole/model")
 
 
@@ -252,6 +261,8 @@ def tiny_json(folder):
             "granularity_loss_weight to 0",
         ),
         ({"granularities": [{"name": "one"}]}, "missing"),
+        ({"granularities": ["{name"]}, "granularities is not JSON"),
+        ({"granularities": [3]}, "a granularity is a dict"),
         ({"stage": "align", "granularity_loss_weight": 0.1}, "stage align trains the projector alone"),
         ({"stage": "align", "use_peft": True}, "stage align trains the projector alone"),
         ({"merge": True}, "merge needs adapters"),
@@ -271,6 +282,8 @@ def test_what_cannot_be_trained_is_refused_in_a_sentence(command, settings, mess
 def test_a_recipe_that_does_not_exist_is_answered_with_those_that_do():
     with pytest.raises(SystemExit, match="there is no recipe tiny-gpu.*tiny-cpu"):
         sft.main(["--config", "tiny-gpu"])
+    with pytest.raises(SystemExit, match="--config names no recipe"):
+        sft.main(["--config"])
 
 
 def test_the_checkpoints_of_another_run_are_not_overwritten(command):

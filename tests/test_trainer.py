@@ -1,6 +1,7 @@
 """The joint objective in training: the same losses and gradients however they are computed, nothing else changed."""
 
 import copy
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from granulon.train.arguments import GranulonSFTConfig
 from granulon.train.trainer import GranulonTrainer
 
 ANSWERS = ["a dog", "two large cats on a sofa", "no", "blue, and then some more words", "x", "yes", "seven", "a car"]
-LEVELS = ["coarse", None, "fine", "coarse", "fine", None, "coarse", "fine"]
+LEVELS = ["coarse", None, "coarse", "coarse", "fine", None, "coarse", "fine"]
 PARTS = ("task", "pixel", "semantic", "granularity")
 
 
@@ -154,6 +155,24 @@ def test_a_step_logs_every_part_and_evaluation_every_level(tmp_path):
     assert any(key.startswith("eval_loss/") for key in evaluated)
     weights = {"task": 1, "pixel": 0.5, "semantic": 0.5, "granularity": 0.3}
     assert step["loss"] == pytest.approx(sum(weights[part] * step[f"loss_{part}"] for part in PARTS), abs=1e-3)
+
+
+def test_evaluation_between_two_log_lines_takes_no_time_from_training(tmp_path, monkeypatch):
+    clock = iter(range(1000))
+    monkeypatch.setattr("granulon.train.trainer.time", SimpleNamespace(perf_counter=lambda: next(clock)))
+    steps = {"max_steps": 3, "logging_steps": 3, "eval_strategy": "steps", "eval_steps": 2, "learning_rate": 0.0}
+    trainer = make_trainer(tmp_path, eval_rows=make_rows(), **steps)
+    trainer.train()
+    trained = next(entry for entry in trainer.state.log_history if "loss" in entry)
+    evaluated = next(entry for entry in trainer.state.log_history if "eval_loss" in entry)
+    # By this clock each step, each evaluation and each line of the log takes a second, and all read the same rows.
+    assert trained["tokens_per_second"] * 4 / 3 == pytest.approx(evaluated["eval_tokens_per_second"])
+
+
+@pytest.mark.parametrize("arguments", [{"loss_type": "dft"}, {"label_smoothing_factor": 0.1}])
+def test_losses_that_the_objective_does_not_hold_are_refused(tmp_path, arguments):
+    with pytest.raises(ValueError, match="leave them at 'nll' and 0"):
+        make_trainer(tmp_path, **arguments)
 
 
 @pytest.mark.parametrize("what", ["loss", "gradient"])

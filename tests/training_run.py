@@ -22,10 +22,12 @@ import transformers
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from conftest import make_image, make_model, make_processor
 from datasets import Dataset
+from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback
-from trl import SFTConfig, SFTTrainer
 
-from granulon.train.checkpoints import complete_checkpoint, resume_point
+from granulon.train import checkpoints
+from granulon.train.arguments import GranulonSFTConfig
+from granulon.train.trainer import GranulonTrainer
 from modeling_granulon import GranulonForConditionalGeneration, GranulonProcessor
 
 
@@ -69,17 +71,6 @@ def make_rows(kind: str, count: int) -> Dataset:
         prompt, completion = {"role": "user", "content": question}, {"role": "assistant", "content": answer}
         rows.append({"prompt": [prompt], "completion": [completion], "images": image})
     return Dataset.from_list(rows)
-
-
-class Trainer(SFTTrainer):
-    def _save_checkpoint(self, model, trial):
-        with complete_checkpoint(self, trial):
-            super()._save_checkpoint(model, trial)
-
-    def get_batch_samples(self, epoch_iterator, num_batches, device):
-        if self.state.global_step >= self.state.max_steps:  # resumed where training ended: Trainer would go on
-            return [], None
-        return super().get_batch_samples(epoch_iterator, num_batches, device)
 
 
 class Losses(TrainerCallback):
@@ -161,18 +152,18 @@ def train(folder: Path, run: Run) -> dict:
         "gradient_checkpointing": False,
         **run.arguments,
     }
-    trainer = Trainer(
+    trainer = GranulonTrainer(
         model,
-        args=SFTConfig(**values),
+        GranulonSFTConfig(**values),
+        GranulonProcessor.from_pretrained(folder / "base"),
         train_dataset=make_rows(run.rows, run.count),
-        processing_class=GranulonProcessor.from_pretrained(folder / "base"),
         callbacks=[Losses(output / "losses.jsonl")],
     )
     if run.engine == "fsdp2" and trainer.args.world_size > 1:
         shard_on_cpu(trainer)
-    checkpoint = resume_point(output) if run.resume else None
-    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    after = trainer.accelerator.get_state_dict(trainer.model)  # gathered, where it was sharded
+    checkpoint = checkpoints.resume_point(output) if run.resume else None
+    checkpoints.train(trainer, checkpoint)
+    after = {name: whole(value) for name, value in trainer.model.state_dict().items()}
     return {
         "resumed": checkpoint and checkpoint.name,
         "writes": writes.count,
@@ -180,13 +171,6 @@ def train(folder: Path, run: Run) -> dict:
         "unchanged": [name for name, value in after.items() if torch.equal(value, before[name])],
         "tied": trainer.model.lm_head.weight is trainer.model.get_input_embeddings().weight,
     }
-
-
-class ReduceUnused(TrainerCallback):
-    """A batch without images leaves the projector without gradient on its process only: zeros are reduced there."""
-
-    def on_train_begin(self, args, state, control, model=None, **kwargs):
-        model.set_reduce_scatter_unused_params(True)
 
 
 def shard_on_cpu(trainer):
@@ -204,7 +188,11 @@ def shard_on_cpu(trainer):
     )
     state.distributed_type = DistributedType.FSDP
     trainer.is_fsdp_enabled = True
-    trainer.add_callback(ReduceUnused)
+
+
+def whole(value: torch.Tensor) -> torch.Tensor:
+    """A weight gathered from all processes, where it was sharded."""
+    return value.full_tensor() if isinstance(value, DTensor) else value
 
 
 def weights_hash(weights: dict) -> str:

@@ -14,7 +14,8 @@ class GranulonSFTConfig(SFTConfig):
     A row is never cut: one of more than `max_length` tokens, image tokens included, is refused.
 
     Raises:
-        ValueError: a negative weight, `packing`, or a setting that would drop what the trainer needs.
+        ValueError: a negative weight, `packing`, another loss than the likelihood, or a setting that would drop what
+            the trainer needs.
     """
 
     pixel_loss_weight: float = field(
@@ -39,4 +40,9 @@ class GranulonSFTConfig(SFTConfig):
             raise ValueError(f"the loss weights (pixel, semantic, granularity) are {weights}; give none below 0")
         if self.remove_unused_columns or self.packing:
             raise ValueError("remove_unused_columns and packing must be False: images and levels belong to their row")
+        if self.loss_type != "nll" or self.label_smoothing_factor:
+            raise ValueError(
+                f"loss_type is {self.loss_type!r} and label_smoothing_factor {self.label_smoothing_factor}; the joint "
+                "objective adds log-likelihoods: leave them at 'nll' and 0"
+            )
         super().__post_init__()

@@ -19,6 +19,7 @@ from accelerate import PartialState
 from accelerate.logging import get_logger
 from huggingface_hub import snapshot_download
 from huggingface_hub.utils import filter_repo_objects
+from transformers import TrainerState
 from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 
@@ -64,6 +65,19 @@ def resume_point(folder: str | Path) -> Path | None:
     checkpoint = newest_complete(folder)
     logger.info(f"resuming from {checkpoint}" if checkpoint else f"no complete checkpoint in {folder}: starting anew")
     return checkpoint
+
+
+def train(trainer, checkpoint: Path | None = None):
+    """
+    `trainer.train`, from a checkpoint where one is given.
+
+    One that is at `max_steps` already is loaded and left as it is; `Trainer` alone would take one more step.
+    """
+    if checkpoint is not None:
+        done = TrainerState.load_from_json(checkpoint / TRAINER_STATE_NAME).global_step
+        if 0 < trainer.args.max_steps <= done:
+            trainer.get_batch_samples = lambda *_: ([], None)
+    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
 
 
 @contextmanager

@@ -36,7 +36,7 @@ from granulon.hub.assemble import MANIFEST
 from granulon.hub.tiny import assemble_tiny
 
 from .arguments import GranulonSFTConfig
-from .checkpoints import copy_documents, newest_complete, resume_point
+from .checkpoints import copy_documents, newest_complete, resume_point, train
 from .data import DataSource, load_rows
 from .scenes import make_questions, make_scene
 from .stages import STAGES, load_model, load_processor, lora_config, merge, parameter_counts, set_trainable
@@ -89,10 +89,7 @@ class SFTArguments:
         self.data = [DataSource.of(entry) for entry in self.data]
         self.eval_data = [DataSource.of(entry) for entry in self.eval_data]
         if self.granularities is not None:
-            entries = [json.loads(entry) if isinstance(entry, str) else entry for entry in self.granularities]
-            self.granularities = [
-                level for entry in entries for level in (entry if isinstance(entry, list) else [entry])
-            ]
+            self.granularities = [level for entry in self.granularities for level in _levels(entry)]
 
 
 @dataclass
@@ -120,7 +117,7 @@ def main(argv: list[str] | None = None, callbacks: list[TrainerCallback] = ()):
     except (OSError, ValueError) as error:
         sys.exit(f"granulon-train: {error}")
     say(described(trainer, run))
-    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    train(trainer, checkpoint)
     if trainer.state.global_step < trainer.state.max_steps and stop.asked:
         say(f"stopped by a signal after step {trainer.state.global_step}; go on with --resume")
         return
@@ -213,6 +210,10 @@ class StopOnSignal(TrainerCallback):
         if reduce(torch.tensor(float(self.received), device=args.device), reduction="sum") > 0:
             self.asked = control.should_save = control.should_training_stop = True
 
+    def on_epoch_end(self, args, state, control, **kwargs):
+        if self.asked:  # the epoch is not over: no second save, no evaluation while the clock runs
+            control.should_save = control.should_evaluate = False
+
     def on_train_end(self, args, state, control, **kwargs):
         for number, handler in self.previous.items():
             signal.signal(number, handler)
@@ -256,8 +257,10 @@ def say(line: str):
 def _with_recipe_path(argv: list[str]) -> tuple[list[str], str | None, set[str]]:
     """The command line with the recipe's path in place of its name, the recipe's name, and its keys."""
     argv = [part for entry in argv for part in (entry.split("=", 1) if entry.startswith("--config=") else [entry])]
-    if "--config" not in argv[:-1]:
+    if "--config" not in argv:
         return argv, None, set()
+    if argv[-1] == "--config":
+        raise ValueError("--config names no recipe; give a YAML file or the name of a recipe")
     place = argv.index("--config") + 1
     path = Path(argv[place])
     if not path.is_file():
@@ -271,6 +274,18 @@ def _with_recipe_path(argv: list[str]) -> tuple[list[str], str | None, set[str]]
     except yaml.YAMLError as error:
         raise ValueError(f"{path} is not YAML: {error}") from error
     return argv, path.stem, set(content if isinstance(content, dict) else ())
+
+
+def _levels(entry: str | dict) -> list[dict]:
+    """The levels of an entry: itself, or what it says in JSON."""
+    try:
+        levels = json.loads(entry) if isinstance(entry, str) else entry
+    except ValueError as error:
+        raise ValueError(f"granularities is not JSON ({error}): {entry}") from error
+    levels = levels if isinstance(levels, list) else [levels]
+    if wrong := [level for level in levels if not isinstance(level, dict)]:
+        raise ValueError(f"granularities holds {wrong}; a granularity is a dict with name, stride, clusters and keep")
+    return levels
 
 
 def _told(source: DataSource) -> dict:

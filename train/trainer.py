@@ -69,7 +69,7 @@ class GranulonTrainer(SFTTrainer):
         self.granulon.register_forward_hook(self._keep_visual_output)
         self.packs_views = config.text_config._attn_implementation in ("sdpa", "eager")
         self.meters = {mode: Meter(meter_names(self.level_names), self.args.device) for mode in ("train", "eval")}
-        self.log_time = time.perf_counter()
+        self.timed_until = time.perf_counter()
         if any(type(callback) is ProgressCallback for callback in self.callback_handler.callbacks):
             self.remove_callback(ProgressCallback)
             self.add_callback(PartsInProgressBar)
@@ -84,10 +84,14 @@ class GranulonTrainer(SFTTrainer):
         weights = {PART_OF_VIEW[view]: weight for view, weight in self.view_weights.items()}
         if self.args.granularity_loss_weight > 0:
             weights["granularity"] = self.args.granularity_loss_weight
+            if level_B is not None:  # a row without images has nothing to choose a level for, alone or among others
+                sees_B = (inputs["input_ids"] == self.granulon.config.image_token_id).any(-1)
+                level_B = level_B.masked_fill(~sees_B, -100)
             parts_B["granularity"] = granularity_loss(views.visual.granularity_logits, level_B, tokens_B)
         sums = {name: part_B.sum() for name, part_B in parts_B.items()}
         self._stop_unless_finite(sums, "loss")
         self._measure(inputs, views, sums, tokens_B)
+        self.visual = None
 
         loss = sum(weight * sums[name] for name, weight in weights.items())
         if num_items_in_batch is None:
@@ -102,12 +106,12 @@ class GranulonTrainer(SFTTrainer):
         if self.accelerator.sync_gradients and self.accelerator.scaler is None:  # fp16's scaler skips what overflows
             norms = {part: gradient_norm(group) for part, group in parameter_groups(self.model, self.granulon).items()}
             self._stop_unless_finite({part: norm for part, norm in norms.items() if norm is not None}, "gradient")
+        self._count_seconds("train")
         return loss
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         mode = "train" if self.model.training else "eval"
-        seconds, self.log_time = time.perf_counter() - self.log_time, time.perf_counter()
-        self.meters[mode].add("tokens_per_second", 0, seconds / self.accelerator.num_processes)
+        self._count_seconds(mode)
         means = self.meters[mode].read(self.accelerator)
         if means["tokens_per_second"] > 0:  # a summary at the end has measured nothing
             means["peak_memory_gb"] = peak_memory_gb(self.args.device)
@@ -121,6 +125,11 @@ class GranulonTrainer(SFTTrainer):
     def _keep_visual_output(self, module, args, output):
         """TRL's fused head drops what the model chose and saw."""
         self.visual = output
+
+    def _count_seconds(self, mode: str):
+        """What passed since the last call belongs to `mode`, so that evaluation takes no time from training."""
+        seconds, self.timed_until = time.perf_counter() - self.timed_until, time.perf_counter()
+        self.meters[mode].add("tokens_per_second", 0, seconds / self.accelerator.num_processes)
 
     def _stop_unless_finite(self, values: dict[str, torch.Tensor], what: str):
         finite = torch.stack([value.detach().float() for value in values.values()]).isfinite() if values else None
