@@ -44,6 +44,7 @@ conformance: setup
 bench: setup
 	$(PY) benchmarks/aggregation.py > benchmarks/results/aggregation.md
 	$(PY) benchmarks/inference.py > benchmarks/results/inference.md
+	$(PY) benchmarks/training.py > benchmarks/results/training.md
 
 style: setup
 	$(PY) -m ruff check .

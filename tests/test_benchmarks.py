@@ -14,6 +14,7 @@ BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
     [
         ("aggregation", ["196 x 2", "ToMe", "20 clusters"]),
         ("inference", ["tower", "controller", "relation map, fine", "AdaTA, coarse", "prefill, semantic"]),
+        ("training", ["plain fine-tuning", "three separate passes", "packed views"]),
     ],
 )
 def test_quick_form_prints_a_table_of_numbers(name, rows):
