@@ -126,7 +126,7 @@ def assemble(vision, text, output, image_size=None):
     if model.generation_config.pad_token_id is None:
         model.generation_config.pad_token_id = tokenizer.pad_token_id
 
-    with _complete_or_absent(output) as folder:
+    with complete_or_absent(output) as folder:
         model.save_pretrained(folder)
         config.dtype = language_model.dtype  # what "auto" loads; saving took the tower's
         config.save_pretrained(folder)
@@ -239,7 +239,7 @@ def _load(auto_class, source, **kwargs):
 
 
 @contextmanager
-def _complete_or_absent(output):
+def complete_or_absent(output):
     """A folder to write to that becomes `output` at the end, or vanishes if anything fails before."""
     output.parent.mkdir(parents=True, exist_ok=True)
     folder = Path(tempfile.mkdtemp(prefix=f".{output.name}-", dir=output.parent))
