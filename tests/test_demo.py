@@ -42,7 +42,7 @@ def test_every_question_got_an_answer_of_its_own_and_one_about_another_image(qui
     rows = json.loads((quick[0] / "answers.json").read_text())
     assert len(rows) == 6 * 7
     assert all(row["image"] != row["other_image"] for row in rows)
-    assert all({"answer", "other_answer", "chosen"} <= row.keys() for row in rows)
+    assert all({"answer", "pixel_answer", "semantic_answer", "other_answer", "chosen"} <= row.keys() for row in rows)
 
 
 @needs_masks
@@ -71,6 +71,8 @@ def test_the_report_counts_right_answers_per_level():
             "level": q.level,
             "kind": q.kind,
             "answer": q.answer,
+            "pixel_answer": q.answer,
+            "semantic_answer": "!",
             "other_answer": "?",
             "chosen": "fine",
         }
@@ -81,7 +83,7 @@ def test_the_report_counts_right_answers_per_level():
     for row in coarse[::2]:
         row["answer"] = "something else"
     lines = {line.split()[0]: line.split()[1:] for line in demo.report(rows, scenes).splitlines()[2:]}
-    assert lines["coarse"][:2] == ["80", "0.500"] and lines["coarse"][4:] == ["0.000", "0.000"]
-    assert lines["medium"][:2] == ["120", "1.000"]
-    assert lines["fine"][2] == "0.375" and lines["fine"][5] == "1.000"
-    assert 0.25 < float(lines["medium"][3]) < 0.5
+    assert lines["coarse"][:2] == ["80", "0.500"] and lines["coarse"][6:] == ["0.000", "0.000"]
+    assert lines["medium"][:4] == ["120", "1.000", "1.000", "0.000"]
+    assert lines["fine"][4] == "0.375" and lines["fine"][7] == "1.000"
+    assert 0.25 < float(lines["medium"][5]) < 0.5

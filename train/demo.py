@@ -2,7 +2,8 @@
 
 Nothing pretrained can be taken for granted offline, so the parts that a real checkpoint brings along are trained here
 first: the tower on the scenes' own labels, the language model on the world in words. What follows is what a user does
-with a real encoder and language model: assemble, train with TRL, save, load elsewhere, ask.
+with a real encoder and language model: assemble, train the controller on the seed corpus, train all with the joint
+objective, save, load elsewhere, ask.
 """
 
 import json
@@ -37,10 +38,14 @@ from trl import SFTConfig, SFTTrainer
 
 from granulon.hub.assemble import assemble
 from modeling_granulon import GranulonForConditionalGeneration, GranulonProcessor
-from modeling_granulon.granularity_controller import first_layer_states
 
+from .arguments import GranulonSFTConfig
+from .controller import train_controller
+from .corpus import TRAIN
 from .picture import draw_answers
 from .scenes import ANSWERS, LEVELS, SIZE, make_questions, make_scene
+from .seed_corpus import seed_corpus
+from .trainer import GranulonTrainer
 
 PATCH = 8
 # The default levels at half their strides, since a picture has 8 x 8 patches only.
@@ -71,12 +76,12 @@ class Budget:
     held_out: int = 150
     tower_steps: int = 350
     text_steps: int = 120
-    controller_steps: int = 60
-    image_steps: int = 160
+    controller_epochs: int = 100
+    image_steps: int = 120
     batch: int = 32
 
 
-QUICK = Budget(scenes=64, held_out=6, tower_steps=2, text_steps=2, controller_steps=2, image_steps=2, batch=8)
+QUICK = Budget(scenes=64, held_out=6, tower_steps=2, text_steps=2, controller_epochs=1, image_steps=2, batch=8)
 
 
 def main():
@@ -99,13 +104,13 @@ def main():
         assemble(output / "tower", output / "language_model", output / "assembled")
         model = GranulonForConditionalGeneration.from_pretrained(output / "assembled", granularities=GRANULARITIES)
         processor = GranulonProcessor.from_pretrained(output / "assembled")
-    with stage("Controller: learns the level that each question's template was written for"):
-        train_controller(model, processor, scenes, budget)
-    with stage("Granulon: tower frozen, the rest learns from images, through TRL's SFTTrainer"):
-        rows = [{"messages": talk(scene), "images": [scene.draw()]} for scene in scenes]
-        sft(model, processor, Dataset.from_list(rows), budget.image_steps, budget.batch, output)
-        model.save_pretrained(output / "checkpoint")
-        processor.save_pretrained(output / "checkpoint")
+    with stage("Controller: learns the levels of the seed corpus, general questions that know nothing of this world"):
+        trained = train_controller(model, processor, seed_corpus(), epochs=budget.controller_epochs)
+        print(levels_read_right(trained))
+    with stage(
+        "Granulon: tower frozen, all else learns from images, through GranulonTrainer with the joint objective"
+    ):
+        train_granulon(model, processor, scenes, budget, output)
     with stage("A fresh process loads the checkpoint with pipeline() and answers about scenes never seen"):
         results = ask(held_out, output)
     print(report(results, scenes))
@@ -126,14 +131,15 @@ def stage(title: str):
 
 
 def make_tokenizer(scenes) -> PreTrainedTokenizerFast:
-    """A byte-level BPE tokenizer trained on the world's words, with Qwen's chat tokens."""
+    """A byte-level BPE tokenizer of the world's words and the seed corpus's, with Qwen's chat tokens."""
     texts = [in_words(scene) for scene in scenes[:500]]
     texts += [f"{question.text} {question.answer}" for scene in scenes[:500] for question in make_questions(scene)]
+    texts += [row["question"] for row in seed_corpus() if row["split"] == TRAIN]
     backend = Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=700, initial_alphabet=alphabet, show_progress=False)
+    trainer = trainers.BpeTrainer(vocab_size=2000, initial_alphabet=alphabet, show_progress=False)
     backend.train_from_iterator(texts, trainer)
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, chat_template=CHAT_TEMPLATE)
     special = {"additional_special_tokens": ["<|im_start|>", "<|image_pad|>"]}
@@ -220,53 +226,59 @@ def train_language_model(scenes, tokenizer, budget: Budget, output: Path):
     )  # fmt: skip
     model = Qwen2ForCausalLM(config)
     rows = [{"messages": talk(scene, in_words(scene) + "\n")} for scene in scenes]
-    sft(model, tokenizer, Dataset.from_list(rows), budget.text_steps, budget.batch, output)
+    config = SFTConfig(**settings(budget.text_steps, budget.batch, output))
+    SFTTrainer(model, config, train_dataset=Dataset.from_list(rows), processing_class=tokenizer).train()
     model.save_pretrained(output / "language_model")
     tokenizer.save_pretrained(output / "language_model")
 
 
-def sft(model, processing_class, dataset: Dataset, steps: int, batch: int, output: Path):
-    config = SFTConfig(
-        output_dir=str(output / "training"),
-        max_steps=steps,
-        per_device_train_batch_size=batch,
-        learning_rate=1e-3,
-        lr_scheduler_type="cosine",
-        warmup_steps=steps // 10,
-        assistant_only_loss=True,
-        max_length=None,
-        logging_steps=max(1, steps // 5),
-        save_strategy="no",
-        report_to="none",
-        bf16=False,
-        gradient_checkpointing=False,
+def levels_read_right(trained: dict) -> str:
+    """How often the controller reads the corpus's held-out questions at their level, beside chance and words alone."""
+    return "\n".join(
+        f"   {split:15} controller {part['controller']['accuracy'][0]:.2f}   bag of words "
+        f"{part['bag_of_words']['accuracy'][0]:.2f}   chance {part['chance']:.2f}"
+        for split, part in trained["splits"].items()
     )
-    SFTTrainer(model, args=config, train_dataset=dataset, processing_class=processing_class).train()
 
 
-def train_controller(model, processor, scenes, budget: Budget):
-    """Cross-entropy on the question's level, over first-layer states that are computed without gradient."""
-    questions = [question for scene in scenes[: 20 * budget.batch] for question in make_questions(scene)]
-    controller, random = model.model.granularity_controller, Random(0)
-    optimizer = torch.optim.AdamW(controller.parameters(), lr=2e-3)
-    for _ in tqdm(range(budget.controller_steps), unit="step"):
-        batch = random.sample(questions, budget.batch)
-        inputs = processor.tokenizer(
-            [question.text for question in batch], padding=True, padding_side="right", return_tensors="pt"
-        )
-        with torch.no_grad():
-            states = first_layer_states(model.model.language_model, inputs["input_ids"], inputs["attention_mask"])
-        logits = controller(states, inputs["attention_mask"])
-        target = torch.tensor([LEVELS.index(question.level) for question in batch])
-        loss = nn.functional.cross_entropy(logits, target)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-    print(f"   accuracy on the last batch {(logits.argmax(-1) == target).float().mean():.2f}")
+def train_granulon(model, processor, scenes, budget: Budget, output: Path):
+    """All answers about a scene are learned in one row; its level is that of the latest question, which is read."""
+    rows = [
+        {"messages": talk(scene), "images": [scene.draw()], "granularity": make_questions(scene)[-1].level}
+        for scene in scenes
+    ]
+    config = GranulonSFTConfig(
+        **settings(budget.image_steps, budget.batch, output),
+        pixel_loss_weight=0.5,
+        semantic_loss_weight=0.5,
+        granularity_loss_weight=0.1,
+    )
+    GranulonTrainer(model, config, processor, train_dataset=Dataset.from_list(rows)).train()
+    model.save_pretrained(output / "checkpoint")
+    processor.save_pretrained(output / "checkpoint")
+
+
+def settings(steps: int, batch: int, output: Path) -> dict:
+    """What both trainings have in common, as arguments of TRL's configuration."""
+    return {
+        "output_dir": str(output / "training"),
+        "max_steps": steps,
+        "per_device_train_batch_size": batch,
+        "learning_rate": 1e-3,
+        "lr_scheduler_type": "cosine",
+        "warmup_steps": steps // 10,
+        "assistant_only_loss": True,
+        "max_length": None,
+        "logging_steps": max(1, steps // 5),
+        "save_strategy": "no",
+        "report_to": "none",
+        "bf16": False,
+        "gradient_checkpointing": False,
+    }
 
 
 def ask(held_out, output: Path) -> list[dict]:
-    """Question, true answer, the model's answer, and its answer when the image is another one."""
+    """Question, true answer, and the model's: from all image tokens, from each group alone, about another image."""
     (output / "scenes").mkdir(parents=True)
     paths = [str(output / "scenes" / f"{scene.seed}.png") for scene in held_out]
     for scene, path in zip(held_out, paths, strict=True):
@@ -285,23 +297,28 @@ def ask(held_out, output: Path) -> list[dict]:
 
 
 def report(results: list[dict], scenes) -> str:
-    """A table of accuracy per level beside chance, the commonest answer of each kind of question, and other images."""
+    """A table of accuracy per level and view, beside chance, the commonest answer of a kind, and other images."""
     commonest = {}
     for kind in ANSWERS:
         answers = [question.answer for scene in scenes for question in make_questions(scene) if question.kind == kind]
         commonest[kind] = max(sorted(set(answers)), key=answers.count)
-    titles = ("questions", "accuracy", "chance", "commonest", "other image", "level chosen")
-    lines = ["", "level   " + "".join(f"{title:>14}" for title in titles)]
+    titles = (
+        "questions", "accuracy", "pixels alone", "semantic alone", "chance", "commonest", "other image", "level right",
+    )  # fmt: skip
+    lines = ["", "level   " + "".join(f"{title:>15}" for title in titles)]
     for level in LEVELS:
         asked = [entry for entry in results if entry["level"] == level]
         columns = [
-            [entry["answer"] == entry["truth"] for entry in asked],
+            *(
+                [entry[key] == entry["truth"] for entry in asked]
+                for key in ("answer", "pixel_answer", "semantic_answer")
+            ),
             [1 / len(ANSWERS[entry["kind"]]) for entry in asked],
             [commonest[entry["kind"]] == entry["truth"] for entry in asked],
             [entry["other_answer"] == entry["truth"] for entry in asked],
             [entry["chosen"] == entry["level"] for entry in asked],
         ]
-        lines.append(f"{level:8}{len(asked):14}" + "".join(f"{sum(column) / len(asked):14.3f}" for column in columns))
+        lines.append(f"{level:8}{len(asked):15}" + "".join(f"{sum(column) / len(asked):15.3f}" for column in columns))
     return "\n".join(lines)
 
 
