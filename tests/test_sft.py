@@ -15,6 +15,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, TrainerCall
 
 from granulon.train import sft
 from granulon.train.checkpoints import newest_complete
+from granulon.train.data import DataSource, drawn_rows
 from granulon.train.memory import ENGINES, Sizes, sizes_of
 from granulon.train.stages import STAGES, load_model, parameter_counts, set_trainable
 
@@ -316,7 +317,7 @@ def test_the_global_batch_is_what_the_recipe_says(command, monkeypatch):
 
 
 def test_scenes_of_test_are_not_those_of_train():
-    train, test = (sft.scenes(sft.DataSource("scenes", split=f"{split}[:2]")).path for split in ("train", "test"))
+    train, test = (drawn_rows(DataSource("scenes", split=f"{split}[:2]")) for split in ("train", "test"))
     assert len(train) == len(test) == 14
     assert train[0]["images"][0].tobytes() != test[0]["images"][0].tobytes()
     assert {row["granularity"] for row in train} == {"coarse", "medium", "fine"}

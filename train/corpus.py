@@ -58,12 +58,17 @@ def corpus_row(
 
 def split_of(key: str) -> str:
     """A split that depends on the key alone, so that rows of one image (or question) stay together."""
-    draw = int(hashlib.sha256(f"split\n{key}".encode()).hexdigest()[:8], 16) / 16**8
+    draw = draw_of(f"split\n{key}")
     for split, share in SHARES.items():
         if draw < share:
             return split
         draw -= share
     return TRAIN
+
+
+def draw_of(key: str) -> float:
+    """A number from 0 to 1 that depends on the key alone."""
+    return int(hashlib.sha256(key.encode()).hexdigest()[:8], 16) / 16**8
 
 
 def read_corpus(path: str | Path) -> list[dict]:

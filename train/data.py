@@ -17,6 +17,7 @@ pass.
 import glob
 import json
 import os
+import re
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 
@@ -39,6 +40,7 @@ from trl import apply_chat_template
 
 from .conversations import FIELDS, FORMATS, BadRow, Reader, Turn, open_image, parsed, without_bytes
 from .quarantine import FEWEST_ROWS, Quarantine
+from .scenes import make_questions, make_scene
 
 BUILDERS = {
     ".arrow": "arrow",
@@ -48,6 +50,8 @@ BUILDERS = {
     ".parquet": "parquet",
     ".tar": "webdataset",
 }
+SCENES = "scenes"  # a source's path: the drawn world of scenes.py
+FIRST_SCENE = {"train": 0, "test": 500_000}  # by split; no scene is in both
 SHUFFLE_BUFFER = 1000  # streamed rows, with their images undecoded
 CHECKED = Features(
     {"source": Value("int32"), "row": Value("int64"), "turn": Value("int32"), "reason": Value("string")}
@@ -71,7 +75,8 @@ class DataSource:
 
     Args:
         path (`str`): a file (.json, .jsonl, .parquet, .csv, .arrow, .tar; wildcards allowed), a folder, a dataset
-            saved by `datasets`, or a dataset of the Hub; in Python also a `Dataset` or `IterableDataset`.
+            saved by `datasets`, or a dataset of the Hub; "scenes" is the drawn world of scenes.py; in Python also a
+            `Dataset` or `IterableDataset`.
         name (`str`, *optional*): the configuration of a dataset of the Hub.
         split (`str`): as in `load_dataset`, `"train[:1%]"` too.
         format (`str`, *optional*): one of `FORMATS`; found from the columns by default.
@@ -167,7 +172,7 @@ def load_rows(
     keeper = Quarantine(quarantine, max_bad_share, list(map(str, sources)))
     check = Check(processor, levels, max_length)
     with PartialState().main_process_first():  # the others find the caches filled
-        opened = [_open(source, streaming) for source in sources]
+        opened = [open_source(source, streaming) for source in sources]
         if streaming:
             return _streamed(sources, opened, check, keeper, seed)
         tables = [
@@ -434,9 +439,9 @@ def _map_stream(mixed: IterableDataset, check: StreamCheck) -> IterableDataset:
     return mixed.map(check, batched=True, batch_size=1, remove_columns=list(STREAMED))
 
 
-def _open(source: DataSource, streaming: bool):
+def open_source(source: DataSource, streaming: bool = False):
     """(the stored rows, undecoded, their `Reader`); raises `ValueError`."""
-    raw, is_lines = _load(source, streaming)
+    raw, is_lines = load_source(source, streaming)
     if streaming:
         raw = raw.to_iterable_dataset() if isinstance(raw, Dataset) else raw
         raw = raw.decode(False) if raw.features else raw
@@ -457,8 +462,10 @@ def _open(source: DataSource, streaming: bool):
     )
 
 
-def _load(source: DataSource, streaming: bool) -> tuple[Dataset | IterableDataset, bool]:
-    """The dataset of a source, and whether its rows are lines of JSON."""
+def load_source(source: DataSource, streaming: bool = False) -> tuple[Dataset | IterableDataset, bool]:
+    """The dataset of a source, and whether its rows are lines of JSON; raises `ValueError`."""
+    if source.path == SCENES:
+        return drawn_rows(source), False
     if isinstance(source.path, (Dataset, IterableDataset)):
         return source.path, False
     path = os.path.expanduser(source.path)
@@ -484,6 +491,24 @@ def _load(source: DataSource, streaming: bool) -> tuple[Dataset | IterableDatase
             f"{tuple(BUILDERS)} that is not empty, a folder, or a dataset of the Hub"
         ) from error
     return raw, builder == "text"
+
+
+def drawn_rows(source: DataSource) -> Dataset:
+    """Drawn scenes: a row for each question, with its level; the split "train[:200]" means 200 scenes."""
+    match = re.fullmatch(r"(train|test)\[:(\d+)\]", source.split)
+    if not match or int(match[2]) > FIRST_SCENE["test"]:
+        raise ValueError(
+            f"{source} has the split {source.split!r}; drawn scenes take 'train[:N]' or 'test[:N]', N up to "
+            f"{FIRST_SCENE['test']}"
+        )
+    rows = []
+    for number in range(int(match[2])):
+        scene = make_scene(FIRST_SCENE[match[1]] + number)
+        rows += [
+            {"images": [scene.draw()], "question": q.text, "answer": q.answer, "granularity": q.level}
+            for q in make_questions(scene)
+        ]
+    return Dataset.from_list(rows)
 
 
 def _first_row(raw, label: str) -> dict:

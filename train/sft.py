@@ -27,7 +27,6 @@ import torch
 import yaml
 from accelerate import PartialState
 from accelerate.utils import reduce
-from datasets import Dataset
 from transformers import TrainerCallback, set_seed
 from transformers.trainer import TRAINING_ARGS_NAME
 from trl import ModelConfig, TrlParser
@@ -38,14 +37,11 @@ from granulon.hub.tiny import assemble_tiny
 from .arguments import GranulonSFTConfig
 from .checkpoints import copy_documents, newest_complete, resume_point, train
 from .data import DataSource, load_rows
-from .scenes import make_questions, make_scene
 from .stages import STAGES, load_model, load_processor, lora_config, merge, parameter_counts, set_trainable
 from .trainer import GranulonTrainer
 
 RECIPES = Path(__file__).parent / "recipes"
 TINY = "tiny"  # a model's name: the small random one of `granulon-assemble --tiny`
-SCENES = "scenes"  # a source's path: the drawn world of scenes.py
-FIRST_SCENE = {"train": 0, "test": 500_000}  # by split; no scene is in both
 MODEL, ADAPTER = "model", "adapter"  # folders of what training leaves, under output_dir
 UNTOLD = ("output_dir", "logging_dir", "hub_token", "push_to_hub_token", "resume", "merge")  # not for the manifest
 LIBRARIES = ("granulon", "transformers", "trl", "torch", "accelerate", "datasets")
@@ -222,24 +218,6 @@ class StopOnSignal(TrainerCallback):
         self.received = True
 
 
-def scenes(source: DataSource) -> DataSource:
-    """Drawn scenes as a source: a row for each question, with its level; the split "train[:200]" means 200 scenes."""
-    match = re.fullmatch(r"(train|test)\[:(\d+)\]", source.split)
-    if not match or int(match[2]) > FIRST_SCENE["test"]:
-        raise ValueError(
-            f"{source} has the split {source.split!r}; drawn scenes take 'train[:N]' or 'test[:N]', N up to "
-            f"{FIRST_SCENE['test']}"
-        )
-    rows = []
-    for number in range(int(match[2])):
-        scene = make_scene(FIRST_SCENE[match[1]] + number)
-        rows += [
-            {"images": [scene.draw()], "question": q.text, "answer": q.answer, "granularity": q.level}
-            for q in make_questions(scene)
-        ]
-    return DataSource(Dataset.from_list(rows), name=SCENES, split=source.split, weight=source.weight)
-
-
 def described(trainer: GranulonTrainer, run: Run) -> str:
     """What will be trained, in a line."""
     every, learning = parameter_counts(trainer.model)
@@ -362,7 +340,7 @@ def _model(run: Run, name: str):
 def _rows(run: Run, sources: list[DataSource], quarantine: str, processor, model):
     args = run.trainer
     return load_rows(
-        [scenes(source) if source.path == SCENES else source for source in sources],
+        sources,
         processor,
         seed=args.seed if args.data_seed is None else args.data_seed,
         quarantine=run.output / quarantine,

@@ -1,0 +1,146 @@
+"""An OpenAI-compatible endpoint in a thread, which fails as endpoints do, by a seeded plan."""
+
+import asyncio
+import hashlib
+import json
+import random
+import threading
+from collections import Counter
+
+INPUT_TOKENS, OUTPUT_TOKENS = 900, 40  # of every call that it works on
+FAULTS = ("429", "500", "garbage", "half", "nothing", "late", "schema", "no usage", "text")
+FREE = ("429", "500", "401", "400")  # nothing is charged for what is refused
+
+
+class FaultServer:
+    """
+    Answers with probabilities that depend on the question alone; `fault_share` of the calls fail.
+
+    Attributes:
+        asked: how often each question arrived; answered: how often a whole and right reply was sent.
+        charged: tokens in and out of all calls that it worked on, whether or not the reply arrived.
+    """
+
+    def __init__(self, fault_share=0.0, seed=0, faults=FAULTS, levels=("coarse", "medium", "fine")):
+        self.fault_share, self.faults, self.levels = fault_share, faults, levels
+        self.random = random.Random(seed)
+        self.asked, self.answered, self.happened = Counter(), Counter(), Counter()
+        self.calls_charged = 0
+        self.under_way = self.most_under_way = 0
+        self.keys, self.bodies = set(), []
+        self.always = {}  # question -> fault
+
+    @property
+    def base_url(self) -> str:
+        return f"http://127.0.0.1:{self.port}/v1"
+
+    def cost(self, prices) -> float:
+        return self.calls_charged * prices.of(INPUT_TOKENS, OUTPUT_TOKENS)
+
+    def __enter__(self):
+        ready = threading.Event()
+        self.thread = threading.Thread(target=lambda: asyncio.run(self._serve(ready)), daemon=True)
+        self.thread.start()
+        assert ready.wait(10)
+        return self
+
+    def __exit__(self, *exception):
+        self.loop.call_soon_threadsafe(self.over.set)
+        self.thread.join(10)
+
+    async def _serve(self, ready):
+        self.loop, self.over = asyncio.get_running_loop(), asyncio.Event()
+        server = await asyncio.start_server(self._connection, "127.0.0.1", 0)
+        self.port = server.sockets[0].getsockname()[1]
+        ready.set()
+        await self.over.wait()
+        server.close()
+
+    async def _connection(self, reader, writer):
+        try:
+            while await self._exchange(reader, writer):
+                pass
+        except (ConnectionError, asyncio.IncompleteReadError):
+            pass
+        finally:
+            writer.close()
+
+    async def _exchange(self, reader, writer) -> bool:
+        """One request and its reply; whether the connection stays."""
+        head = (await reader.readuntil(b"\r\n\r\n")).decode().lower()
+        length = int(head.split("content-length:")[1].split("\r\n")[0])
+        body = json.loads(await reader.readexactly(length))
+        self.keys.add(head.split("authorization: ")[1].split("\r\n")[0])
+        self.bodies = [*self.bodies[-5:], body]
+        question = json.loads(body["messages"][-1]["content"])
+        self.asked[question] += 1
+        fault = self.always.get(question)
+        if fault is None and self.random.random() < self.fault_share:
+            fault = self.random.choice(self.faults)
+        self.happened[fault] += 1
+        self.under_way += 1
+        self.most_under_way = max(self.most_under_way, self.under_way)
+        try:
+            await asyncio.sleep(0)
+            return await self._reply(writer, question, fault)
+        finally:
+            self.under_way -= 1
+
+    async def _reply(self, writer, question, fault) -> bool:
+        if fault not in FREE:
+            self.calls_charged += 1
+        if fault in FREE:
+            error = {"error": {"message": f"no: {fault}", "type": "error", "code": self._code(question)}}
+            wait = "Retry-After: 0\r\n" if fault == "429" else ""
+            await self._send(writer, int(fault), json.dumps(error), wait)
+            return True
+        if fault == "nothing":
+            return False
+        if fault == "late":
+            await asyncio.sleep(1.0)
+            return False
+        content = json.dumps(self.answer(question))
+        if fault == "schema":
+            content = self.random.choice(['{"reason": "r"}', "fine", '{"probabilities": {"coarse": 3}}', ""])
+        reply = completion(content)
+        if fault == "no usage":
+            del reply["usage"]
+        text = json.dumps(reply)
+        if fault == "garbage":
+            text = self.random.choice(["<html>busy</html>", "[]", '{"choices": []}', "null", "{"])
+        if fault == "half":
+            await self._send(writer, 200, text, cut=len(text) // 2)
+            return False
+        if fault == "text":
+            await self._send(writer, 200, "busy", kind="text/plain")
+            return True
+        await self._send(writer, 200, text)
+        if fault in (None, "no usage"):
+            self.answered[question] += 1
+        return True
+
+    def _code(self, question) -> str | None:
+        return "insufficient_quota" if question == "no quota" else None
+
+    async def _send(self, writer, status, text, more="", cut=None, kind="application/json"):
+        body = text.encode()
+        head = f"HTTP/1.1 {status} Status\r\nContent-Type: {kind}\r\nContent-Length: {len(body)}\r\n{more}\r\n"
+        writer.write(head.encode() + body[:cut])
+        await writer.drain()
+
+    def answer(self, question: str) -> dict:
+        draw = int(hashlib.sha256(question.encode()).hexdigest()[:6], 16)
+        chosen = self.levels[draw % len(self.levels)]
+        rest = 0.1 / (len(self.levels) - 1)
+        return {"reason": "small", "probabilities": {name: 0.9 if name == chosen else rest for name in self.levels}}
+
+
+def completion(content: str) -> dict:
+    return {
+        "id": "c", "object": "chat.completion", "created": 0, "model": "m",
+        "choices": [{"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": content}}],
+        "usage": {
+            "prompt_tokens": INPUT_TOKENS, "completion_tokens": OUTPUT_TOKENS,
+            "total_tokens": INPUT_TOKENS + OUTPUT_TOKENS,
+        },
+    }  # fmt: skip
