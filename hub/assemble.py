@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 from huggingface_hub import ModelCard, snapshot_download
+from safetensors.torch import load_file
 from tokenizers import AddedToken
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer, HfArgumentParser, logging
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
@@ -23,7 +24,19 @@ from .chat_template import with_image_parts
 
 MANIFEST = "granulon_manifest.json"
 # What is fetched of a repository: weights in one format, and what describes them.
-FILES = ["*.json", "model*.safetensors", "*.jinja", "*.model", "*.txt", "README.md", "LICENSE*", "NOTICE*"]
+FILES = [
+    "*.json",
+    "model*.safetensors",
+    "trainable.safetensors",
+    "*.jinja",
+    "*.model",
+    "*.txt",
+    "README.md",
+    "LICENSE*",
+    "NOTICE*",
+]
+# What granulon-publish --trainable_only uploads: the weights that are nobody else's.
+TRAINABLE, TRAINED = "trainable.safetensors", ("model.multi_modal_projector.", "model.granularity_controller.")
 LICENCE_FILES = ["LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*"]
 # Tokens that mean an image, else the ones set aside for such a use; both have a row in the embedding already.
 IMAGE_TOKENS = ["<|image_pad|>", "<|image|>", "<image>"]
@@ -40,6 +53,10 @@ class AssembleArguments:
     )
     image_size: int | None = field(
         default=None, metadata={"help": "side of the square the images are resized to; the encoder's own by default"}
+    )
+    trained: str | None = field(
+        default=None,
+        metadata={"help": "projector, gains and controller that were published alone: a folder, or a Hub id"},
     )
     tiny: bool = field(
         default=False, metadata={"help": "a small random model instead of --vision and --text, offline"}
@@ -80,7 +97,7 @@ class Source:
         return {"source": self.name, "revision": self.revision, "model_type": config.model_type, **licence}
 
 
-def assemble(vision, text, output, image_size=None):
+def assemble(vision, text, output, image_size=None, trained=None):
     """
     Write a Granulon checkpoint whose tower and language model have the weights of two existing models, and whose
     projector, gains and controller are new.
@@ -90,6 +107,8 @@ def assemble(vision, text, output, image_size=None):
         text: causal language model with a chat template, a folder or Hub id.
         output: folder to write. It appears when it is complete; if anything fails, nothing of it stays.
         image_size (`int`): pixels per side of the model's images, a multiple of the patch size.
+        trained: what `granulon-publish --trainable_only` published: its levels and settings, and the weights of
+            projector, gains and controller, in place of new ones.
 
     Returns:
         `Path`: the folder.
@@ -108,7 +127,11 @@ def assemble(vision, text, output, image_size=None):
     tokenizer, image_token = _tokenizer_with_placeholder(text)
     image_token_id = tokenizer.convert_tokens_to_ids(image_token)
     rows = text_config.vocab_size = max(getattr(text_config, "vocab_size", 0), image_token_id + 1)
-    config = GranulonConfig(vision_config=vision_config, text_config=text_config, image_token_id=image_token_id)
+    trained = Source.fetch(trained) if trained else None
+    settings = _own_settings(trained) if trained else {}
+    config = GranulonConfig(
+        vision_config=vision_config, text_config=text_config, image_token_id=image_token_id, **settings
+    )
     processor = GranulonProcessor(
         _image_processor(vision, vision_config, image_size),
         tokenizer,
@@ -122,6 +145,8 @@ def assemble(vision, text, output, image_size=None):
     if language_model.get_input_embeddings().num_embeddings < rows:
         language_model.resize_token_embeddings(rows, mean_resizing=False)
     model = join(config, tower, language_model)
+    if trained:
+        _load_trained(model, trained)
     model.generation_config.suppress_tokens = [*(model.generation_config.suppress_tokens or []), image_token_id]
     if model.generation_config.pad_token_id is None:
         model.generation_config.pad_token_id = tokenizer.pad_token_id
@@ -140,6 +165,27 @@ def assemble(vision, text, output, image_size=None):
         }
         (folder / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
     return output
+
+
+def _own_settings(trained):
+    """Granulon's own part of the configuration of what was trained: levels, constants, projector."""
+    settings, _ = GranulonConfig.get_config_dict(trained.folder)
+    parts = ("vision_config", "text_config", "image_token_id", "architectures", "auto_map", "dtype", "model_type")
+    return {key: value for key, value in settings.items() if key not in parts and not key.startswith("transformers")}
+
+
+def _load_trained(model, trained):
+    """Projector, gains and controller, all of them and nothing else."""
+    weights = load_file(trained.folder / TRAINABLE) if (trained.folder / TRAINABLE).is_file() else {}
+    wanted = {name: value.shape for name, value in model.state_dict().items() if name.startswith(TRAINED)}
+    found = {name: value.shape for name, value in weights.items()}
+    if found != wanted:
+        odd = sorted(name for name in wanted.keys() | found.keys() if wanted.get(name) != found.get(name))
+        raise ValueError(
+            f"{trained.name} does not fit these parts ({', '.join(odd[:2])}, {len(odd)} in all): take the encoder and "
+            "the language model that its card names"
+        )
+    model.load_state_dict(weights, strict=False)
 
 
 def join(config, tower, language_model):
@@ -273,7 +319,9 @@ def main():
 
             output = assemble_tiny(arguments.output)
         elif arguments.vision and arguments.text:
-            output = assemble(arguments.vision, arguments.text, arguments.output, arguments.image_size)
+            output = assemble(
+                arguments.vision, arguments.text, arguments.output, arguments.image_size, arguments.trained
+            )
         else:
             raise ValueError("give --vision and --text, or --tiny")
     except (OSError, ValueError) as error:

@@ -9,7 +9,8 @@ from collections import Counter
 
 INPUT_TOKENS, OUTPUT_TOKENS = 900, 40  # of every call that it works on
 FAULTS = ("429", "500", "garbage", "half", "nothing", "late", "schema", "no usage", "text")
-FREE = ("429", "500", "401", "400")  # nothing is charged for what is refused
+FREE = ("429", "500", "503", "401", "400")  # nothing is charged for what is refused
+STATUS = (*FREE, "408", "504")
 
 
 class FaultServer:
@@ -18,10 +19,14 @@ class FaultServer:
 
     Attributes:
         asked: how often each question arrived; answered: how often a whole and right reply was sent.
-        charged: tokens in and out of all calls that it worked on, whether or not the reply arrived.
+        calls_charged: how many calls it worked on, whether or not the reply arrived.
+        always: the fault that a question meets each time; `change` edits a whole reply before it is sent, `arrived` is
+            called at each call with their number so far.
     """
 
-    def __init__(self, fault_share=0.0, seed=0, faults=FAULTS, levels=("coarse", "medium", "fine")):
+    def __init__(self, fault_share=0.0, seed=0, faults=FAULTS, levels=("coarse", "medium", "fine"), hold=0.0):
+        self.hold, self.retry_after = hold, "0"  # seconds that each reply takes; that a 429 asks for
+        self.change, self.arrived = lambda reply: None, lambda count: None
         self.fault_share, self.faults, self.levels = fault_share, faults, levels
         self.random = random.Random(seed)
         self.asked, self.answered, self.happened = Counter(), Counter(), Counter()
@@ -70,10 +75,11 @@ class FaultServer:
         head = (await reader.readuntil(b"\r\n\r\n")).decode().lower()
         length = int(head.split("content-length:")[1].split("\r\n")[0])
         body = json.loads(await reader.readexactly(length))
-        self.keys.add(head.split("authorization: ")[1].split("\r\n")[0])
+        self.keys.add(head.split("authorization: ")[1].split("\r\n")[0].removeprefix("bearer "))
         self.bodies = [*self.bodies[-5:], body]
         question = json.loads(body["messages"][-1]["content"])
         self.asked[question] += 1
+        self.arrived(sum(self.asked.values()))
         fault = self.always.get(question)
         if fault is None and self.random.random() < self.fault_share:
             fault = self.random.choice(self.faults)
@@ -81,7 +87,7 @@ class FaultServer:
         self.under_way += 1
         self.most_under_way = max(self.most_under_way, self.under_way)
         try:
-            await asyncio.sleep(0)
+            await asyncio.sleep(self.hold)
             return await self._reply(writer, question, fault)
         finally:
             self.under_way -= 1
@@ -89,9 +95,10 @@ class FaultServer:
     async def _reply(self, writer, question, fault) -> bool:
         if fault not in FREE:
             self.calls_charged += 1
-        if fault in FREE:
-            error = {"error": {"message": f"no: {fault}", "type": "error", "code": self._code(question)}}
-            wait = "Retry-After: 0\r\n" if fault == "429" else ""
+        if fault in STATUS:
+            message = f"no: {fault}" + (f" for {self.keys}" if fault == "401" else "")  # some repeat the key
+            error = {"error": {"message": message, "type": "error", "code": self._code(question)}}
+            wait = f"Retry-After: {self.retry_after}\r\n" if fault == "429" else ""
             await self._send(writer, int(fault), json.dumps(error), wait)
             return True
         if fault == "nothing":
@@ -105,9 +112,10 @@ class FaultServer:
         reply = completion(content)
         if fault == "no usage":
             del reply["usage"]
+        self.change(reply)
         text = json.dumps(reply)
         if fault == "garbage":
-            text = self.random.choice(["<html>busy</html>", "[]", '{"choices": []}', "null", "{"])
+            text = self.random.choice(["<html>busy</html>", "[]", '{"choices": []}', "null", "{", "[" * 100_000])
         if fault == "half":
             await self._send(writer, 200, text, cut=len(text) // 2)
             return False

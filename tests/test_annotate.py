@@ -1,11 +1,13 @@
 """`granulon-annotate`: every row is labelled or told why not, nothing is paid twice, a corpus comes out."""
 
 import json
+import os
 import random
 import signal
 import subprocess
 import sys
 import time
+from dataclasses import fields
 from pathlib import Path
 
 import datasets
@@ -14,13 +16,15 @@ import pytest
 from conftest import make_image, make_model, make_processor
 from fault_server import INPUT_TOKENS, OUTPUT_TOKENS, FaultServer
 from huggingface_hub import DatasetCard
+from pydantic import ValidationError
 from sklearn.metrics import cohen_kappa_score
 
 from granulon.train import annotate as module
 from granulon.train import corpus_card
-from granulon.train.annotate import agreement, main
+from granulon.train.annotate import AnnotateArguments, agreement, label_schema, main
 from granulon.train.corpus import check_rows, read_corpus
 from granulon.train.data import DataSource
+from granulon.train.journal import Journal
 from granulon.train.questions import image_key, read_questions
 
 LEVELS = ["coarse", "medium", "fine"]
@@ -91,7 +95,7 @@ def test_the_annotator_gets_the_prompt_and_a_strict_schema_and_never_writes_the_
     assert schema["strict"] and schema["schema"]["additionalProperties"] is False
     shares = schema["schema"]["$defs"]["Probabilities"]
     assert shares["required"] == LEVELS and shares["additionalProperties"] is False
-    assert server.keys == {"bearer secret-key"}
+    assert server.keys == {"secret-key"}
     assert not any(b"secret-key" in file.read_bytes() for file in folder.rglob("*") if file.is_file())
 
 
@@ -182,14 +186,33 @@ def test_above_the_cap_the_labelled_rows_are_kept_and_the_message_says_how_to_go
     assert report_of(tmp_path / "corpus")["labelled_rows"] == 60 and max(server.asked.values()) == 1
 
 
-def test_a_wrong_key_stops_at_once_with_what_to_look_at(command, server):
+def test_a_wrong_key_stops_at_once_with_what_to_look_at(command, server, tmp_path):
     server.fault_share, server.faults = 1.0, ("401",)
-    with pytest.raises(SystemExit, match="OPENAI_API_KEY"):
+    with pytest.raises(SystemExit, match="OPENAI_API_KEY") as stop:
         command(concurrency=2)
     assert sum(server.asked.values()) <= 4
+    assert "secret-key" not in str(stop.value), "the endpoint's message repeats it"
+    assert not any(b"secret-key" in file.read_bytes() for file in tmp_path.rglob("*") if file.is_file())
 
 
-def test_killed_at_random_moments_a_rerun_repeats_no_journalled_call(server, tmp_path):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_interrupted_it_says_how_to_go_on_and_a_rerun_repeats_no_journalled_call(command, server, tmp_path, number):
+    server.hold = 0.01
+    server.arrived = lambda count: os.kill(os.getpid(), number) if count == 20 else None
+    before = signal.getsignal(number)
+    with pytest.raises(SystemExit, match="stopped; the same command goes on from here"):
+        command(twice=0, concurrency=4)
+    assert signal.getsignal(number) == before
+    with Journal(tmp_path / "corpus" / "run" / "calls.jsonl") as journal:
+        assert 10 <= len(journal.answers) < 30
+        answered, asked = len(journal.answers), sum(server.asked.values())
+    folder = command(twice=0)
+    assert report_of(folder)["labelled_rows"] == 60
+    assert sum(server.asked.values()) == asked + 54 - answered
+
+
+@pytest.mark.parametrize("kills", [1, pytest.param(5, marks=pytest.mark.slow)])
+def test_killed_at_random_moments_a_rerun_repeats_no_journalled_call(server, tmp_path, kills):
     server.fault_share, server.faults = 0.2, ("429", "500", "half", "schema")
     write_rows(tmp_path / "questions.jsonl", make_rows(300))
     line = [sys.executable, "-m", "granulon.train.annotate", "--data", tmp_path / "questions.jsonl", "--output"]
@@ -206,10 +229,10 @@ def test_killed_at_random_moments_a_rerun_repeats_no_journalled_call(server, tmp
     ]
     line += ["--input_price", "1", "--output_price", "4", "--twice", "0", "--concurrency", "4"]
     moments, journal = random.Random(0), tmp_path / "corpus" / "run" / "calls.jsonl"
-    for _ in range(2):
+    for _ in range(kills):
         sent = sum(server.asked.values())
         process = subprocess.Popen(list(map(str, line)), stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-        while sum(server.asked.values()) < sent + moments.randint(20, 80) and process.poll() is None:
+        while sum(server.asked.values()) < sent + moments.randint(20, 50) and process.poll() is None:
             time.sleep(0.002)
         process.send_signal(signal.SIGKILL)
         process.wait()
@@ -219,7 +242,7 @@ def test_killed_at_random_moments_a_rerun_repeats_no_journalled_call(server, tmp
     answered = [json.loads(entry)["key"] for entry in journal.read_text().splitlines() if '"answered"' in entry]
     assert len(answered) == len(set(answered)) == 270
     again = {question: count for question, count in server.answered.items() if count > 1}
-    assert len(again) <= 2 * 4, "only calls under way when the process died are made again"
+    assert len(again) <= kills * 4, "only calls under way when the process died are made again"
 
 
 def test_the_card_loads_with_datasets_and_says_where_the_labels_come_from(command):
@@ -264,6 +287,30 @@ def test_the_upload_holds_the_corpus_and_nothing_of_the_run(command, monkeypatch
     assert "run/calls.jsonl" in names
 
 
+def test_what_is_not_whole_is_not_uploaded(command, monkeypatch, capsys):
+    monkeypatch.setattr(corpus_card, "HfApi", lambda: pytest.fail("the upload began"))
+    with pytest.raises(SystemExit, match="higher --max_cost"):
+        command(max_cost=0.02, twice=0, push_to_hub="me/corpus")
+    assert "not uploaded to me/corpus: rows wait for a reply" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("share", ["NaN", "Infinity", "-0.5", "1.5"])
+def test_probabilities_that_are_none_miss_the_schema(share):
+    reply = '{"reason": "r", "probabilities": {"coarse": %s, "medium": 0.5, "fine": 0.0}}'
+    label_schema(LEVELS).model_validate_json(reply % "0.5")
+    with pytest.raises(ValidationError):
+        label_schema(LEVELS).model_validate_json(reply % share)
+
+
+def test_help_tells_every_option(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["granulon-annotate", "--help"])
+    with pytest.raises(SystemExit) as end:
+        main()
+    printed = capsys.readouterr().out
+    assert end.value.code == 0
+    assert all(f"--{option.name}" in printed and option.metadata["help"] for option in fields(AnnotateArguments))
+
+
 def test_questions_come_from_conversations_and_columns_and_parquet(tmp_path):
     image = {"bytes": b"png", "path": None}
     table = datasets.Dataset.from_list([{"q": "a?", "picture": image}, {"q": "b?", "picture": image}])
@@ -294,6 +341,9 @@ def test_an_image_is_known_by_its_bytes_else_by_its_name():
         ({"data": "absent.jsonl"}, "there is no file absent.jsonl"),
         ({"twice": 2}, "--twice is a share from 0 to 1"),
         ({"concurrency": 0}, "expected 1 or more"),
+        ({"max_tokens": 0}, "expected 1 or more"),
+        ({"max_cost": "nan"}, "--max_cost are 0 or more"),
+        ({"input_price": "inf"}, "prices and --max_cost"),
     ],
 )
 def test_what_cannot_be_done_is_refused_in_a_sentence(command, server, settings, message, monkeypatch):
@@ -351,6 +401,29 @@ def test_a_measurement_that_was_cut_off_goes_on_after_the_last_finished_part(mea
     done.append(None)
     measured()
     assert done[3:] == [2]
+    assert len(read_corpus(tmp_path / "corpus")) == 12
+
+
+def test_what_was_measured_on_other_rows_or_by_other_weights_is_not_taken_up(measured, monkeypatch, tmp_path):
+    measure, done = module.measure_rows, []
+
+    def counted(model, processor, rows, *settings):
+        if len(done) in (1, 3):
+            done.append("cut off")
+            raise KeyboardInterrupt
+        done.append(len(rows))
+        return measure(model, processor, rows, *settings)
+
+    monkeypatch.setattr(module, "measure_rows", counted)
+    with pytest.raises(SystemExit):
+        measured()
+    rows = json.loads((tmp_path / "rows.json").read_text())
+    (tmp_path / "rows.json").write_text(json.dumps(rows[::-1]))
+    with pytest.raises(SystemExit):
+        measured()
+    make_model(seed=1, tie_word_embeddings=True).save_pretrained(tmp_path / "model")
+    measured()
+    assert done == [5, "cut off", 5, "cut off", 5, 5, 2]
     assert len(read_corpus(tmp_path / "corpus")) == 12
 
 

@@ -94,6 +94,16 @@ def test_a_separable_corpus_is_learned_and_held_out_questions_are_read_right():
     assert report["best_epoch"] == 1 + losses.index(min(losses))
 
 
+def test_the_report_names_the_models_that_annotated():
+    told = {"source": "annotated", "annotator": {"model": "meta-llama/Llama-3.3-70B"}}
+    rows = [
+        row | (told if row["level"] == "fine" else {"source": "template", "annotator": None}) for row in make_corpus()
+    ]
+    assert train_controller(make_model(), make_processor(), rows, epochs=1)["annotators"] == [
+        "meta-llama/Llama-3.3-70B"
+    ]
+
+
 def test_kinds_are_the_groups_of_a_split_that_holds_out_kinds():
     rows = [row | {"kind": f"kind {row['phrasing'][-1]}"} for row in make_corpus("test_kinds")]
     report = train_controller(make_model(), make_processor(), rows, epochs=1)

@@ -4,6 +4,7 @@ import asyncio
 import json
 import os
 from collections import Counter
+from random import Random
 
 import openai
 import pytest
@@ -37,11 +38,11 @@ def requests_for(questions, variant=""):
     ]
 
 
-def ask(server, path, questions, max_cost=None, concurrency=8, **settings):
+def ask(server, path, questions, max_cost=None, concurrency=8, api_key="k", **settings):
     """What a run of the annotator does: (why it stopped, keys answered, keys rejected, spent)."""
 
     async def run(journal):
-        async with openai.AsyncOpenAI(api_key="k", base_url=server.base_url, timeout=0.5, max_retries=0) as client:
+        async with openai.AsyncOpenAI(api_key=api_key, base_url=server.base_url, timeout=0.5, max_retries=0) as client:
             values = {"max_tokens": 100, "first_wait": 0.0, "attempts": 8, "schema_attempts": 8} | settings
             endpoint = Endpoint(client, "m", journal, SCHEMA, PRICES, **values)
             return await endpoint.ask_all(requests_for(questions), concurrency)
@@ -99,8 +100,8 @@ def test_another_model_prompt_or_asking_is_another_call():
 
 
 def test_no_more_calls_than_allowed_are_under_way(path):
-    with FaultServer() as server:
-        ask(server, path, [f"q{number}" for number in range(30)], concurrency=3)
+    with FaultServer(hold=0.05) as server:
+        ask(server, path, [f"q{number}" for number in range(30)], concurrency=3, attempts=30)
     assert 2 <= server.most_under_way <= 3
 
 
@@ -172,9 +173,87 @@ def test_an_account_without_quota_stops_the_run_at_once(path):
 def test_an_endpoint_that_is_gone_stops_the_run_after_a_while(path):
     with FaultServer() as server:
         pass
-    stop, answers, rejected, _ = ask(server, path, [f"q{number}" for number in range(100)], attempts=2, concurrency=4)
+    stop, answers, rejected, spent = ask(
+        server, path, [f"q{number}" for number in range(100)], attempts=2, concurrency=4, max_cost=1.0
+    )
     assert "gave no reply for the last" in str(stop) and "run the same command again" in str(stop)
-    assert not answers and not rejected
+    assert not answers and not rejected and spent == 0, "nothing was sent, and so nothing can have been paid"
+
+
+@pytest.mark.parametrize(
+    "usage",
+    [
+        {"prompt_tokens": float("nan")},
+        {"prompt_tokens": -(10**9)},
+        {"completion_tokens": None},
+        {"completion_tokens": "many"},
+    ],
+    ids=["nan", "negative", "null", "text"],
+)
+def test_a_count_of_tokens_that_is_none_costs_the_most_and_keeps_the_answer(path, usage):
+    with FaultServer() as server:
+        server.change = lambda reply: reply["usage"].update(usage)
+        stop, answers, _, spent = ask(server, path, [f"q{number}" for number in range(60)], max_cost=0.1)
+        assert isinstance(stop, BudgetExceeded) and 0 < len(answers) < 60
+        assert sum(server.asked.values()) == len(answers)
+        assert server.cost(PRICES) < spent <= 0.1
+
+
+def test_an_endpoint_that_writes_more_than_it_may_stops_the_run_since_no_cap_would_hold(path):
+    with FaultServer() as server:
+        server.change = lambda reply: reply["usage"].update(completion_tokens=10**5)
+        stop, answers, _, _ = ask(server, path, [f"q{number}" for number in range(60)], max_cost=9.0, concurrency=2)
+    assert "does not keep to 100 tokens a reply" in str(stop) and "--max_tokens" in str(stop)
+    assert 1 <= len(answers) == sum(server.asked.values()) <= 3
+
+
+@pytest.mark.parametrize(
+    "change, reason",
+    [
+        ({"finish_reason": "length", "message": {"content": '{"rea'}}, "cut off after 100 tokens; raise --max_tokens"),
+        ({"finish_reason": "content_filter", "message": {"content": None}}, "the endpoint's filter cut"),
+        ({"message": {"content": None, "refusal": "I had rather not"}}, "the model refuses: I had rather not"),
+    ],
+    ids=["cut", "filtered", "refused"],
+)
+def test_a_model_that_never_fits_stops_before_all_is_spent_and_says_why(path, change, reason):
+    questions = [f"q{number}" for number in range(100)]
+    with FaultServer() as server:
+        server.change = lambda reply: reply["choices"][0].update(change)
+        stop, answers, rejected, _ = ask(server, path, questions, concurrency=4, schema_attempts=2)
+        assert "contents in a row got no usable reply" in str(stop) and reason in str(stop)
+        assert not answers and 10 <= len(rejected) <= 14 and reason in next(iter(rejected.values()))
+        server.change = lambda reply: None
+        stop, answers, again, _ = ask(server, path, questions, concurrency=4)
+    assert stop is None and again == rejected and len(answers) + len(rejected) == 100
+
+
+def test_a_question_that_is_given_twice_is_asked_once(path):
+    with FaultServer() as server:
+        stop, answers, _, _ = ask(server, path, ["a", "b"] * 10)
+    assert stop is None and len(answers) == 2 and max(server.asked.values()) == 1
+
+
+def test_an_endpoint_that_repeats_the_key_does_not_bring_it_into_the_journal_or_the_message(path):
+    with FaultServer(fault_share=1.0, faults=("401",)) as server:
+        stop, _, _, _ = ask(server, path, ["q"], api_key="secret-key")
+        assert server.keys == {"secret-key"}
+    assert "<key>" in str(stop) and "secret-key" not in str(stop)
+    assert "<key>" in path.read_text() and "secret-key" not in path.read_text()
+
+
+def test_an_endpoint_that_asks_to_wait_for_hours_stops_the_run(path):
+    with FaultServer(fault_share=1.0, faults=("429",)) as server:
+        server.retry_after = "86400"
+        stop, _, rejected, spent = ask(server, path, ["q"])
+    assert "asks to wait for 86400 seconds" in str(stop) and not rejected and spent == 0
+
+
+@pytest.mark.parametrize("status, share", [(503, 0.0), (504, 1.0), (408, 1.0)])
+def test_what_a_gateway_gives_up_waiting_for_counts_as_paid(path, status, share):
+    with FaultServer(fault_share=1.0, faults=(str(status),)) as server:
+        _, _, _, spent = ask(server, path, ["q"], attempts=1)
+    assert spent == pytest.approx(share * entries(path)[0]["cost"]) and entries(path)[0]["cost"] > 0
 
 
 def test_the_wait_grows_and_is_never_shorter_than_the_endpoint_asks_for(path, monkeypatch):
@@ -262,7 +341,7 @@ def answered_questions(path, questions):
 def test_a_thousand_questions_survive_faults_and_kills(path, monkeypatch, seed):
     """No question lost, no journalled call repeated, the cap never exceeded."""
     questions = [f"q{number} of {seed}" for number in range(1000)]
-    random = __import__("random").Random(seed)
+    random = Random(seed)
     cap = 4.0
     with FaultServer(fault_share=0.25, seed=seed, faults=tuple(f for f in FAULTS if f != "late")) as server:
         for _ in range(12):
@@ -320,6 +399,27 @@ def test_a_full_disk_stops_the_run_and_leaves_a_journal_that_can_be_read(path, m
         monkeypatch.undo()
         journal.reserve("m", 0.5)
     assert [entry["key"] for entry in entries(path)] == ["k", "m"]
+
+
+def test_a_disk_that_fails_after_the_write_leaves_a_journal_that_agrees_with_its_file(path, monkeypatch):
+    def fails(file):
+        raise OSError("input/output error")
+
+    with Journal(path) as journal:
+        monkeypatch.setattr(module.os, "fsync", fails)
+        with pytest.raises(StopRun, match="input/output error"):
+            journal.reserve("k", 0.5)
+        monkeypatch.undo()
+        assert journal.spent == 0.5 and journal.reserve("l", 0.25) == 2
+    with Journal(path) as journal:
+        assert journal.spent == 0.75
+
+
+@pytest.mark.parametrize("cap", [float("nan"), -1.0])
+def test_a_cap_that_would_not_hold_is_refused(path, cap):
+    with pytest.raises(ValueError, match="expected 0 or more"):
+        Journal(path, cap)
+    assert not path.exists()
 
 
 def test_a_client_that_retries_by_itself_is_refused():

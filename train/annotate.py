@@ -30,7 +30,7 @@ from pydantic import BaseModel, ConfigDict, Field, create_model, field_validator
 from tqdm import tqdm
 from transformers import HfArgumentParser
 
-from .corpus import corpus_row, draw_of, read_corpus, split_of, write_corpus
+from .corpus import ANNOTATED, corpus_row, draw_of, read_corpus, split_of, write_corpus
 from .corpus_card import upload_folder, write_folder
 from .data import DataSource, load_rows
 from .journal import Endpoint, Journal, Prices, Request, StopRun, call_key
@@ -39,7 +39,6 @@ from .questions import Asked, read_questions
 from .stages import load_model, load_processor
 
 PROMPT = Path(__file__).with_name("labelling_prompt.md")
-SOURCE = "annotated"
 RUN = "run"  # folder of what belongs to the run and not to the corpus
 JOURNAL, QUARANTINE, PARTS = "calls.jsonl", "quarantine.jsonl", "parts"
 PART_ROWS = 256
@@ -68,6 +67,7 @@ class AnnotateArguments:
     output_price: float | None = field(default=None, metadata={"help": "USD per million tokens"})
     max_cost: float = field(default=10.0, metadata={"help": "USD that may be spent, earlier runs included"})
     concurrency: int = field(default=16, metadata={"help": "calls at a time"})
+    max_tokens: int = field(default=400, metadata={"help": "the most a reply may have; more for models that reason"})
     timeout: float = field(default=60.0, metadata={"help": "seconds to wait for a reply"})
     twice: float = field(default=0.05, metadata={"help": "share of the questions that are asked a second time"})
     first_wait: float = field(default=1.0, metadata={"help": "seconds before a second attempt, then doubled"})
@@ -95,10 +95,13 @@ class AnnotateArguments:
                 "say what the model costs with --input_price and --output_price (USD per million tokens; 0 for an "
                 "endpoint of your own): the cap of --max_cost rests on it"
             )
-        if min(self.input_price, self.output_price, self.max_cost) < 0 or not 0 <= self.twice <= 1:
+        priced = all(0 <= price < float("inf") for price in (self.input_price, self.output_price))  # and not nan
+        if not priced or not self.max_cost >= 0 or not 0 <= self.twice <= 1:
             raise ValueError("prices and --max_cost are 0 or more, --twice is a share from 0 to 1")
-        if self.concurrency < 1:
-            raise ValueError(f"--concurrency is {self.concurrency}; expected 1 or more")
+        if min(self.concurrency, self.max_tokens) < 1:
+            raise ValueError(
+                f"--concurrency is {self.concurrency} and --max_tokens {self.max_tokens}; expected 1 or more"
+            )
 
 
 def main():
@@ -149,13 +152,23 @@ def annotate(arguments: AnnotateArguments):
         "model": arguments.model,
         "prompt_sha": annotator.prompt_sha,
     }
-    (output / PROMPT.name).write_text(prompt, encoding="utf-8")
+    check_count(report)
+    draft = output / RUN / PROMPT.name
+    draft.write_text(prompt, encoding="utf-8")
+    draft.replace(output / PROMPT.name)
     write_corpus(unusable, output / RUN / QUARANTINE)
-    finish(arguments, rows, report, annotated_origin(report))
+    finish(arguments, rows, report, annotated_origin(report), whole=not (stop or left))
     if stop:
         raise stop
     if left:
         raise StopRun(f"{left} rows got no reply: run the same command again")
+
+
+def check_count(report: dict):
+    """Raises `ValueError` unless every row of the data is labelled, in the quarantine, or waiting for a reply."""
+    found = {name: report[name] for name in ("labelled_rows", "quarantined_rows", "unanswered_rows")}
+    if sum(found.values()) != report["rows"]:
+        raise ValueError(f"{report['rows']} rows were read, of which {found} are told; nothing was written")
 
 
 class Annotator:
@@ -195,7 +208,13 @@ class Annotator:
             api_key=key, base_url=args.base_url, timeout=args.timeout, max_retries=0
         ) as client:
             endpoint = Endpoint(
-                client, args.model, journal, self.schema, self.prices, max_tokens=400, first_wait=args.first_wait
+                client,
+                args.model,
+                journal,
+                self.schema,
+                self.prices,
+                max_tokens=args.max_tokens,
+                first_wait=args.first_wait,
             )
             with tqdm(total=len(requests), unit="call", disable=None) as bar:
 
@@ -223,7 +242,7 @@ class Annotator:
         return corpus_row(
             asked.question,
             probs,
-            SOURCE,
+            ANNOTATED,
             annotator={"model": self.arguments.model, "prompt_sha": self.prompt_sha},
             usage=entry["usage"],
             created_at=entry["at"],
@@ -244,7 +263,7 @@ class Annotator:
 def label_schema(levels: list[str]) -> type[BaseModel]:
     """The reply: a reason, then the levels' probabilities, whose sum is 1."""
     strict = ConfigDict(extra="forbid")
-    share = (float, Field(description="from 0 to 1"))
+    share = (float, Field(description="from 0 to 1", allow_inf_nan=False))
     probabilities = create_model("Probabilities", __config__=strict, **dict.fromkeys(levels, share))
 
     def sums_to_one(cls, value):
@@ -301,7 +320,7 @@ def measure(arguments: AnnotateArguments):
     processor = load_processor(arguments.checkpoint, model.config)
     levels, quarantine = model.config.granularity_names, output / RUN / QUARANTINE
     data = load_rows([arguments.source()], processor, seed=0, quarantine=quarantine, levels=levels)
-    parts = output / RUN / PARTS / _settings_key(arguments)
+    parts = output / RUN / PARTS / _settings_key(arguments, data._fingerprint)
     parts.mkdir(parents=True, exist_ok=True)
     rows = []
     for start in tqdm(range(0, len(data), PART_ROWS), unit="part", disable=None):
@@ -323,17 +342,24 @@ def measure(arguments: AnnotateArguments):
     shutil.rmtree(output / RUN / PARTS)
 
 
-def _settings_key(arguments: AnnotateArguments) -> str:
-    """Parts measured under other settings are not taken up."""
-    return hashlib.sha256(json.dumps(asdict(arguments), sort_keys=True, default=str).encode()).hexdigest()[:16]
+def _settings_key(arguments: AnnotateArguments, data: str) -> str:
+    """Parts measured under other settings, on other data (its fingerprint) or by other weights are not taken up."""
+    weights = [
+        (file.name, file.stat().st_size, file.stat().st_mtime_ns)
+        for file in sorted(Path(arguments.checkpoint).glob("*.safetensors"))
+    ]
+    identity = [asdict(arguments), data, weights]
+    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def finish(arguments: AnnotateArguments, rows: list[dict], report: dict, origin: str):
-    """Write the corpus, say what is in it, upload it where that was asked for."""
+def finish(arguments: AnnotateArguments, rows: list[dict], report: dict, origin: str, whole: bool = True):
+    """Write the corpus, say what is in it, upload it where that was asked for and it is whole."""
     report = write_folder(Path(arguments.output), rows, report, origin, arguments.data)
     print(json.dumps(report, indent=1))
     print(f"wrote {arguments.output}")
-    if arguments.push_to_hub:
+    if arguments.push_to_hub and not whole:
+        print(f"not uploaded to {arguments.push_to_hub}: rows wait for a reply")
+    elif arguments.push_to_hub:
         print(f"uploaded to {upload_folder(Path(arguments.output), arguments.push_to_hub, arguments.private)}")
 
 
@@ -354,7 +380,8 @@ def annotated_origin(report: dict) -> str:
         agreed += "That is how far it agrees with itself, not how far it is right."
     return (
         f"The labels are the opinion of the model `{report['model']}`, which was told what stands in `{PROMPT.name}` "
-        f"(prompt and form of the reply: {report['prompt_sha'][:16]}) and never saw an image. {agreed} Outputs of a "
+        f"(prompt and form of the reply: {report['prompt_sha'][:16]}) and never saw an image. All calls cost "
+        f"{report['spent_usd']:.4f} USD. {agreed} Outputs of a "
         "model stand under its terms: with labels by a Llama, the name of a model trained on them begins with Llama."
     )
 

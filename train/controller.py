@@ -29,7 +29,7 @@ from granulon.hub.assemble import complete_or_absent
 from modeling_granulon import GranulonForConditionalGeneration, GranulonProcessor
 from modeling_granulon.granularity_controller import GranularityController, first_layer_states
 
-from .corpus import TEST, TRAIN, VALIDATION, check_rows, read_corpus
+from .corpus import ANNOTATED, TEST, TRAIN, VALIDATION, check_rows, read_corpus
 from .level_scores import draw_confusions, scores
 from .measured import compare_levels
 from .seed_corpus import seed_corpus
@@ -139,7 +139,10 @@ def train_controller(
         for split in sorted(_split_sizes(data))
         if split.startswith(TEST)
     }
-    return {"levels": levels, "rows": dict(_split_sizes(data)), **training, "splits": splits}
+    # Whose outputs these were decides under which name and licence the model may be published.
+    annotators = sorted({row["annotator"]["model"] for row in rows if row.get("source") == ANNOTATED})
+    sizes = dict(_split_sizes(data))
+    return {"levels": levels, "rows": sizes, "annotators": annotators, **training, "splits": splits}
 
 
 @torch.no_grad()

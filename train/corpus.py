@@ -1,7 +1,7 @@
 """The granularity corpus: questions with the level each should be read at, one JSON object a line.
 
 A row holds `id`, `question`, `level` (a name), `level_probs` (name to probability), `confidence` (that of the level),
-`source` ("template", "measured", or who annotated), `annotator` and `usage` (of a paid call, else null) and
+`source` ("template", "annotated" or "measured"), `annotator` and `usage` (of a paid call, else null) and
 `created_at`; beside these whatever its source knows, of which training reads `split`, `kind` and `phrasing`.
 
 Splits are "train", "validation", and any number of others whose names begin with "test".
@@ -15,6 +15,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 TRAIN, VALIDATION, TEST = "train", "validation", "test"
+TEMPLATE, ANNOTATED, MEASURED = "template", "annotated", "measured"  # where labels come from
 SHARES = {VALIDATION: 0.1, TEST: 0.1}  # of rows that bring no split along; the rest is for training
 SUM_TOLERANCE = 1e-3
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from huggingface_hub import DatasetCardData, HfApi
 
-from .corpus import write_corpus
+from .corpus import TEST, TRAIN, VALIDATION, write_corpus
 
 CARD, REPORT = "README.md", "report.json"
 CARD_TEXT = """\
@@ -50,15 +50,24 @@ def write_folder(output: Path, rows: list[dict], report: dict, origin: str, data
     Returns:
         dict: the report, with the number of rows of each level in each split.
     """
-    for split in sorted({row["split"] for row in rows}):
+    splits = sorted({row["split"] for row in rows})
+    for split in splits:
         write_corpus((row for row in rows if row["split"] == split), output / f"{split}.jsonl")
+    for split in {TRAIN, VALIDATION, TEST}.difference(splits):  # of an earlier run that found rows for it
+        (output / f"{split}.jsonl").unlink(missing_ok=True)
     counts = Counter((row["split"], row["level"]) for row in rows)
     names = list(rows[0]["level_probs"]) if rows else []
-    splits = sorted({split for split, _ in counts})
     report = report | {"levels": {split: {name: counts[split, name] for name in names} for split in splits}}
-    (output / REPORT).write_text(json.dumps(report, indent=1) + "\n")
-    (output / CARD).write_text(card(report, origin, data), encoding="utf-8")
+    _write_whole(output / REPORT, json.dumps(report, indent=1) + "\n")
+    _write_whole(output / CARD, card(report, origin, data))
     return report
+
+
+def _write_whole(path: Path, text: str):
+    """The file appears when it is complete."""
+    draft = path.with_name(f".{path.name}.draft")
+    draft.write_text(text, encoding="utf-8")
+    draft.replace(path)
 
 
 def card(report: dict, origin: str, data: str) -> str:

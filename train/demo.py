@@ -74,10 +74,10 @@ class Budget:
 
     scenes: int = 5000
     held_out: int = 150
-    tower_steps: int = 300
+    tower_steps: int = 350
     text_steps: int = 120
     controller_epochs: int = 100
-    image_steps: int = 150
+    image_steps: int = 160
     batch: int = 32
 
 

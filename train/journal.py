@@ -27,7 +27,11 @@ SENT, ANSWERED, FAILED, REJECTED = "sent", "answered", "failed", "rejected"
 TRY_AGAIN = (408, 409, 425, 429)  # and all from 500 on
 OF_THE_CONTENT = (400, 413, 422)  # one content may be at fault, unless nothing was ever answered
 NO_QUOTA = "insufficient_quota"  # comes as 429, and no waiting helps
-LONGEST_WAIT = 60.0  # seconds
+GATEWAY_GAVE_UP = (408, 504, 524)  # while the model may have worked, for money
+NEVER_SENT = ("ConnectError", "ConnectTimeout", "PoolTimeout", "UnsupportedProtocol")  # of httpx, and of httpx2
+LONGEST_WAIT = 60.0  # seconds, of our own
+LONGEST_ASKED = 600.0  # seconds; who asks for more is asked again by another run
+SHORTEST_KEY = 8  # letters; what endpoints of one's own take for a key may be any word
 TEMPLATE_TOKENS = 64  # what a chat template may add to the text of a call
 
 
@@ -77,10 +81,12 @@ class Journal:
         max_cost: the cap in USD over everything in the file; None is none.
 
     Raises:
-        ValueError: the file is open elsewhere, or holds a line that no journal wrote.
+        ValueError: the file is open elsewhere, or holds a line that no journal wrote; a cap that is no number.
     """
 
     def __init__(self, path: str | Path, max_cost: float | None = None):
+        if max_cost is not None and not max_cost >= 0:
+            raise ValueError(f"the cap is {max_cost} USD; expected 0 or more")
         self.path, self.max_cost = Path(path), max_cost
         self.answers, self.rejected = {}, {}  # by key: the entry, the reason
         self.open_calls, self.settled = {}, 0.0  # most that each may cost; cost of all whose end is known
@@ -128,16 +134,16 @@ class Journal:
         self._write({"event": REJECTED, "key": key, "reason": reason})
 
     def _write(self, entry: dict):
-        line = json.dumps(entry).encode() + b"\n"
+        line = json.dumps(entry, allow_nan=False).encode() + b"\n"
         try:
             written = os.write(self.file, line)
             if written < len(line):  # a full disk: no half line may stand before another
                 os.ftruncate(self.file, os.fstat(self.file).st_size - written)
                 raise OSError(f"{written} of {len(line)} bytes were written")
+            self._take(entry)  # the line stands there from now on, whether or not it reaches the disk
             os.fsync(self.file)
         except OSError as error:
             raise StopRun(f"{self.path} cannot be written ({error}); make room and run the same command") from error
-        self._take(entry)
 
     def _take(self, entry: dict):
         if entry["event"] == REJECTED:
@@ -210,7 +216,7 @@ class Endpoint:
         schema = {"name": "reply", "strict": True, "schema": self.schema.model_json_schema()}
         self.response_format = {"type": "json_schema", "json_schema": schema}
         self.settled = asyncio.Condition()
-        self.under_way, self.left_in_a_row = 0, 0
+        self.under_way, self.in_vain = 0, 0  # calls; contents without a reply since the last reply
         self.stop: StopRun | None = None
 
     def most_cost(self, messages: list[dict]) -> float:
@@ -225,36 +231,52 @@ class Endpoint:
         Ask for what the journal does not hold yet; the answers are in the journal.
 
         Args:
-            requests: at most `concurrency` of them are under way at once.
+            requests: at most `concurrency` of them are under way at once; those of one key are one.
             done: called after each, whatever came of it.
 
         Returns:
             why it stopped before the end, if it did.
         """
-        waiting, patience = iter(requests), max(10, 2 * concurrency)
+        waiting, taken, patience = iter(requests), set(), max(10, 2 * concurrency)
 
         async def work():
             for request in waiting:
                 if self.stop:
                     return
-                try:
-                    self.left_in_a_row = 0 if await self.ask(request) else self.left_in_a_row + 1
-                except Rejected:
-                    self.left_in_a_row = 0
-                except StopRun as stop:
-                    self.stop = self.stop or stop
-                    return
+                if request.key not in taken and request.key not in self.journal.rejected:
+                    taken.add(request.key)
+                    try:
+                        self._note(await self._ask_or_reason(request), patience)
+                    except StopRun as stop:
+                        self.stop = self.stop or stop
+                        return
                 done(request)
-                if self.left_in_a_row >= patience:
-                    self.stop = StopRun(
-                        f"{self.client.base_url} gave no reply for the last {self.left_in_a_row} contents: run the "
-                        "same command again when it is back"
-                    )
 
         async with asyncio.TaskGroup() as group:
             for _ in range(concurrency):
                 group.create_task(work())
         return self.stop
+
+    async def _ask_or_reason(self, request: Request) -> dict | str | None:
+        try:
+            return await self.ask(request)
+        except Rejected as reason:
+            return str(reason)
+
+    def _note(self, outcome: dict | str | None, patience: int):
+        """Raises `StopRun` after too many contents in a row without a reply (None) or without a usable one (why)."""
+        self.in_vain = 0 if isinstance(outcome, dict) else self.in_vain + 1
+        if self.in_vain < patience:
+            return
+        if outcome is None:
+            raise StopRun(
+                f"{self.client.base_url} gave no reply for the last {self.in_vain} contents: run the same command "
+                "again when it is back"
+            )
+        raise StopRun(
+            f"{self.in_vain} contents in a row got no usable reply from {self.model}, so that no more are paid for: "
+            f"{outcome}; change what is at fault and add --retry_quarantined"
+        )
 
     async def ask(self, request: Request) -> dict | None:
         """
@@ -286,7 +308,7 @@ class Endpoint:
     async def _call(self, request: Request) -> Exception | None:
         """One call, written down before and after; what went wrong, if anything."""
         call = await self._reserve(request)
-        settle = partial(self.journal.settle, call, request.key)
+        settle, most = partial(self.journal.settle, call, request.key), self.journal.open_calls[call]
         try:
             reply = await self.client.chat.completions.create(
                 model=self.model,
@@ -295,19 +317,23 @@ class Endpoint:
                 max_completion_tokens=self.max_tokens,
                 **self.options,
             )
-            usage, cost = self._usage(reply, self.journal.open_calls[call])
+            usage, cost = self._usage(reply, most)
             answer = self.schema.model_validate_json(reply.choices[0].message.content or "").model_dump()
             settle(cost, answer, usage=usage, at=datetime.now(UTC).isoformat(timespec="seconds"))
+            self._check_bound(cost, most)
             return None
         except openai.APIStatusError as error:
-            settle(0.0, reason=str(error))  # a call that is refused is not paid for
+            # A call that is refused is not paid for.
+            settle(most if error.status_code in GATEWAY_GAVE_UP else 0.0, reason=self._told(error))
             return error
         except ValidationError as error:
-            settle(cost, reason=str(error))
-            return _Missed(str(error).replace("\n", " "))
-        except (openai.APIError, ValueError, AttributeError, LookupError, TypeError) as error:
-            # Broken off, too late, or not what an endpoint says: it may have been paid for.
-            settle(self.journal.open_calls[call], reason=repr(error))
+            missed = _Missed(self._why_missed(reply.choices[0]) or str(error).replace("\n", " "))
+            settle(cost, reason=str(missed))
+            self._check_bound(cost, most)
+            return missed
+        except (openai.APIError, ValueError, AttributeError, LookupError, TypeError, RecursionError) as error:
+            # Broken off, too late, or not what an endpoint says: it may have been paid for, if it was sent.
+            settle(0.0 if type(error.__cause__).__name__ in NEVER_SENT else most, reason=self._told(repr(error)))
             return error
         finally:
             async with self.settled:
@@ -319,6 +345,8 @@ class Endpoint:
         most = self.most_cost(request.messages)
         async with self.settled:
             while True:
+                if self.stop:
+                    raise self.stop
                 try:
                     call = self.journal.reserve(request.key, most)
                 except BudgetExceeded:
@@ -331,10 +359,33 @@ class Endpoint:
 
     def _usage(self, reply, most: float) -> tuple[dict | None, float]:
         """Tokens and USD of a reply; without a count, the most it can have cost."""
-        if reply.usage is None:
+        counts = [getattr(reply.usage, name, None) for name in ("prompt_tokens", "completion_tokens")]
+        if not all(isinstance(count, int) and count >= 0 for count in counts):
             return None, most
-        usage = {"input_tokens": reply.usage.prompt_tokens, "output_tokens": reply.usage.completion_tokens}
-        return usage, self.prices.of(**usage)
+        return dict(zip(("input_tokens", "output_tokens"), counts, strict=True)), self.prices.of(*counts)
+
+    def _check_bound(self, cost: float, most: float):
+        """No cap holds where a call can cost more than was set aside for it."""
+        if self.journal.max_cost is not None and cost > most:
+            raise StopRun(
+                f"a call to {self.client.base_url} cost {cost:.4f} USD, of which at most {most:.4f} was expected: it "
+                f"does not keep to {self.max_tokens} tokens a reply, so that no cap would hold; raise --max_tokens to "
+                "what it writes"
+            )
+
+    def _why_missed(self, choice) -> str | None:
+        """What the endpoint itself says of a reply that does not fit."""
+        if choice.finish_reason == "length":
+            return f"the reply was cut off after {self.max_tokens} tokens; raise --max_tokens"
+        if choice.finish_reason == "content_filter":
+            return "the endpoint's filter cut the reply off"
+        refusal = getattr(choice.message, "refusal", None)
+        return f"the model refuses: {self._told(refusal)}" if refusal else None
+
+    def _told(self, error) -> str:
+        """What an endpoint says, without the key, which some of them repeat."""
+        key = self.client.api_key
+        return str(error).replace(key, "<key>") if len(key) >= SHORTEST_KEY else str(error)
 
     def _judge(self, error: openai.APIStatusError, key: str):
         """Nothing where trying again may help; else rejects the content or raises `StopRun`."""
@@ -342,21 +393,23 @@ class Endpoint:
         if (status in TRY_AGAIN or status >= 500) and error.code != NO_QUOTA:
             return
         if status in OF_THE_CONTENT and self.journal.answers:
-            self.journal.reject(key, str(error))
+            self.journal.reject(key, self._told(error))
             return
         raise StopRun(
-            f"{self.client.base_url} refused the call: {error}; look at the key (OPENAI_API_KEY), the name of the "
-            f"model ({self.model}), the account, and whether it takes structured outputs"
+            f"{self.client.base_url} refused the call: {self._told(error)}; look at the key (OPENAI_API_KEY), the "
+            f"name of the model ({self.model}), the account, and whether it takes structured outputs"
         ) from error
 
     async def _wait(self, error: Exception, attempt: int):
-        """Longer after each attempt, with jitter; never shorter than the endpoint asks for."""
+        """Longer after each attempt, with jitter; never shorter than the endpoint asks for, in seconds."""
         wait = min(self.first_wait * 2**attempt, LONGEST_WAIT) * random.uniform(0.5, 1.0)
         if isinstance(error, openai.APIStatusError):
             try:
                 wait = max(wait, float(error.response.headers.get("retry-after", 0)))
             except ValueError:  # a date: the back-off must do
                 pass
+        if wait > LONGEST_ASKED:
+            raise StopRun(f"{self.client.base_url} asks to wait for {wait:.0f} seconds: run the same command then")
         await asyncio.sleep(wait)
 
 

@@ -24,11 +24,10 @@ from modeling_granulon import GranulonForConditionalGeneration, GranulonProcesso
 from modeling_granulon.joint_views import hide_slots, kept_last, take
 from modeling_granulon.vision_features import vision_features
 
-from .corpus import corpus_row, split_of
+from .corpus import MEASURED, corpus_row, split_of
 from .level_scores import mean_interval
 from .trainer import GranulonCollator, answer_tokens
 
-SOURCE = "measured"
 COLUMNS = ("prompt", "completion", "images")
 PASSED_ON = ("split", "kind", "phrasing")
 
@@ -213,7 +212,7 @@ def _corpus_row(model, processor, row, probs_G, nll_G, answer, visual_G, setting
     return corpus_row(
         _question(processor, row["prompt"]),
         dict(zip(names, probs_G.tolist(), strict=True)),
-        SOURCE,
+        MEASURED,
         key=f"{image_key}\n{_text(row['completion'][-1])}",
         annotator={"model": model.config._name_or_path, "prompt_sha": None, **settings},
         answer_nll=dict(zip(names, nll_G.tolist(), strict=True)),

@@ -37,9 +37,10 @@ def read_questions(
     asked, unusable, total = {}, [], 0
     for question, image in _all_questions(source, column, image_column):
         total += 1
-        text = question.strip() if isinstance(question, str) else ""
+        text = _text(question)
         if not text:
-            unusable.append({"question": question, "rows": 1, "reason": f"row {total - 1} has no question"})
+            shown = ascii(question) if isinstance(question, str) and question.strip() else question
+            unusable.append({"question": shown, "rows": 1, "reason": f"row {total - 1} has no question that is text"})
         elif text in asked:
             asked[text].rows += 1
         else:
@@ -47,6 +48,12 @@ def read_questions(
     if not asked:
         raise ValueError(f"{source} has no question in its {total} rows")
     return list(asked.values()), unusable, total
+
+
+def _text(question) -> str:
+    """The question, empty where there is none; half of a pair of surrogates is no text, and no file can hold it."""
+    text = question.strip() if isinstance(question, str) else ""
+    return text if text.isascii() or text == text.encode(errors="ignore").decode() else ""
 
 
 def _all_questions(source: DataSource, column: str, image_column: str) -> Iterator[tuple[str | None, str | None]]:

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from itertools import product
 from random import Random
 
-from .corpus import TRAIN, VALIDATION, corpus_row
+from .corpus import TEMPLATE, TRAIN, VALIDATION, corpus_row
 
 LEVELS = ("coarse", "medium", "fine")
 TEST_SPLITS = ("test_questions", "test_phrasings", "test_kinds")
@@ -383,7 +383,7 @@ def _row(kind: Kind, template: str, split: str, question: str) -> dict:
     return corpus_row(
         question,
         {level: float(level == kind.level) for level in LEVELS},
-        "template",
+        TEMPLATE,
         created_at=CREATED,
         kind=kind.name,
         phrasing=template,

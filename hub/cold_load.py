@@ -1,0 +1,45 @@
+"""Run by the publisher in a process of its own, which knows transformers and nothing of this package.
+
+    python cold_load.py SOURCE REVISION ADAPTER OUTPUT
+
+Loads a model as a stranger does (pipeline, Auto classes, remote code), asks it about a drawn image, and writes logits
+and answer to OUTPUT. SOURCE is a repository or a folder; REVISION and ADAPTER (a repository or folder) may be "-".
+"""
+
+import sys
+
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+from transformers import AutoModel, AutoModelForImageTextToText, AutoProcessor, pipeline
+
+QUESTION = "What is in the picture?"
+
+
+def main(source: str, revision: str, adapter: str, output: str):
+    pinned = {} if revision == "-" else {"revision": revision}
+    where = {"trust_remote_code": True, **({} if adapter != "-" else pinned)}
+    pipe = pipeline("image-text-to-text", model=source, **where)
+    model, processor = pipe.model, pipe.processor
+    if adapter != "-":
+        from peft import PeftModel
+
+        model = PeftModel.from_pretrained(model, adapter, **pinned)
+        processor = AutoProcessor.from_pretrained(adapter, trust_remote_code=True, **pinned)
+    image = Image.linear_gradient("L").convert("RGB")
+    chat = [{"role": "user", "content": [{"type": "image", "image": image}, {"type": "text", "text": QUESTION}]}]
+    inputs = processor.apply_chat_template(
+        chat, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
+    ).to(model.device, dtype=model.dtype)
+    with torch.no_grad():
+        logits = model(**inputs).logits.float()
+    answer = pipe(text=chat, max_new_tokens=8, do_sample=False, return_full_text=False)[0]["generated_text"]
+    del pipe, model
+    if adapter == "-":
+        classes = (AutoModel, AutoModelForImageTextToText)
+        assert all(type(kind.from_pretrained(source, **where)).__name__.startswith("Granulon") for kind in classes)
+    save_file({"logits": logits.contiguous()}, output, {"answer": answer})
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

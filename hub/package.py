@@ -1,0 +1,227 @@
+"""What of a checkpoint folder is published: nothing but what is named here, whole, and with its card."""
+
+import hashlib
+import json
+from dataclasses import dataclass, field
+from functools import cached_property
+from importlib.resources import files as package_files
+from pathlib import Path
+
+import yaml
+from huggingface_hub import ModelCard, ModelCardData, parse_eval_result_entries
+from huggingface_hub.utils import filter_repo_objects
+from safetensors import safe_open
+from safetensors.torch import load_file, save
+
+from .assemble import LICENCE_FILES, MANIFEST, TRAINABLE, TRAINED
+from .licences import Terms, public_name, read_manifest
+
+KINDS = ("model", "adapter", "trainable")
+CARD, NOTICE, INDEX = "README.md", "NOTICE", "model.safetensors.index.json"
+ADAPTER, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
+PROCESSOR = ["processor_config.json", "tokenizer*.json", "special_tokens_map.json", "vocab.*", "merges.txt", "*.model"]
+PAPERS = [MANIFEST, "controller_report.json", "controller_confusion.png", "licences/*", *LICENCE_FILES]
+ALLOWED = {
+    "model": ["model*.safetensors", INDEX, "config.json", "generation_config.json", "*.py", "*.jinja"],
+    "adapter": [ADAPTER, ADAPTER_CONFIG, "*.py", "*.jinja"],
+    "trainable": ["config.json", "*.py", "*.jinja"],
+}
+
+
+@dataclass
+class Package:
+    """
+    Files to publish.
+
+    Attributes:
+        kind: one of `KINDS`.
+        files: path in the repository to a file, or to its content.
+        base: of an adapter, the model it belongs to.
+    """
+
+    kind: str
+    files: dict[str, Path | bytes] = field(repr=False)
+    base: str | None = None
+
+    @cached_property
+    def hashes(self) -> dict[str, tuple[str, str]]:
+        """Of each file sha256 and git's own hash: the Hub tells the one of large files and the other of small ones."""
+        return {path: _hashes(source) for path, source in self.files.items()}
+
+    @cached_property
+    def sha(self) -> str:
+        """Of everything: the same files have the same."""
+        return hashlib.sha256(json.dumps(sorted(self.hashes.items())).encode()).hexdigest()
+
+    @property
+    def size(self) -> int:
+        return sum(
+            len(source) if isinstance(source, bytes) else source.stat().st_size for source in self.files.values()
+        )
+
+
+def make_package(folder: str | Path, kind: str, terms: Terms, repo_id: str, revision: str, base=None) -> Package:
+    """
+    The files of a checkpoint that go to the Hub, the card and the notices among them.
+
+    Raises:
+        ValueError: a folder that is not what `kind` says, lacks files, or holds other code than this package.
+    """
+    folder = Path(folder)
+    names = [str(file.relative_to(folder)) for file in sorted(folder.rglob("*")) if file.is_file()]
+    allowed = [*ALLOWED[kind], *PROCESSOR, *PAPERS, ".eval_results/*.yaml"]
+    kept = {name: folder / name for name in filter_repo_objects(names, allow_patterns=allowed)}
+    {"model": _check_model, "adapter": _check_adapter, "trainable": _check_model}[kind](folder, kept)
+    files = {**kept, MANIFEST: _without_local_paths(read_manifest(folder))}
+    if kind == "trainable":
+        files[TRAINABLE] = _trained_weights(folder)
+    if kind == "adapter":
+        base = base or json.loads((folder / ADAPTER_CONFIG).read_text())["base_model_name_or_path"]
+        files[ADAPTER_CONFIG] = _with_base(folder, base)
+    if terms.notices:
+        own = kept[NOTICE].read_text() if NOTICE in kept else ""
+        files[NOTICE] = "\n".join(
+            [*own.splitlines(), *(line for line in terms.notices if line not in own), ""]
+        ).encode()
+    files[CARD] = card(folder, kind, terms, repo_id, revision, base).encode()
+    return Package(kind, files, base)
+
+
+def card(folder: Path, kind: str, terms: Terms, repo_id: str, revision: str, base: str | None = None) -> str:
+    """The model card, from the manifest and what the licences ask for."""
+    manifest = read_manifest(folder)
+    parts = [manifest["vision"] | {"name": "vision"}, manifest["text"] | {"name": "text"}]
+    config = json.loads((folder / "config.json").read_text()) if (folder / "config.json").is_file() else {}
+    data = ModelCardData(
+        **terms.metadata,
+        pipeline_tag="image-text-to-text",
+        library_name="peft" if kind == "adapter" else "transformers",
+        base_model=[base] if kind == "adapter" else [part["source"] for part in parts if part["revision"]] or None,
+        base_model_relation="adapter" if kind == "adapter" else "finetune",
+        tags=["granulon", "custom_code"],
+    )
+    lines = {line.split(" part: ")[0]: line.rpartition(" ")[2] for line in terms.credits if " part: " in line}
+    return str(
+        ModelCard.from_template(
+            data,
+            template_path=str(Path(__file__).with_name("model_card.md")),
+            name=repo_id.rpartition("/")[2],
+            repo_id=repo_id,
+            revision=revision,
+            kind=kind,
+            base=base,
+            vision=parts[0]["source"],
+            text=parts[1]["source"],
+            parts=[part | {"licence": lines[part["name"]]} for part in parts],
+            granularities=config.get("granularities"),
+            training=[_told(run) for run in manifest.get("training", [])],
+            results=_results(folder),
+            credits=terms.credits,
+            warnings=terms.warnings,
+        )
+    )
+
+
+def _told(run: dict) -> dict:
+    return run | {"data": ", ".join(map(public_name, run["settings"].get("data", [])))}
+
+
+def _results(folder: Path) -> list:
+    entries = []
+    for file in sorted((folder / ".eval_results").glob("*.yaml")):
+        try:
+            entries += parse_eval_result_entries(yaml.safe_load(file.read_text()))
+        except (KeyError, TypeError, ValueError, yaml.YAMLError) as error:
+            raise ValueError(f"{file} does not hold evaluation results as the Hub reads them: {error!r}") from error
+    return entries
+
+
+def _check_model(folder: Path, kept: dict[str, Path]):
+    """All weights are there, and the code is this package's, byte for byte."""
+    if "config.json" not in kept:
+        raise ValueError(f"{folder} has no config.json: it is no checkpoint; for adapters use --adapter")
+    shards = {"model.safetensors"}
+    if (folder / INDEX).is_file():
+        shards = set(json.loads((folder / INDEX).read_text())["weight_map"].values())
+    if absent := sorted(shard for shard in shards if not (folder / shard).is_file()):
+        raise ValueError(f"{folder} lacks {', '.join(absent[:3])} ({len(absent)} in all); save the model again")
+    for shard in shards:
+        with safe_open(folder / shard, "pt"):  # reads the header, which tells whether the file is whole
+            pass
+    _check_code(folder, kept)
+    if "processor_config.json" not in kept:
+        raise ValueError(f"{folder} has no processor; write it with processor.save_pretrained({str(folder)!r})")
+
+
+def _check_adapter(folder: Path, kept: dict[str, Path]):
+    if absent := sorted({ADAPTER, ADAPTER_CONFIG} - set(kept)):
+        raise ValueError(f"{folder} is no adapter: it has no {', '.join(absent)}")
+    _check_code(folder, kept, needed=False)
+
+
+def _check_code(folder: Path, kept: dict[str, Path], needed: bool = True):
+    package = {
+        file.name: file.read_bytes() for file in package_files("modeling_granulon").iterdir() if file.suffix == ".py"
+    }
+    package.pop("__init__.py")
+    found = {name: path.read_bytes() for name, path in kept.items() if name.endswith(".py")}
+    if not found and not needed:
+        return
+    other = sorted(name for name in package.keys() | found.keys() if package.get(name) != found.get(name))
+    if other:
+        raise ValueError(
+            f"{folder} has other code than this package ({', '.join(other[:3])}): load the model and save it again "
+            "with the installed version, so that what is published is what was tested"
+        )
+
+
+def _trained_weights(folder: Path) -> bytes:
+    """Projector, gains and controller; for a model whose language model is its makers' still."""
+    manifest = read_manifest(folder)
+    if changed := [run["stage"] for run in manifest.get("training", []) if run["stage"] != "align"]:
+        raise ValueError(
+            f"the language model was trained too (stages {changed}): without its weights the rest is of no use; "
+            "publish the whole model or an adapter"
+        )
+    if local := [part for part in ("vision", "text") if not manifest[part].get("revision")]:
+        raise ValueError(f"the {' and '.join(local)} part came from a local folder: nobody else could put it together")
+    weights = {}
+    for file in sorted(folder.glob("model*.safetensors")):
+        with safe_open(file, "pt") as stored:
+            if any(name.startswith(TRAINED) for name in stored.keys()):
+                weights |= {name: value for name, value in load_file(file).items() if name.startswith(TRAINED)}
+    return save({name: value.contiguous() for name, value in weights.items()}, {"format": "pt"})
+
+
+def _with_base(folder: Path, base: str) -> bytes:
+    config = json.loads((folder / ADAPTER_CONFIG).read_text())
+    if Path(base).exists() or base.count("/") != 1:
+        raise ValueError(
+            f"the adapter's base is {base}, a folder of this machine: publish the base, and name it with --base_model"
+        )
+    return (json.dumps(config | {"base_model_name_or_path": base}, indent=2) + "\n").encode()
+
+
+def _without_local_paths(manifest: dict) -> bytes:
+    def told(value):
+        if isinstance(value, dict):
+            return {key: told(entry) for key, entry in value.items()}
+        if isinstance(value, list):
+            return [told(entry) for entry in value]
+        return public_name(value) if isinstance(value, str) else value
+
+    return (json.dumps(told(manifest), indent=2) + "\n").encode()
+
+
+def _hashes(source: Path | bytes) -> tuple[str, str]:
+    size = len(source) if isinstance(source, bytes) else source.stat().st_size
+    sha256, git = hashlib.sha256(), hashlib.sha1(b"blob %d\0" % size)
+    if isinstance(source, bytes):
+        sha256.update(source)
+        git.update(source)
+    else:
+        with source.open("rb") as file:
+            while block := file.read(1 << 22):
+                sha256.update(block)
+                git.update(block)
+    return sha256.hexdigest(), git.hexdigest()
