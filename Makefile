@@ -7,7 +7,7 @@ PY := $(VENV)/bin/python
 SITE := import sysconfig; print(sysconfig.get_path("purelib"))
 TEST := -m pytest -n auto
 
-.PHONY: setup demo test test-slow test-oldest conformance bench style
+.PHONY: setup demo space test test-slow test-oldest test-browser conformance bench style
 
 test test-slow test-oldest: export OMP_NUM_THREADS = 1
 
@@ -29,6 +29,11 @@ $(OLDEST_VENV)/stamp: $(VENV)/stamp Makefile
 demo: setup
 	$(PY) -m granulon.train.demo
 
+# The Space in a browser of this machine, with the model that the demo left.
+space: setup
+	test -d build/demo/checkpoint || $(MAKE) demo
+	MODEL_ID=build/demo/checkpoint $(PY) space/app.py
+
 test: setup
 	$(PY) $(TEST)
 
@@ -37,6 +42,11 @@ test-slow: setup
 
 test-oldest: $(OLDEST_VENV)/stamp
 	$(OLDEST_VENV)/bin/python $(TEST)
+
+# Needs Chromium (Debian: apt install chromium).
+test-browser: setup
+	$(PY) -m pip install --constraint constraints.txt playwright
+	$(PY) -m pytest -m slow tests/test_space_browser.py
 
 conformance: setup
 	$(PY) tests/conformance/run.py

@@ -162,6 +162,10 @@ def _summary(result):
 
 
 def main():
+    if any(word.partition("=")[0] == "--batch" for word in sys.argv[1:]):
+        from .batch import main as answer_many  # which reads this module
+
+        return answer_many()
     parser = HfArgumentParser(AskArguments, description=__doc__)
     parser.add_argument("question", help="what you want to know about the image")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of streaming the answer")

@@ -1,0 +1,149 @@
+"""`granulon-serve`: the OpenAI-compatible server of `transformers serve`, for a Granulon.
+
+`transformers serve` looks an architecture up on the `transformers` module and its kind in a list of names; a class
+from elsewhere is on neither. Here Granulon is put on both. Beyond upstream's a chat request may name a level and a
+view, in the fields `granularity` and `visual_view`; what cannot be used is refused with status 400; and an image is a
+data URL or an http(s) address, never a file of the server's.
+"""
+
+import asyncio
+import base64
+from contextvars import ContextVar
+
+import transformers
+import typer
+from fastapi import HTTPException
+from fastapi.responses import JSONResponse
+from PIL import Image
+from transformers.cli.serve import Serve
+from transformers.cli.serving import chat_completion, utils
+from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+
+from modeling_granulon import GranulonForConditionalGeneration, load_rgb
+
+from .ask import open_image
+
+VIEWS = ("full", "pixel", "semantic", "auto")
+ASKED = ContextVar("asked")  # level and view of the request that this task answers
+upstream_inputs = utils.BaseHandler.get_processor_inputs_from_messages
+
+
+class GranulonRequest(chat_completion.TransformersCompletionCreateParamsStreaming, total=False):
+    """A chat request: what upstream takes, and a level (name or index) and a view."""
+
+    granularity: str | int
+    visual_view: str
+
+
+class GranulonChatHandler(chat_completion.ChatCompletionHandler):
+    """The chat endpoint; level and view go on to `generate`."""
+
+    _valid_params_class = GranulonRequest
+
+    async def handle_request(self, body, request_id):
+        """As upstream; an unusable image and an unknown level or view are refused in the form of OpenAI's errors."""
+        try:
+            return await self._answer(body, request_id)
+        except HTTPException as error:
+            refusal = {"message": error.detail, "type": "invalid_request_error", "code": error.status_code}
+            return JSONResponse({"error": refusal}, error.status_code)
+
+    async def _answer(self, body, request_id):
+        self._validate_request(body)
+        asked = {name: body.pop(name) for name in ("granularity", "visual_view") if body.get(name) is not None}
+        _, model, _ = self._resolve_model(body)
+        _check(asked, model.config)
+        ASKED.set(asked)
+        # Downloading and decoding would stop the server for everybody else.
+        body["messages"] = await asyncio.to_thread(_with_images, body.get("messages"))
+        return await super().handle_request(body, request_id)
+
+    def _streaming(self, request_id, model, processor, model_id, inputs, *rest, **named):
+        return super()._streaming(request_id, model, processor, model_id, {**inputs, **ASKED.get()}, *rest, **named)
+
+    def _non_streaming(self, request_id, model, processor, model_id, inputs, *rest, **named):
+        inputs = {**inputs, **ASKED.get()}
+        return super()._non_streaming(request_id, model, processor, model_id, inputs, *rest, **named)
+
+
+def processor_inputs(messages, modality):
+    """As upstream, with every image opened through the one door for untrusted images."""
+    conversation = upstream_inputs(messages, modality)
+    for message in conversation:
+        for part in message["content"] if isinstance(message["content"], list) else []:
+            if part["type"] == "image":
+                part["image"] = open_part(part.pop("url"))
+    return conversation
+
+
+def open_part(source):
+    """
+    The image of a data URL or an http(s) address, RGB; one that is open already stays.
+
+    Raises:
+        HTTPException: 400 with the reason.
+    """
+    if isinstance(source, Image.Image):
+        return source
+    try:
+        if str(source).startswith("data:"):
+            return load_rgb(base64.b64decode(source.partition(",")[2], validate=True))
+        if str(source).startswith(("http://", "https://")):
+            return open_image(source)
+        raise ValueError("an image is a data URL (data:image/png;base64,...) or an http(s) address")
+    except ValueError as error:
+        raise HTTPException(400, f"image_url: {error}") from error
+
+
+def _with_images(messages):
+    """The messages with their images opened, in a list of its own."""
+    if not isinstance(messages, list) or not all(isinstance(message, dict) for message in messages):
+        raise HTTPException(400, "messages: a list of objects with role and content is needed")
+    return [
+        {**message, "content": [_opened(part) for part in message["content"]]}
+        if isinstance(message.get("content"), list)
+        else message
+        for message in messages
+    ]
+
+
+def _opened(part):
+    if not isinstance(part, dict) or part.get("type") != "image_url":
+        return part
+    source = part.get("image_url")
+    return {**part, "image_url": open_part(source.get("url") if isinstance(source, dict) else source)}
+
+
+def _check(asked, config):
+    try:
+        if "granularity" in asked:
+            config.granularity_index(asked["granularity"])
+    except ValueError as error:
+        raise HTTPException(400, f"granularity: {error}") from error
+    if asked.get("visual_view", "full") not in VIEWS:
+        raise HTTPException(400, f"visual_view: {asked['visual_view']!r} is none of {', '.join(VIEWS)}")
+
+
+def register():
+    """Make `transformers serve` know Granulon, in this process."""
+    name = GranulonForConditionalGeneration.__name__
+    setattr(transformers, name, GranulonForConditionalGeneration)
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES["granulon"] = name
+    chat_completion.ChatCompletionHandler = GranulonChatHandler
+    utils.BaseHandler.get_processor_inputs_from_messages = staticmethod(processor_inputs)
+
+
+def make_command():
+    """The command, with the options of `transformers serve`."""
+    command = typer.Typer(add_completion=False)
+    command.command(help=__doc__)(Serve)
+    return command
+
+
+def main():
+    register()
+    make_command()()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,419 @@
+"""The Granulon Space: ask about an image, and see how coarsely the model chose to look and what it saw.
+
+Started with `python app.py`. MODEL_ID and MODEL_REVISION name the model: a Hub id and a revision, or a folder.
+"""
+
+import os
+import threading
+import time
+from pathlib import Path
+
+import gradio as gr
+import overlay
+import torch
+from transformers import AutoModelForImageTextToText, AutoProcessor, TextIteratorStreamer
+from transformers.dynamic_module_utils import get_class_from_dynamic_module
+
+try:
+    import spaces  # ZeroGPU: a function gets a GPU for as long as it runs
+except ImportError:
+    spaces = None
+
+HERE = Path(__file__).parent
+MODEL_ID = os.environ.get("MODEL_ID", "jinlab/granulon-qwen1.5b")
+MODEL_REVISION = os.environ.get("MODEL_REVISION", "main")
+
+MAX_FILE = "20mb"
+MAX_PIXELS = 25_000_000
+MAX_QUESTION = 1000  # characters
+MAX_TOKENS = 512
+SECONDS = 60  # the longest an answer may take
+QUEUE = 100  # who comes when so many wait is told to come again
+VIEWS = ("full", "pixel", "semantic", "auto")
+BY_QUESTION = "auto"  # the level that stands for the controller's choice
+
+TITLE = "Granulon"
+START = overlay.answer_box("", "The answer appears here.", done=True)
+EMPTY = "The model answered with nothing."
+INTRO = (
+    "# Granulon\n"
+    "Ask about an image. The question decides how coarsely the model looks: it groups the image into a few large "
+    "clusters or many small ones, and you see which. *For research; **not for clinical use**.*"
+)
+EXAMPLES = [
+    ("coarse", "What kind of place is this?"),
+    ("medium", "What colour is the object?"),
+    ("fine", "Which small mark can you find?"),
+]
+
+
+def untouched(image):
+    """The image input, changed to hand on the uploaded file as it is: nothing decodes it before `load_rgb` does."""
+
+    def preprocess(payload):
+        if payload is None or (payload.url or "").startswith("data:"):
+            return gr.Image.preprocess(image, payload)  # writes the bytes of a data URL to a file
+        return payload.path
+
+    image.preprocess = preprocess
+    return image
+
+
+class Granulon:
+    """The published model and what the Space asks of it; every error a user can cause is a ValueError."""
+
+    def __init__(self, name=MODEL_ID, revision=MODEL_REVISION):
+        published = {"revision": revision, "trust_remote_code": True}
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        self.model = AutoModelForImageTextToText.from_pretrained(name, dtype="auto", **published).to(device).eval()
+        self.processor = AutoProcessor.from_pretrained(name, **published)
+        self.load_rgb = get_class_from_dynamic_module("image_io.load_rgb", name, revision=revision)
+        self.levels = [level["name"] for level in self.model.config.granularities]
+
+    def read(self, path, question, level, view, max_new_tokens, temperature, seed):
+        """The image and a dict of checked settings.
+
+        Raises:
+            ValueError: with a sentence for the user.
+        """
+        question = (question or "").strip()
+        if not path:
+            raise ValueError("there is no image yet; upload one, or take an example")
+        if not question:
+            raise ValueError("there is no question yet; type one below the image")
+        if len(question) > MAX_QUESTION:
+            raise ValueError(f"the question has {len(question)} characters, the limit is {MAX_QUESTION}; shorten it")
+        if level not in (BY_QUESTION, *self.levels):
+            raise ValueError(f"the level is {level!r}; choose one of {(BY_QUESTION, *self.levels)}")
+        if view not in VIEWS:
+            raise ValueError(f"the view is {view!r}; choose one of {VIEWS}")
+        try:
+            image = self.load_rgb(path, max_pixels=MAX_PIXELS)
+        except ValueError as error:
+            # The path is the server's own and says nothing to the user.
+            raise ValueError(str(error).replace(f"image {path}", "this image")) from None
+        return image, {
+            "question": question,
+            "level": None if level == BY_QUESTION else level,
+            "view": view,
+            "max_new_tokens": int(min(max(max_new_tokens, 1), MAX_TOKENS)),
+            "temperature": float(min(max(temperature, 0.0), 2.0)),
+            "seed": int(seed or 0) % 2**32,
+        }
+
+    def prepare(self, image, question):
+        content = [{"type": "image", "image": image}, {"type": "text", "text": question}]
+        return self.processor.apply_chat_template(
+            [{"role": "user", "content": content}],
+            tokenize=True,
+            return_dict=True,
+            return_tensors="pt",
+            add_generation_prompt=True,
+        ).to(self.model.device, dtype=self.model.dtype)
+
+    def look(self, inputs, level, view):
+        """What is chosen and seen before anything is answered.
+
+        Returns:
+            `dict`: level, chosen_by, probabilities (by name, or None), view, tokens (pixel, semantic), scores and,
+            as an array, cluster_map (H, W), None where the model has no levels.
+        """
+        config = self.model.config
+        seen = self.model.explain(**inputs, granularity=level)
+        pixel = int((inputs["input_ids"] == config.image_token_id).sum()) - config.max_semantic_tokens
+        if seen.granularity_index is None:
+            tokens = {"pixel": pixel, "semantic": 0}
+            fixed = {"level": None, "chosen_by": None, "probabilities": None, "view": "pixel", "tokens": tokens}
+            return {**fixed, "scores": [], "cluster_map": None}
+        index = int(seen.granularity_index[0])
+        view = config.granularities[index].get("view", "full") if view == "auto" else view
+        kept = int(seen.semantic_mask[0].sum())
+        probabilities = None
+        if seen.granularity_logits is not None:
+            shares = seen.granularity_logits[0].float().softmax(-1).tolist()
+            probabilities = dict(zip(self.levels, shares))
+        chosen_by = "request" if level else "controller" if probabilities else "configuration"
+        return {
+            "level": self.levels[index],
+            "chosen_by": chosen_by,
+            "probabilities": probabilities,
+            "view": view,
+            "tokens": {"pixel": 0 if view == "semantic" else pixel, "semantic": 0 if view == "pixel" else kept},
+            "scores": seen.cluster_scores[0, :kept].tolist(),
+            "cluster_map": seen.cluster_map[0].cpu().numpy(),
+        }
+
+    def answer(self, inputs, settings):
+        """Yield (answer so far, seconds to the first token) as it is written; closing the generator stops it."""
+        streamer = TextIteratorStreamer(
+            self.processor.tokenizer, skip_prompt=True, skip_special_tokens=True, timeout=SECONDS
+        )
+        stopped, failures, start = threading.Event(), [], time.perf_counter()
+
+        def generate():
+            try:
+                torch.manual_seed(settings["seed"])
+                self.model.generate(
+                    **inputs,
+                    granularity=settings["level"],
+                    visual_view=settings["view"],
+                    max_new_tokens=settings["max_new_tokens"],
+                    max_time=SECONDS,
+                    do_sample=settings["temperature"] > 0,
+                    temperature=settings["temperature"] or None,
+                    streamer=streamer,
+                    stopping_criteria=[lambda ids, *_, **__: torch.full((len(ids),), stopped.is_set())],
+                )
+            except Exception as error:  # shown by the thread that waits for the answer
+                failures.append(error)
+                streamer.end()
+
+        thread = threading.Thread(target=generate, daemon=True)
+        thread.start()
+        text, first = "", None
+        try:
+            for piece in streamer:
+                first = time.perf_counter() - start if first is None and piece else first
+                text += piece
+                if piece:
+                    yield text, first
+        finally:
+            stopped.set()
+            thread.join(SECONDS)
+        if failures:
+            raise failures[0]
+        if not text:
+            yield "", time.perf_counter() - start
+
+
+def describe(seen):
+    """The JSON of what was seen: `look`'s dict with clusters (number, name, score, share) and the map as lists."""
+    cluster_map = seen["cluster_map"]
+    clusters = [
+        {
+            "number": cluster + 1,
+            "name": overlay.cluster_name(cluster),
+            "score": score,
+            "share": float((cluster_map == cluster).mean()),
+        }
+        for cluster, score in enumerate(seen["scores"])
+    ]
+    rest = {name: value for name, value in seen.items() if name not in ("scores", "cluster_map")}
+    return {**rest, "clusters": clusters, "cluster_map": None if cluster_map is None else cluster_map.tolist()}
+
+
+def numbers(seen, first=None):
+    """The tiles below the answer."""
+    tokens, said = seen["tokens"], {"controller": "chosen by the question", "request": "chosen by you", None: "none"}
+    return overlay.tiles(
+        [
+            ("Level", seen["level"] or "none", said.get(seen["chosen_by"], "set by the model")),
+            ("Visual tokens", str(sum(tokens.values())), f"{tokens['pixel']} pixel + {tokens['semantic']} semantic"),
+            ("First token", "…" if first is None else f"{first:.2f} s", "to the first word"),
+        ]
+    )
+
+
+def picture(image, seen):
+    """The clusters over the image, or a word where there are none."""
+    if seen["cluster_map"] is None:
+        return '<p class="hint">This model has no levels of granularity, so there are no clusters to show.</p>'
+    return overlay.figure(image, seen["cluster_map"], seen["scores"], f"Seen at level {seen['level']}")
+
+
+def handlers(granulon):
+    """The functions behind the buttons and the API, each with a GPU where ZeroGPU lends one."""
+
+    def checked(*values):
+        try:
+            image, settings = granulon.read(*values)
+            return image, settings, granulon.prepare(image, settings["question"])
+        except ValueError as error:
+            raise gr.Error(str(error)[:1].upper() + str(error)[1:] + ".", title="Cannot be asked") from error
+
+    def respond(*values):
+        image, settings, inputs = checked(*values)
+        seen = granulon.look(inputs, settings["level"], settings["view"])
+        bars = overlay.level_bars(seen["probabilities"], seen["level"], seen["chosen_by"])
+        yield overlay.answer_box("", "Reading …"), numbers(seen), bars, picture(image, seen)
+        for text, first in granulon.answer(inputs, settings):
+            yield overlay.answer_box(text, "…"), numbers(seen, first), gr.skip(), gr.skip()
+        yield overlay.answer_box(text, EMPTY, done=True), gr.skip(), gr.skip(), gr.skip()
+
+    def compare(*values):
+        image, settings, inputs = checked(*values)
+        panels = []
+        for level in granulon.levels or [None]:
+            settings["level"] = level
+            seen = granulon.look(inputs, level, settings["view"])
+            *_, (text, first) = granulon.answer(inputs, settings)
+            head = overlay.answer_box(text, EMPTY, done=True) + numbers(seen, first)
+            panels.append(overlay.heading(level or "no levels") + head + picture(image, seen))
+            yield overlay.columns(panels)
+
+    def answer(image, question, level, view, max_new_tokens, temperature, seed) -> dict:
+        """Answer a question about an image with Granulon, and say how coarsely it looked.
+
+        Args:
+            image: the image, at most 20 MB and 25 megapixels.
+            question: what you want to know about it.
+            level: "auto" lets the question decide; or the name of a level, such as "coarse" or "fine".
+            view: which image tokens are read: "full", "pixel", "semantic", or "auto", as the level says.
+            max_new_tokens: the longest answer, in tokens.
+            temperature: 0 takes the likeliest words, more is more random.
+            seed: the same seed gives the same random answer.
+
+        Returns:
+            answer, level, chosen_by, probabilities of the levels, view, tokens, clusters (number, name, score,
+            share), seconds_to_first_token.
+        """
+        _, settings, inputs = checked(image, question, level, view, max_new_tokens, temperature, seed)
+        seen = describe(granulon.look(inputs, settings["level"], settings["view"]))
+        *_, (text, first) = granulon.answer(inputs, settings)
+        seen.pop("cluster_map")
+        return {"answer": text.strip(), **seen, "seconds_to_first_token": first}
+
+    def explain(image, question, level) -> dict:
+        """What Granulon would see of an image for a question, without an answer: level, clusters, their map.
+
+        Args:
+            image: the image, at most 20 MB and 25 megapixels.
+            question: what you want to know about it.
+            level: "auto" lets the question decide; or the name of a level.
+
+        Returns:
+            level, chosen_by, probabilities, tokens, clusters, and cluster_map: for each patch the number of its
+            cluster from 0, or -1 where it was dropped.
+        """
+        _, settings, inputs = checked(image, question, level, "full", 1, 0, 0)
+        return describe(granulon.look(inputs, settings["level"], "full"))
+
+    functions = {"respond": respond, "compare": compare, "answer": answer, "explain": explain}
+    if spaces is not None:
+        functions = {name: spaces.GPU(duration=SECONDS)(function) for name, function in functions.items()}
+    return functions
+
+
+def settings_of_link(levels):
+    """A function that reads question and settings out of the page's query; what does not fit is left as it was."""
+
+    def read(request: gr.Request):
+        query = request.query_params if request else {}
+        return (
+            query.get("q", "")[:MAX_QUESTION] or gr.skip(),
+            query["level"] if query.get("level") in (BY_QUESTION, *levels) else gr.skip(),
+            query["visual_view"] if query.get("visual_view") in VIEWS else gr.skip(),
+            _number(query.get("tokens"), int, 1, MAX_TOKENS),
+            _number(query.get("temperature"), float, 0, 2),
+            _number(query.get("seed"), int, 0, 2**32 - 1),
+        )
+
+    return read
+
+
+def _number(text, kind, low, high):
+    try:
+        return min(max(kind(text), low), high)
+    except (TypeError, ValueError, OverflowError):
+        return gr.skip()
+
+
+LINK = """(question, level, view, tokens, temperature, seed) => {
+  const link = new URL(window.location.href);
+  const values = {q: question, level, visual_view: view, tokens, temperature, seed};
+  for (const [name, value] of Object.entries(values)) link.searchParams.set(name, value);
+  navigator.clipboard?.writeText(link.href).catch(() => {});
+  return link.href;
+}"""
+
+
+def build(granulon):
+    """The page and its API, as a `gr.Blocks` that is not launched yet."""
+    functions = handlers(granulon)
+    choices = [("as the question asks", BY_QUESTION), *((name, name) for name in granulon.levels)]
+    with gr.Blocks(title=TITLE, analytics_enabled=False, delete_cache=(600, 1200), fill_width=True) as page:
+        gr.Markdown(INTRO, elem_id="intro")
+        with gr.Row(elem_id="main"):
+            with gr.Column(scale=5, min_width=320):
+                image = untouched(gr.Image(
+                    type="filepath", image_mode=None, sources=["upload", "clipboard"], buttons=["fullscreen"],
+                    label="Image", placeholder="## Drop an image here\nor choose a file, at most 20 MB", height=340,
+                    elem_id="image", alt_text="the image you ask about",
+                ))  # fmt: skip
+                question = gr.Textbox(
+                    label="Question", placeholder="What do you want to know?", lines=1, max_lines=4,
+                    max_length=MAX_QUESTION, elem_id="question",
+                )  # fmt: skip
+                level = gr.Radio(choices, value=BY_QUESTION, label="Level", elem_id="level")
+                with gr.Row(elem_id="buttons"):
+                    ask = gr.Button("Ask", variant="primary", elem_id="ask", min_width=90)
+                    stop = gr.Button("Stop", variant="stop", elem_id="stop", min_width=90)
+                    compare = gr.Button("Compare all levels", elem_id="compare", min_width=190)
+                with gr.Accordion("More settings", open=False, elem_id="settings"):
+                    view = gr.Radio(list(VIEWS), value="full", label="Image tokens that are read", elem_id="view")
+                    tokens = gr.Slider(1, MAX_TOKENS, 128, step=1, label="Longest answer, in tokens")
+                    temperature = gr.Slider(0, 2, 0, step=0.05, label="Temperature (0: always the likeliest word)")
+                    seed = gr.Number(0, precision=0, minimum=0, label="Seed")
+                gr.Examples(
+                    [[str(HERE / "examples" / f"{name}.png"), text] for name, text in EXAMPLES],
+                    [image, question],
+                    label="A question of each level",
+                    cache_examples=False,
+                    example_labels=[f"{name}: {text}" for name, text in EXAMPLES],
+                )
+            with gr.Column(scale=6, min_width=320):
+                answer = gr.HTML(
+                    overlay.answer_box("", "The answer appears here.", done=True), elem_id="answer", padding=False
+                )
+                facts = gr.HTML(elem_id="facts", padding=False)
+                bars = gr.HTML(elem_id="bars", padding=False)
+                seen = gr.HTML(elem_id="seen", padding=False)
+        compared = gr.HTML(elem_id="compared", padding=False)
+        with gr.Row(elem_id="share"):
+            share = gr.Button("Copy a link to this question", elem_id="link-button", min_width=120)
+            link = gr.Textbox(label="Link, without the image", interactive=True, elem_id="link", scale=3)
+
+        settings = [question, level, view, tokens, temperature, seed]
+        inputs = [image, *settings]
+        model = {"concurrency_id": "model", "concurrency_limit": 1}  # one answer at a time, seeds included
+        asked = gr.on(
+            [ask.click, question.submit], functions["respond"], inputs, [answer, facts, bars, seen],
+            api_visibility="private", show_progress="minimal", trigger_mode="once", **model,
+        )  # fmt: skip
+        comparing = compare.click(
+            functions["compare"], inputs, compared, api_visibility="private", trigger_mode="once", **model
+        )
+        stop.click(None, cancels=[asked, comparing])
+        share.click(None, settings, link, js=LINK)
+        page.load(settings_of_link(granulon.levels), None, settings, api_visibility="private", show_progress="hidden")
+
+        by_api, as_json = gr.Button(visible=False), gr.JSON(visible=False)
+        by_api.click(functions["answer"], inputs, as_json, api_name="answer", **model)
+        by_api.click(functions["explain"], inputs[:3], as_json, api_name="explain", **model)
+    return page.queue(max_size=QUEUE, default_concurrency_limit=1)
+
+
+def look_and_feel():
+    """What `launch` takes for the looks; the fonts are the reader's own, so that nothing is fetched from elsewhere."""
+    fonts = {"font": ["system-ui", "sans-serif"], "font_mono": ["ui-monospace", "monospace"]}
+    script = (HERE / "script.js").read_text()
+    theme = gr.themes.Soft(primary_hue="indigo", neutral_hue="slate", radius_size="md", **fonts).set(
+        body_text_color_subdued="*neutral_600",  # contrast above 7 : 1
+        body_text_color_subdued_dark="*neutral_300",
+        button_primary_background_fill="*primary_600",
+        button_primary_background_fill_hover="*primary_700",
+    )
+    return {
+        "theme": theme,
+        "css_paths": str(HERE / "style.css"),
+        "head": f"<script>{script}</script>",
+    }
+
+
+def main():
+    page = build(Granulon())
+    page.launch(mcp_server=True, max_file_size=MAX_FILE, max_threads=40, ssr_mode=False, **look_and_feel())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,204 @@
+"""What the model saw, as HTML: the image under its clusters, a legend to point at, bars of the levels, the numbers.
+
+Shapes by suffix: H x W patch grid. Everything that a user or a model wrote is escaped here.
+"""
+
+import base64
+import io
+from html import escape
+from itertools import count
+
+import numpy as np
+
+SIDE = 720  # pixels of the longer side of a shown image
+# Okabe and Ito's colours, told apart with any colour vision; from the eighth cluster on they come back with another
+# filling. Each cluster has a number and a name as well.
+COLOURS = {
+    "orange": "#e69f00",
+    "sky blue": "#56b4e9",
+    "green": "#009e73",
+    "yellow": "#f0e442",
+    "blue": "#0072b2",
+    "vermilion": "#d55e00",
+    "purple": "#cc79a7",
+}
+FILLINGS = ("plain", "striped", "dotted")
+NUMBERS = count()  # of the figures, since the ids of svg patterns are the whole page's
+HINT = "Point at a cluster, or tab through the legend, to read its score and share."
+
+
+def cluster_name(cluster):
+    """The name of a cluster, counted from 0: its colour, and its filling unless that is plain."""
+    colour, filling = _look(cluster)
+    return colour if filling == "plain" else f"{colour}, {filling}"
+
+
+def figure(image, cluster_map, scores, title):
+    """
+    The image under its clusters, with a legend; pointing at either, or focus on the legend, tells more (script.js).
+
+    Args:
+        image (`PIL.Image.Image`): RGB.
+        cluster_map (`array`): (H, W) int, number of the cluster of each patch from 0, or -1 for those dropped.
+        scores (`list[float]`): quality of each kept cluster (Eq. 6), best first.
+        title (`str`): what the figure is called.
+
+    Returns:
+        `str`: HTML.
+    """
+    cluster_map = np.asarray(cluster_map)
+    shares = [float((cluster_map == cluster).mean()) for cluster in range(len(scores))]
+    dropped = float((cluster_map < 0).mean())
+    shown = image.copy()
+    shown.thumbnail((SIDE, SIDE))
+    if max(shown.size) < SIDE // 2:  # a small picture is shown large, with its pixels
+        scale = SIDE // max(shown.size)
+        shown = shown.resize((shown.width * scale, shown.height * scale), 0)
+    key = f"f{next(NUMBERS)}"
+    said = f"{len(scores)} clusters over the image; the legend lists them with score and share"
+    legend = "".join(
+        _legend_entry(cluster, score, shares[cluster], f"{key}l{cluster}") for cluster, score in enumerate(scores)
+    )
+    if dropped:
+        legend += (
+            f'<li class="dropped"><svg viewBox="0 0 26 18" aria-hidden="true">'
+            f'<rect width="26" height="18" class="veil"/></svg>dropped by the filter <b>{dropped:.0%}</b></li>'
+        )
+    return (
+        f'<figure class="clusters"><figcaption><span>{escape(title)}</span>'
+        '<label><input type="checkbox" checked>show clusters</label></figcaption>'
+        f'<div class="picture"><img src="{_data_uri(shown)}" alt="{said}">'
+        f"{_overlay(cluster_map, shown.size, key)}</div>"
+        f'<p class="detail" role="status" data-hint="{HINT}">{HINT}</p><ul class="legend">{legend}</ul></figure>'
+    )
+
+
+def level_bars(probabilities, chosen, chosen_by):
+    """Bars of the controller's probabilities by level, the chosen one marked by more than its colour, as HTML."""
+    if not probabilities:
+        return f'<p class="hint">The level is {escape(chosen)}, set by the {escape(chosen_by)}.</p>' if chosen else ""
+    mark = "chosen" if chosen_by == "controller" else "your choice"
+    rows = "".join(
+        f'<li class="{"chosen" if name == chosen else ""}" aria-label="{escape(name)}: {share:.1%}'
+        f'{", " + mark if name == chosen else ""}"><span class="name">{escape(name)}</span>'
+        f'<span class="track"><span class="bar" style="width:{share:.1%}"></span></span>'
+        f'<span class="value">{share:.0%}</span>'
+        f'<span class="mark">{"&#10003; " + mark if name == chosen else ""}</span></li>'
+        for name, share in probabilities.items()
+    )
+    return f'<div class="card"><h3>What the question asks for</h3><ul class="bars">{rows}</ul></div>'
+
+
+def tiles(entries):
+    """Numbers with their names, (name, value, note) each, as HTML."""
+    cells = "".join(
+        f"<div><dt>{escape(name)}</dt><dd>{escape(value)}<small>{escape(note)}</small></dd></div>"
+        for name, value, note in entries
+    )
+    return f'<dl class="tiles">{cells}</dl>'
+
+
+def heading(text):
+    return f"<h3>{escape(text)}</h3>"
+
+
+def answer_box(text, note="", done=False):
+    """The answer as it stands, or a note where there is none yet; it is read out once `done`, as HTML."""
+    body = escape(text) if text.strip() else f'<span class="hint">{escape(note)}</span>'
+    return f'<div class="answer" role="status" aria-live="polite" aria-busy="{str(not done).lower()}">{body}</div>'
+
+
+def columns(panels):
+    """Panels of HTML side by side, below one another where there is no room."""
+    return '<div class="columns">' + "".join(f'<section class="card">{panel}</section>' for panel in panels) + "</div>"
+
+
+def _look(cluster):
+    return list(COLOURS)[cluster % len(COLOURS)], FILLINGS[cluster // len(COLOURS) % len(FILLINGS)]
+
+
+def _legend_entry(cluster, score, share, pattern):
+    name = cluster_name(cluster)
+    said = f"Cluster {cluster + 1}, {name}: score {score:.2f}, {share:.0%} of the image"
+    return (
+        f'<li><button type="button" data-cluster="{cluster}" data-said="{said}" aria-label="{said}">'
+        f'<svg viewBox="0 0 26 18" aria-hidden="true">{_filling(cluster, pattern)}'
+        f'<rect width="26" height="18" fill="url(#{pattern})"/></svg>'
+        f"<b>{cluster + 1}</b><span>{name}</span><i>{score:.2f}</i><i>{share:.0%}</i></button></li>"
+    )
+
+
+def _overlay(cluster_map, size, key):
+    """An svg over the image, one group for each cluster: filling, outline and number."""
+    height, width = cluster_map.shape
+    cell = size[0] / width, size[1] / height
+    parts = []
+    for cluster in range(int(cluster_map.max()) + 1):
+        member_HW = cluster_map == cluster
+        if not member_HW.any():
+            continue
+        row, column = _middle(member_HW)
+        x, y = (column + 0.5) * cell[0], (row + 0.5) * cell[1]
+        parts.append(
+            f'<g data-cluster="{cluster}">{_filling(cluster, f"{key}c{cluster}")}'
+            f'<path class="fill" fill="url(#{key}c{cluster})" d="{_cells(member_HW, cell)}"/>'
+            f'<path class="line" d="{_outline(member_HW, cell)}"/>'
+            f'<text x="{x:.1f}" y="{y:.1f}">{cluster + 1}</text></g>'
+        )
+    veil = f'<path class="veil" d="{_cells(cluster_map < 0, cell)}"/>'
+    # Font and lines are in pixels of the shown image, which is scaled with it.
+    view = f'viewBox="0 0 {size[0]} {size[1]}" style="font-size:{max(size) / 24:.0f}px"'
+    return f'<svg {view} preserveAspectRatio="none" aria-hidden="true">{veil}{"".join(parts)}</svg>'
+
+
+def _filling(cluster, name):
+    """An svg pattern in the cluster's colour."""
+    colour, filling = _look(cluster)
+    marks = {
+        "plain": "",
+        "striped": '<path d="M0 0h14v14z" fill="none"/><path d="M-2 16L16-2M-9 9L9-9M5 23L23 5" stroke="#000" '
+        'stroke-opacity=".55" stroke-width="3"/>',
+        "dotted": '<circle cx="7" cy="7" r="3" fill="#000" fill-opacity=".55"/>',
+    }[filling]
+    return (
+        f'<pattern id="{name}" width="14" height="14" patternUnits="userSpaceOnUse">'
+        f'<rect width="14" height="14" fill="{COLOURS[colour]}"/>{marks}</pattern>'
+    )
+
+
+def _cells(member_HW, cell):
+    """A path over all cells that are True, one rectangle for each run in a row."""
+    edges = np.diff(np.pad(member_HW.astype(int), ((0, 0), (1, 1))))
+    starts, ends = np.argwhere(edges == 1), np.argwhere(edges == -1)
+    return "".join(
+        f"M{start * cell[0]:.1f} {row * cell[1]:.1f}h{(end - start) * cell[0]:.1f}v{cell[1]:.1f}"
+        f"h{(start - end) * cell[0]:.1f}z"
+        for (row, start), (_, end) in zip(starts, ends)
+    )
+
+
+def _outline(member_HW, cell):
+    """A path along the border between True and the rest."""
+    upright = np.argwhere(np.diff(np.pad(member_HW.astype(int), ((0, 0), (1, 1)))) != 0)
+    level = np.argwhere(np.diff(np.pad(member_HW.astype(int), ((1, 1), (0, 0))), axis=0) != 0)
+    return "".join(
+        [f"M{x * cell[0]:.1f} {y * cell[1]:.1f}v{cell[1]:.1f}" for y, x in upright]
+        + [f"M{x * cell[0]:.1f} {y * cell[1]:.1f}h{cell[0]:.1f}" for y, x in level]
+    )
+
+
+def _middle(member_HW):
+    """(row, column) of the True cell that is farthest from any other: a number stands well there."""
+    depth_HW, inner_HW = member_HW.astype(int), member_HW
+    while inner_HW.any():
+        framed = np.pad(inner_HW, 1)
+        inner_HW = inner_HW & framed[:-2, 1:-1] & framed[2:, 1:-1] & framed[1:-1, :-2] & framed[1:-1, 2:]
+        depth_HW = depth_HW + inner_HW
+    deepest = np.argwhere(depth_HW == depth_HW.max())
+    return deepest[((deepest - deepest.mean(0)) ** 2).sum(-1).argmin()]
+
+
+def _data_uri(image):
+    buffer = io.BytesIO()
+    image.save(buffer, "WEBP", quality=85)
+    return "data:image/webp;base64," + base64.b64encode(buffer.getvalue()).decode()

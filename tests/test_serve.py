@@ -1,0 +1,151 @@
+"""granulon-serve: the openai client gets streamed, correct answers about images; levels, views, refusals."""
+
+import base64
+import os
+import socket
+import subprocess
+import sys
+import time
+from types import SimpleNamespace
+
+import pytest
+from space_load import bad_files, good_picture
+
+from granulon.hub.ask import load_model
+from granulon.hub.tiny import assemble_tiny
+from modeling_granulon import load_rgb
+
+openai = pytest.importorskip("openai")
+pytest.importorskip("fastapi")
+from typer.testing import CliRunner  # noqa: E402
+
+from granulon.hub.serve import make_command  # noqa: E402
+
+QUESTION = "What is it?"
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("serve")
+    model = assemble_tiny(folder / "tiny")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "granulon.hub.serve", str(model), "--port", str(port), "--device", "cpu"]
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "NO_PROXY": "127.0.0.1,localhost", "HF_HOME": str(folder)}
+    with open(folder / "log", "w") as log:
+        process = subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT)
+    client = openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0)
+    try:
+        for _ in range(600):
+            with socket.socket() as probe:
+                if probe.connect_ex(("127.0.0.1", port)) == 0:
+                    break
+            assert process.poll() is None, (folder / "log").read_text()[-3000:]
+            time.sleep(0.1)
+        yield SimpleNamespace(client=client, model=str(model), folder=folder)
+    finally:
+        process.terminate()
+        process.wait(20)
+
+
+@pytest.fixture(scope="module")
+def expected(server):
+    """A function that gives the model's own greedy answer to the question about the picture."""
+    model, processor = load_model(server.model)
+
+    def answer(image=True, **settings):
+        parts = [{"type": "image", "image": load_rgb(good_picture())}] if image else []
+        inputs = processor.apply_chat_template(
+            [{"role": "user", "content": [*parts, {"type": "text", "text": QUESTION}]}],
+            tokenize=True,
+            return_dict=True,
+            return_tensors="pt",
+            add_generation_prompt=True,
+        )
+        output = model.generate(**inputs, max_new_tokens=12, do_sample=False, **settings)
+        return processor.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+
+    return answer
+
+
+def data_url(data=None):
+    return "data:image/png;base64," + base64.b64encode(data or good_picture()).decode()
+
+
+def ask(server, image=None, **settings):
+    url = {"type": "image_url", "image_url": {"url": image or data_url()}}
+    message = {"role": "user", "content": [url, {"type": "text", "text": QUESTION}]}
+    return server.client.chat.completions.create(
+        **{"model": server.model, "messages": [message], "temperature": 0, "max_tokens": 12} | settings
+    )
+
+
+def test_the_openai_client_gets_the_models_own_answer_about_a_base64_image_streamed_and_whole(server, expected):
+    chunks = list(ask(server, stream=True))
+    pieces = [chunk.choices[0].delta.content for chunk in chunks if chunk.choices[0].delta.content]
+    whole = ask(server)
+    assert len(pieces) > 2
+    assert "".join(pieces) == whole.choices[0].message.content == expected()
+    assert whole.usage.completion_tokens <= 12 and whole.usage.prompt_tokens > 84
+
+
+@pytest.mark.parametrize(
+    "fields", [{"granularity": "coarse"}, {"granularity": 2}, {"visual_view": "semantic", "granularity": "fine"}]
+)
+def test_level_and_view_are_extra_fields_of_a_request(fields, server, expected):
+    assert ask(server, extra_body=fields).choices[0].message.content == expected(**fields)
+    streamed = ask(server, extra_body=fields, stream=True)
+    assert "".join(chunk.choices[0].delta.content or "" for chunk in streamed) == expected(**fields)
+    assert ask(server).choices[0].message.content == expected(), "the next request is free again"
+
+
+def test_a_question_without_an_image_is_answered(server, expected):
+    messages = [{"role": "user", "content": QUESTION}]
+    assert ask(server, messages=messages).choices[0].message.content == expected(image=False)
+
+
+@pytest.mark.parametrize(
+    "fields, message",
+    [
+        ({"extra_body": {"granularity": "huge"}}, "granularity: unknown granularity 'huge'"),
+        ({"extra_body": {"visual_view": "inside"}}, "visual_view: 'inside' is none of full, pixel"),
+        ({"image": "/etc/hostname"}, "an image is a data URL"),
+        ({"image": "file:///etc/hostname"}, "an image is a data URL"),
+        ({"image": "data:image/png;base64,???"}, "image_url: "),
+        ({"image": "http://127.0.0.1:9/none.png"}, "cannot be fetched"),
+        ({"messages": ["hello"]}, "a list of objects"),
+        ({"extra_body": {"nonsense": 1}}, "Unexpected fields"),
+    ],
+)
+def test_what_cannot_be_used_is_refused_in_one_clear_message(fields, message, server):
+    with pytest.raises(openai.APIStatusError) as refusal:
+        ask(server, **fields)
+    assert refusal.value.status_code in (400, 422) and message in str(refusal.value)
+
+
+def test_bad_images_are_refused_and_the_server_goes_on(server, expected):
+    for name, data in bad_files(good_picture()).items():
+        with pytest.raises(openai.BadRequestError, match="image_url: image") as refusal:
+            ask(server, image=data_url(data or b" "))
+        assert name != "bomb.png" or "169000000" in str(refusal.value) or "13000 x 13000" in str(refusal.value)
+    assert ask(server).choices[0].message.content == expected()
+
+
+def test_the_command_keeps_the_options_of_transformers_serve():
+    shown = CliRunner().invoke(make_command(), ["--help"], env={"COLUMNS": "200", "TERM": "dumb"})
+    assert shown.exit_code == 0 and "--attn-implementation" in shown.stdout and "--port" in shown.stdout
+
+
+def test_the_processor_keeps_the_contract_of_vllms_transformers_backend(server):
+    """What vLLM asks a processor without a question: as many tokens as the processor makes, one placeholder id."""
+    model, processor = load_model(server.model)
+    sizes = [(64, 64), (120, 160), (1000, 30)]
+    promised = processor._get_num_multimodal_tokens(image_sizes=sizes)
+    for (height, width), tokens in zip(sizes, promised["num_image_tokens"], strict=True):
+        image = load_rgb(good_picture(size=(160, 120))).resize((width, height))
+        ids = processor(text=processor.image_token, images=image, return_tensors="pt")["input_ids"]
+        assert int((ids == processor.image_token_id).sum()) == tokens
+        pixels = processor.image_processor(image, return_tensors="pt")["pixel_values"]
+        (features,) = model.get_image_features(pixels).pooler_output
+        assert len(features) == tokens, "and as many embeddings"

@@ -1,0 +1,406 @@
+"""The Space: what it may do at all, what it answers, what it refuses, and that it stays up."""
+
+import ast
+import importlib.util
+import re
+import sys
+import threading
+import time
+import xml.etree.ElementTree as ElementTree
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import yaml
+from PIL import Image
+from space_load import bad_files, good_picture, running_space
+
+from granulon.hub import ask as command_line
+from granulon.hub.tiny import assemble_tiny
+from modeling_granulon import load_rgb
+
+gradio = pytest.importorskip("gradio")
+from gradio_client import Client, handle_file  # noqa: E402
+from gradio_client.exceptions import AppError  # noqa: E402
+
+ROOT = Path(__file__).parents[1]
+SPACE = ROOT / "space"
+SETTINGS = ("full", 12, 0, 0)  # view, longest answer, temperature, seed
+
+# ----- what remote code and the Space may not do
+
+SETTINGS_READ = {"space/app.py": {"MODEL_ID", "MODEL_REVISION"}}
+NETWORK = {
+    "aiohttp", "asyncio", "ftplib", "gradio_client", "http", "httpx", "httpx2", "requests", "smtplib", "socket",
+    "socketserver", "ssl", "telnetlib", "urllib", "urllib3", "webbrowser", "websockets", "xmlrpc",
+}  # fmt: skip
+RUNS_CODE = {
+    "builtins", "cloudpickle", "code", "ctypes", "dill", "importlib", "joblib", "marshal", "multiprocessing", "pickle",
+    "pty", "runpy", "shelve", "subprocess",
+}  # fmt: skip
+CALLS = {"__import__", "compile", "eval", "exec", "globals", "vars"}
+ATTRIBUTES = {"execv", "fork", "getenv", "getenvb", "environb", "popen", "spawnl", "spawnv", "startfile", "system"}
+LOADERS = {("torch", "load"), ("np", "load"), ("numpy", "load"), ("torch", "hub"), ("yaml", "load"), ("os", "putenv")}
+
+
+def violations(source, may_read=frozenset()):
+    """What a source does that code from the Hub must not do, one line each."""
+    found, allowed = [], set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, (ast.Import, ast.ImportFrom)):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else [node.module or ""]
+            found += [f"imports {name}" for name in names if name.split(".")[0] in NETWORK | RUNS_CODE]
+            if isinstance(node, ast.ImportFrom) and node.module == "os":
+                found += [f"imports {alias.name} from os" for alias in node.names]
+        elif isinstance(node, ast.Call):
+            called = ast.unparse(node.func)
+            if called in CALLS or called.split(".")[-1] in ("import_module",):
+                found.append(f"calls {called}")
+            if called == "os.environ.get" and isinstance(node.args[0], ast.Constant):
+                if node.args[0].value in may_read:
+                    allowed.add(id(node.func.value))
+        elif isinstance(node, ast.Attribute):
+            owner = node.value.id if isinstance(node.value, ast.Name) else None
+            if node.attr in ATTRIBUTES or (owner, node.attr) in LOADERS:
+                found.append(f"uses {ast.unparse(node)}")
+            if node.attr == "environ" and id(node) not in allowed:
+                found.append("reads the environment")
+        elif isinstance(node, ast.Name) and node.id in ("__builtins__", "__loader__"):
+            found.append(f"uses {node.id}")
+    return found
+
+
+@pytest.mark.parametrize(
+    "path",
+    sorted([*(ROOT / "modeling_granulon").glob("*.py"), *SPACE.rglob("*.py")]),
+    ids=lambda path: f"{path.parent.name}/{path.name}",
+)
+def test_code_from_the_hub_calls_no_network_runs_no_text_and_reads_no_environment(path):
+    name = f"{path.parent.name}/{path.name}"
+    assert violations(path.read_text(), SETTINGS_READ.get(name, frozenset())) == []
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "import pickle", "from urllib import request", "import subprocess as s", "eval('1')", "exec('1')",
+        "import os; os.system('ls')", "import os; os.environ['HF_TOKEN']", "import os; os.environ.get('HF_TOKEN')",
+        "from os import environ", "import os; os.getenv('X')", "import importlib", "torch.load('x')",
+        "import http.client", "__builtins__['eval']('1')", "import os\ncopy = os.environ", "__import__('os')",
+    ],
+)  # fmt: skip
+def test_the_check_sees(line):
+    assert violations(line, {"MODEL_ID"})
+    assert not violations("import os\nname = os.environ.get('MODEL_ID', 'x')\nmodel.eval()", {"MODEL_ID"})
+
+
+def test_what_the_space_needs_is_what_the_package_is_tested_with():
+    header = yaml.safe_load((SPACE / "README.md").read_text().split("---")[1])
+    pins = dict(line.split("==") for line in (ROOT / "constraints.txt").read_text().split() if "==" in line)
+    assert header["sdk"] == "gradio" and header["sdk_version"] == pins["gradio"]
+    assert len(header["short_description"]) <= 60  # the Hub's limit
+    assert (SPACE / header["app_file"]).exists()
+    package = (ROOT / "setup.cfg").read_text()
+    for line in (SPACE / "requirements.txt").read_text().split():
+        assert re.search(rf"^    {re.escape(line)}$", package, re.MULTILINE), line
+
+
+# ----- the picture of the clusters
+
+
+@pytest.fixture(scope="module")
+def space(tmp_path_factory):
+    """The Space's modules and the tiny model as it loads it: the published code, not the installed package."""
+    folder = tmp_path_factory.mktemp("space")
+    patch = pytest.MonkeyPatch()
+    patch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(folder / "modules"))
+    patch.setattr(sys, "path", [str(SPACE), *sys.path])
+    spec = importlib.util.spec_from_file_location("space_app", SPACE / "app.py")
+    app = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(app)
+    model = assemble_tiny(folder / "tiny")
+    yield SimpleNamespace(app=app, overlay=app.overlay, granulon=app.Granulon(str(model)), model=model, folder=folder)
+    patch.undo()
+
+
+def svg_of(page):
+    return ElementTree.fromstring(re.search(r"<div class=\"picture\">.*?(<svg.*</svg>)</div>", page)[1])
+
+
+def covered(path, size):
+    """Pixels that the rectangles of a path cover."""
+    area = 0.0
+    for x, y, width, height in re.findall(r"M([\d.]+) ([\d.]+)h([\d.]+)v([\d.]+)h-[\d.]+z", path):
+        assert float(x) + float(width) <= size[0] + 1 and float(y) + float(height) <= size[1] + 1
+        area += float(width) * float(height)
+    return area
+
+
+def test_every_cluster_is_drawn_where_it_is_and_named_in_the_legend(space):
+    cluster_map = np.random.default_rng(0).integers(-1, 20, (12, 16))
+    page = space.overlay.figure(Image.new("RGB", (800, 600)), cluster_map, [1.0] * 20, "title")
+    groups = svg_of(page).findall("g")
+    assert [int(group.get("data-cluster")) for group in groups] == list(range(20))
+    for cluster, group in enumerate(groups):
+        share = (cluster_map == cluster).mean()
+        assert covered(group.find("path[@class='fill']").get("d"), (720, 540)) == pytest.approx(
+            720 * 540 * share, 0.02
+        )
+        assert group.find("text").text == str(cluster + 1)
+        column = float(group.find("text").get("x")) * 16 / 720
+        row = float(group.find("text").get("y")) * 12 / 540
+        assert cluster_map[int(row), int(column)] == cluster, "the number stands on its own cluster"
+        said = f"Cluster {cluster + 1}, {space.overlay.cluster_name(cluster)}: score 1.00, {share:.0%} of the image"
+        assert page.count(f'data-said="{said}"') == 1
+    assert f"dropped by the filter <b>{(cluster_map < 0).mean():.0%}</b>" in page
+
+
+def test_clusters_are_told_apart_by_more_than_colour(space):
+    names = [space.overlay.cluster_name(cluster) for cluster in range(21)]
+    assert len(set(names)) == 21
+    looks = {space.overlay._filling(cluster, "x") for cluster in range(21)}
+    assert len(looks) == 21
+
+
+def test_two_figures_share_no_ids(space):
+    make = lambda: space.overlay.figure(Image.new("RGB", (64, 64)), np.zeros((4, 4), int), [0.5], "t")  # noqa: E731
+    one, other = (set(re.findall(r'id="(\w+)"', make())) for _ in range(2))
+    assert one and other and not one & other
+
+
+def test_nothing_that_is_written_becomes_markup(space):
+    attack = '<img src=x onerror="alert(1)">'
+    overlay = space.overlay
+    parts = [
+        overlay.answer_box(attack), overlay.tiles([(attack, attack, attack)]), overlay.heading(attack),
+        overlay.level_bars({attack: 0.5, "fine": 0.5}, attack, "controller"), overlay.level_bars(None, attack, attack),
+        overlay.figure(Image.new("RGB", (8, 8)), np.zeros((2, 2), int), [1.0], attack),
+    ]  # fmt: skip
+    for part in parts:
+        assert "<img src=x" not in part and "&lt;img" in part
+
+
+def test_bars_say_which_level_was_chosen_and_by_whom(space):
+    probabilities = {"coarse": 0.2, "fine": 0.8}
+    bars = space.overlay.level_bars(probabilities, "fine", "controller")
+    assert 'aria-label="fine: 80.0%, chosen"' in bars and "width:80.0%" in bars
+    assert 'aria-label="coarse: 20.0%, your choice"' in space.overlay.level_bars(probabilities, "coarse", "request")
+
+
+# ----- the page's functions
+
+
+@pytest.fixture(scope="module")
+def picture_file(space):
+    path = space.folder / "picture.png"
+    path.write_bytes(good_picture())
+    return str(path)
+
+
+def prepared(space, picture_file, **changes):
+    values = {
+        "question": "What is it?", "level": "auto", "view": "full", "max_new_tokens": 8, "temperature": 0, "seed": 0
+    }  # fmt: skip
+    image, settings = space.granulon.read(picture_file, *(values | changes).values())
+    return space.granulon.prepare(image, settings["question"]), settings
+
+
+def text_of(space, *prepared_inputs):
+    return [text for text, _ in space.granulon.answer(*prepared_inputs)][-1]
+
+
+def test_the_page_shows_level_bars_clusters_and_numbers_before_the_answer_and_then_streams(space, picture_file):
+    respond = space.app.handlers(space.granulon)["respond"]
+    first, *rest = respond(picture_file, "What is it?", "auto", *SETTINGS)
+    assert "Reading" in first[0] and "First token" in first[1] and 'class="bars"' in first[2] and "<figure" in first[3]
+    assert len(rest) > 2 and " s<small>to the first word" in rest[0][1]
+    assert (
+        all('aria-busy="true"' in update[0] for update in (first, *rest[:-1])) and 'aria-busy="false"' in rest[-1][0]
+    )
+    lengths = [len(update[0]) for update in rest[:-1]]
+    assert lengths == sorted(lengths)
+
+
+def test_every_level_is_answered_side_by_side(space, picture_file):
+    *_, page = space.app.handlers(space.granulon)["compare"](picture_file, "What is it?", "auto", *SETTINGS)
+    assert page.count("<figure") == page.count('class="answer"') == 3
+    assert re.findall(r"<h3>(\w+)</h3>", page) == ["coarse", "medium", "fine"]
+
+
+def test_closing_the_answer_stops_the_model(space, picture_file):
+    answer = space.granulon.answer(*prepared(space, picture_file, max_new_tokens=512))
+    next(answer)
+    threads, start = threading.active_count(), time.perf_counter()
+    answer.close()
+    assert time.perf_counter() - start < 0.5 and threading.active_count() < threads
+
+
+def test_a_failure_while_writing_reaches_the_page(space, picture_file, monkeypatch):
+    def fail(**_):
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(space.granulon.model, "generate", fail)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        text_of(space, *prepared(space, picture_file))
+
+
+def test_the_same_seed_gives_the_same_answer(space, picture_file):
+    texts = [text_of(space, *prepared(space, picture_file, temperature=1.5, seed=seed)) for seed in (1, 1, 2)]
+    assert texts[0] == texts[1] != texts[2]
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"question": "  "}, "no question yet"),
+        ({"question": None}, "no question yet"),
+        ({"question": "x" * 1001}, "1001 characters, the limit is 1000"),
+        ({"level": "huge"}, "choose one of"),
+        ({"view": "inside out"}, "choose one of"),
+    ],
+)
+def test_settings_that_cannot_be_used_are_refused_with_a_reason(changes, message, space, picture_file):
+    with pytest.raises(ValueError, match=message):
+        prepared(space, picture_file, **changes)
+    with pytest.raises(ValueError, match="no image yet"):
+        prepared(space, None)
+
+
+def test_a_model_without_levels_answers_too(space, picture_file):
+    granulon, app = space.granulon, space.app
+    values = {**granulon.model.config.to_dict(), "granularities": [], "max_semantic_tokens": 0}
+    plain = object.__new__(app.Granulon)
+    values["default_granularity"] = None
+    plain.model = type(granulon.model)(type(granulon.model.config).from_dict(values)).eval()
+    plain.processor, plain.load_rgb, plain.levels = granulon.processor, granulon.load_rgb, []
+    plain.processor.num_semantic_tokens = 0
+    try:
+        first, *_ = app.handlers(plain)["respond"](picture_file, "What is it?", "auto", *SETTINGS)
+        assert "64 pixel + 0 semantic" in first[1]
+        *_, page = app.handlers(plain)["compare"](picture_file, "What is it?", "auto", *SETTINGS)
+        assert page.count('class="answer"') == 1
+        assert app.handlers(plain)["explain"](picture_file, "What is it?", "auto")["clusters"] == []
+    finally:
+        plain.processor.num_semantic_tokens = granulon.model.config.max_semantic_tokens
+
+
+def test_a_link_brings_question_and_settings_and_nothing_that_does_not_fit(space):
+    read = space.app.settings_of_link(["coarse", "fine"])
+    query = {
+        "q": "How <b>many</b>?", "level": "fine", "visual_view": "pixel", "tokens": "64", "temperature": "0.5",
+        "seed": "7",
+    }  # fmt: skip
+    assert read(SimpleNamespace(query_params=query)) == ("How <b>many</b>?", "fine", "pixel", 64, 0.5, 7)
+    wild = {
+        "q": "x" * 5000, "level": "huge", "visual_view": "<", "tokens": "1e9", "temperature": "inf", "seed": "-3"
+    }  # fmt: skip
+    question, level, view, tokens, temperature, seed = read(SimpleNamespace(query_params=wild))
+    skipped = gradio.skip()
+    assert (len(question), level, view, tokens, temperature, seed) == (1000, skipped, skipped, skipped, 2, 0)
+    assert read(SimpleNamespace(query_params={})) == (skipped,) * 6
+
+
+def test_the_examples_are_pictures_with_a_question_of_each_level(space):
+    for name, question in space.app.EXAMPLES:
+        assert name in space.granulon.levels and question.endswith("?")
+        assert load_rgb(SPACE / "examples" / f"{name}.png").size == (512, 512)
+
+
+# ----- the running app
+
+
+@pytest.fixture(scope="module")
+def running(space):
+    with running_space(space.model, space.folder) as (address, process):
+        yield SimpleNamespace(address=address, process=process, client=Client(address, verbose=False))
+
+
+def test_the_api_has_two_named_endpoints_and_they_are_mcp_tools(running):
+    import httpx
+
+    assert set(running.client.view_api(return_format="dict")["named_endpoints"]) == {"/answer", "/explain"}
+    tools = {tool["name"]: tool for tool in httpx.get(f"{running.address}/gradio_api/mcp/schema").json()}
+    assert set(tools) == {"answer", "explain"}
+    assert "question decide" in tools["answer"]["inputSchema"]["properties"]["level"]["description"]
+    assert tools["explain"]["description"].startswith("What Granulon would see")
+
+
+@pytest.mark.parametrize("level", ["auto", "coarse", "fine"])
+def test_the_api_answers_what_the_command_line_answers(level, running, space, picture_file):
+    result = running.client.predict(handle_file(picture_file), "What is it?", level, *SETTINGS, api_name="/answer")
+    model, processor = command_line.load_model(str(space.model))
+    model.generation_config.do_sample = False
+    image, forced = load_rgb(picture_file), None if level == "auto" else level
+    expected = command_line.ask(model, processor, image, "What is it?", granularity=forced, max_new_tokens=12)
+    assert result["answer"] == expected["answer"]
+    assert result["level"] == expected["granularity"]["name"]
+    assert result["chosen_by"] == expected["granularity"]["chosen_by"]
+    assert result["probabilities"] == pytest.approx(expected["granularity"]["probabilities"], abs=1e-5)
+    del expected["tokens"]["text"]
+    assert result["tokens"] == expected["tokens"] and result["seconds_to_first_token"] > 0
+    for found, wanted in zip(result["clusters"], expected["clusters"], strict=True):
+        assert found.pop("name") and found == pytest.approx(wanted, abs=1e-5)
+    seen = running.client.predict(handle_file(picture_file), "What is it?", level, api_name="/explain")
+    assert np.array_equal(seen["cluster_map"], expected["cluster_map"])
+
+
+def test_an_upright_view_of_a_turned_photograph_is_what_is_answered_about(running, space):
+    upright = Image.open(space.folder / "picture.png").transpose(Image.Transpose.ROTATE_90)
+    exif = Image.Exif()
+    exif[274] = 6  # the camera was held upright
+    upright.transpose(Image.Transpose.ROTATE_90).save(space.folder / "turned.png", exif=exif)
+    upright.save(space.folder / "upright.png")
+    seen = [
+        running.client.predict(handle_file(str(space.folder / name)), "What is it?", "fine", api_name="/explain")
+        for name in ("upright.png", "turned.png")
+    ]
+    assert seen[0]["cluster_map"] == seen[1]["cluster_map"]
+
+
+@pytest.mark.parametrize("name", list(bad_files(b"\x89PNG" + bytes(200))))
+def test_a_bad_upload_gets_a_clear_message_and_the_app_stays_up(name, running, space, picture_file):
+    path = space.folder / name
+    path.write_bytes(bad_files(good_picture())[name])
+    before = running.process.memory_info().rss
+    with pytest.raises(AppError) as refusal:
+        running.client.predict(handle_file(str(path)), "What is it?", "auto", *SETTINGS, api_name="/answer")
+    message = str(refusal.value)
+    assert message.startswith("This image ") and message.endswith(".") and str(space.folder) not in message
+    if name == "bomb.png":
+        assert "13000 x 13000 pixels, the limit is 25000000" in message
+        assert running.process.memory_info().rss < before + 50e6
+    assert running.client.predict(handle_file(picture_file), "x", "auto", *SETTINGS, api_name="/answer")["level"]
+
+
+def test_a_file_above_the_size_limit_is_not_taken(running):
+    import httpx
+
+    reply = httpx.post(f"{running.address}/gradio_api/upload", files={"files": ("big.png", bytes(21_000_000))})
+    assert reply.status_code == 413
+
+
+def test_settings_outside_their_range_are_refused_or_brought_into_it(running, picture_file):
+    image = handle_file(picture_file)
+    with pytest.raises(AppError, match="huge"):
+        running.client.predict(image, "What is it?", "huge", *SETTINGS, api_name="/answer")
+    with pytest.raises(AppError, match="(?i)question"):
+        running.client.predict(image, "", "auto", *SETTINGS, api_name="/answer")
+    with pytest.raises(AppError):
+        running.client.predict(image, "What is it?", "auto", "full", 10**6, 0, 0, api_name="/answer")
+
+
+def test_users_at_once_are_all_answered_and_each_with_the_own_answer(running, picture_file):
+    questions = [f"What is it, {number}?" for number in range(8)]
+
+    def predict(question):
+        image = handle_file(picture_file)
+        return running.client.submit(image, question, "fine", "full", 12, 1.0, 3, api_name="/answer")
+
+    together = [job.result(60)["answer"] for job in [predict(question) for question in questions]]
+    alone = [predict(question).result(60)["answer"] for question in questions]
+    assert together == alone
+
+
+def test_nothing_was_left_open(running):
+    assert running.process.is_running() and running.process.num_threads() < 80
