@@ -7,7 +7,6 @@ import sys
 import tempfile
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from importlib.metadata import version
 from pathlib import Path
 
 import torch
@@ -21,6 +20,7 @@ from modeling_granulon import GranulonConfig, GranulonForConditionalGeneration, 
 from modeling_granulon.vision_features import patch_size_of
 
 from .chat_template import with_image_parts
+from .provenance import versions
 
 MANIFEST = "granulon_manifest.json"
 # What is fetched of a repository: weights in one format, and what describes them.
@@ -158,7 +158,7 @@ def assemble(vision, text, output, image_size=None, trained=None):
         processor.save_pretrained(folder)
         _copy_licences({"vision": vision, "text": text}, folder)
         manifest = {
-            "versions": {name: version(name) for name in ("granulon", "transformers", "torch")},
+            "versions": versions("granulon", "transformers", "torch"),
             "vision": vision.describe(vision_config),
             "text": text.describe(text_config),
             "image_token": image_token,

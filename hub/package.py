@@ -123,7 +123,11 @@ def card(folder: Path, kind: str, terms: Terms, repo_id: str, revision: str, bas
 
 
 def _told(run: dict) -> dict:
-    return run | {"data": ", ".join(map(public_name, run["settings"].get("data", [])))}
+    made = run.get("versions", {})
+    return run | {
+        "data": ", ".join(map(public_name, run["settings"].get("data", []))),
+        "code": " ".join(filter(None, (made.get("granulon"), (made.get("granulon_commit") or "")[:12]))),
+    }
 
 
 def _results(folder: Path) -> list:

@@ -185,7 +185,7 @@ def test_the_manifest_says_what_it_is_made_of(assembled, visions):
         "license_link": "https://example.org/dinov3",
     }
     assert manifest["text"]["license"] == "apache-2.0"
-    assert manifest["versions"].keys() == {"granulon", "transformers", "torch"}
+    assert manifest["versions"].keys() == {"granulon", "transformers", "torch", "granulon_commit"}
     assert (assembled / "licences" / "vision" / "LICENSE.md").read_text() == "the DINOv3 licence\n"
 
 

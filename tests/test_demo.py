@@ -9,6 +9,7 @@ import transformers
 from packaging.version import Version
 from PIL import Image
 
+from granulon.hub.assemble import MANIFEST
 from granulon.train import demo
 from granulon.train.scenes import LEVELS, make_questions, make_scene
 
@@ -31,6 +32,8 @@ def quick(tmp_path_factory):
 def test_the_quick_form_leaves_a_checkpoint_a_picture_and_a_table(quick):
     output, said = quick
     assert (output / "checkpoint" / "modeling_granulon.py").is_file()
+    (training,) = json.loads((output / "checkpoint" / MANIFEST).read_text())["training"]
+    assert training["steps"] == 2 and training["settings"]["data"] == ["scenes"]
     assert Image.open(output / "demo.png").width > 1000
     lines = {line.split()[0]: line.split()[1:] for line in said.splitlines() if line.startswith(LEVELS)}
     assert [int(lines[level][0]) for level in LEVELS] == [12, 18, 12]

@@ -24,11 +24,13 @@ from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 
 from granulon.hub.assemble import LICENCE_FILES, MANIFEST
+from granulon.hub.provenance import versions
 
 SEAL = "complete.json"
 ASIDE = "incomplete-"  # a prefix that neither transformers nor this module takes for a checkpoint
 # What has to travel with the weights, and what `save_pretrained` does not write.
 DOCUMENTS = [MANIFEST, "licences/*", *LICENCE_FILES]
+LIBRARIES = ("granulon", "transformers", "trl", "torch", "accelerate", "datasets")
 
 logger = get_logger(__name__)
 
@@ -157,6 +159,20 @@ def copy_documents(config, folder: str | Path):
         target = Path(folder) / name
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(source / name, target)
+
+
+def record_training(config, folder: Path, **told):
+    """
+    Licences and manifest of the base come along, as by `copy_documents`; the manifest gains an entry for a training.
+
+    Args:
+        told: what the entry says: stage, recipe, settings, rows, steps, seed, processes, base. Versions are added.
+    """
+    copy_documents(config, folder)
+    path = folder / MANIFEST
+    manifest = json.loads(path.read_text()) if path.exists() else {}
+    manifest["training"] = [*manifest.get("training", []), {**told, "versions": versions(*LIBRARIES)}]
+    path.write_text(json.dumps(manifest, indent=2) + "\n")
 
 
 @cache

@@ -40,6 +40,7 @@ from granulon.hub.assemble import assemble
 from modeling_granulon import GranulonForConditionalGeneration, GranulonProcessor
 
 from .arguments import GranulonSFTConfig
+from .checkpoints import record_training
 from .controller import train_controller
 from .corpus import TRAIN
 from .picture import draw_answers
@@ -256,6 +257,17 @@ def train_granulon(model, processor, scenes, budget: Budget, output: Path):
     GranulonTrainer(model, config, processor, train_dataset=Dataset.from_list(rows)).train()
     model.save_pretrained(output / "checkpoint")
     processor.save_pretrained(output / "checkpoint")
+    record_training(
+        model.config,
+        output / "checkpoint",
+        stage="demo",
+        recipe="make demo",
+        settings={"data": ["scenes"], "pixel_loss_weight": 0.5, "semantic_loss_weight": 0.5},
+        rows=len(rows),
+        steps=budget.image_steps,
+        seed=config.seed,
+        processes=1,
+    )
 
 
 def settings(steps: int, batch: int, output: Path) -> dict:

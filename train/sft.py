@@ -20,7 +20,6 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from importlib.metadata import version
 from pathlib import Path
 
 import torch
@@ -31,11 +30,10 @@ from transformers import TrainerCallback, set_seed
 from transformers.trainer import TRAINING_ARGS_NAME
 from trl import ModelConfig, TrlParser
 
-from granulon.hub.assemble import MANIFEST
 from granulon.hub.tiny import assemble_tiny
 
 from .arguments import GranulonSFTConfig
-from .checkpoints import copy_documents, newest_complete, resume_point, train
+from .checkpoints import newest_complete, record_training, resume_point, train
 from .data import DataSource, load_rows
 from .stages import STAGES, load_model, load_processor, lora_config, merge, parameter_counts, set_trainable
 from .trainer import GranulonTrainer
@@ -44,7 +42,6 @@ RECIPES = Path(__file__).parent / "recipes"
 TINY = "tiny"  # a model's name: the small random one of `granulon-assemble --tiny`
 MODEL, ADAPTER = "model", "adapter"  # folders of what training leaves, under output_dir
 UNTOLD = ("output_dir", "logging_dir", "hub_token", "push_to_hub_token", "resume", "merge")  # not for the manifest
-LIBRARIES = ("granulon", "transformers", "trl", "torch", "accelerate", "datasets")
 
 logger = logging.getLogger(__name__)
 
@@ -376,25 +373,20 @@ def _whole_or_absent(folder: Path) -> Iterator[Path]:
 
 
 def _add_documents(trainer: GranulonTrainer, run: Run, folder: Path):
-    """Licences and manifest of the base; the manifest gains an entry for this training."""
     (folder / TRAINING_ARGS_NAME).unlink(missing_ok=True)  # a pickle
-    copy_documents(trainer.model.config, folder)
-    path = folder / MANIFEST
-    manifest = json.loads(path.read_text()) if path.exists() else {}
-    entry = {
-        "stage": run.sft.stage,
-        "recipe": run.recipe,
-        "settings": run.given,
-        "rows": len(trainer.train_dataset) if hasattr(trainer.train_dataset, "__len__") else None,
-        "base": run.model.model_name_or_path,
-        "base_revision": getattr(trainer.model.config, "_commit_hash", None),
-        "seed": run.trainer.seed,
-        "processes": run.trainer.world_size,
-        "steps": trainer.state.global_step,
-        "versions": {name: version(name) for name in LIBRARIES},
-    }
-    manifest["training"] = [*manifest.get("training", []), entry]
-    path.write_text(json.dumps(manifest, indent=2) + "\n")
+    record_training(
+        trainer.model.config,
+        folder,
+        stage=run.sft.stage,
+        recipe=run.recipe,
+        settings=run.given,
+        rows=len(trainer.train_dataset) if hasattr(trainer.train_dataset, "__len__") else None,
+        base=run.model.model_name_or_path,
+        base_revision=getattr(trainer.model.config, "_commit_hash", None),
+        seed=run.trainer.seed,
+        processes=run.trainer.world_size,
+        steps=trainer.state.global_step,
+    )
 
 
 if __name__ == "__main__":
