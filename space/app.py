@@ -6,6 +6,7 @@ Started with `python app.py`. MODEL_ID and MODEL_REVISION name the model: a Hub 
 import os
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 
 import gradio as gr
@@ -30,6 +31,8 @@ MAX_TOKENS = 512
 SECONDS = 60  # the longest an answer may take
 QUEUE = 100  # who comes when so many wait is told to come again
 VIEWS = ("full", "pixel", "semantic", "auto")
+SESSIONS = 1000  # open pages that are remembered
+WORKER = ThreadPoolExecutor(1)  # who writes answers: a thread for each would cost memory that does not come back
 BY_QUESTION = "auto"  # the level that stands for the controller's choice
 
 TITLE = "Granulon"
@@ -148,7 +151,7 @@ class Granulon:
         streamer = TextIteratorStreamer(
             self.processor.tokenizer, skip_prompt=True, skip_special_tokens=True, timeout=SECONDS
         )
-        stopped, failures, start = threading.Event(), [], time.perf_counter()
+        stopped, start = threading.Event(), time.perf_counter()
 
         def generate():
             try:
@@ -164,12 +167,10 @@ class Granulon:
                     streamer=streamer,
                     stopping_criteria=[lambda ids, *_, **__: torch.full((len(ids),), stopped.is_set())],
                 )
-            except Exception as error:  # shown by the thread that waits for the answer
-                failures.append(error)
-                streamer.end()
+            finally:
+                streamer.end()  # after an error too, which is then shown by the thread that waits for the answer
 
-        thread = threading.Thread(target=generate, daemon=True)
-        thread.start()
+        written = WORKER.submit(generate)
         text, first = "", None
         try:
             for piece in streamer:
@@ -179,9 +180,9 @@ class Granulon:
                     yield text, first
         finally:
             stopped.set()
-            thread.join(SECONDS)
-        if failures:
-            raise failures[0]
+            wait([written], SECONDS)
+        if written.done() and written.exception():
+            raise written.exception()
         if not text:
             yield "", time.perf_counter() - start
 
@@ -412,7 +413,10 @@ def look_and_feel():
 
 def main():
     page = build(Granulon())
-    page.launch(mcp_server=True, max_file_size=MAX_FILE, max_threads=40, ssr_mode=False, **look_and_feel())
+    page.launch(
+        mcp_server=True, max_file_size=MAX_FILE, max_threads=8, state_session_capacity=SESSIONS, ssr_mode=False,
+        **look_and_feel(),
+    )  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -32,8 +32,10 @@ def quick(tmp_path_factory):
 def test_the_quick_form_leaves_a_checkpoint_a_picture_and_a_table(quick):
     output, said = quick
     assert (output / "checkpoint" / "modeling_granulon.py").is_file()
-    (training,) = json.loads((output / "checkpoint" / MANIFEST).read_text())["training"]
+    manifest = json.loads((output / "checkpoint" / MANIFEST).read_text())
+    (training,) = manifest["training"]
     assert training["steps"] == 2 and training["settings"]["data"] == ["scenes"]
+    assert manifest["vision"]["model_type"] == "dinov3_vit", "what was assembled is still told"
     assert Image.open(output / "demo.png").width > 1000
     lines = {line.split()[0]: line.split()[1:] for line in said.splitlines() if line.startswith(LEVELS)}
     assert [int(lines[level][0]) for level in LEVELS] == [12, 18, 12]
