@@ -1,0 +1,1 @@
+"""The paper's tables, ablations and analyses: lmms-eval as the engine."""

@@ -1,0 +1,103 @@
+"""What the study puts in place of adaptive token aggregation: other ways to make K tokens of N patches.
+
+Each module is called as `AdaptiveTokenAggregation` is and returns the same `AggregationOutput`, so that a model takes
+it as `model.model.aggregation`. None of them looks at the attention.
+
+Shapes by suffix: I images, N patches of the H x W grid, K tokens, D feature width.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from modeling_granulon.adaptive_token_aggregation import (
+    AdaptiveTokenAggregation,
+    AggregationOutput,
+    Groups,
+    grid_coordinates,
+)
+
+SEMANTIC, GRID, RANDOM, COLOUR, LEARNED = SOURCES = "semantic", "grid", "random", "colour", "learned"
+
+
+class GridCells(nn.Module):
+    """Average pooling: K cells of a grid as square as K allows, in reading order. Cells differ by a patch at most."""
+
+    def forward(self, features, attention, alpha, beta, grid, top_k) -> AggregationOutput:
+        rows, columns = cells_of(top_k)
+        row_N, column_N = grid_coordinates(grid, features.device)
+        cell_N = row_N * rows // grid[0] * columns + column_N * columns // grid[1]
+        return means_of(features, cell_N.expand(features.shape[:2]), grid, top_k)
+
+
+class RandomClusters(nn.Module):
+    """K patches drawn at random, and around each the patches that are nearer to it than to the others.
+
+    The draw is a hash of the patch's own features: no random state, and no image depends on the batch.
+    """
+
+    def forward(self, features, attention, alpha, beta, grid, top_k) -> AggregationOutput:
+        place_N2 = torch.stack(grid_coordinates(grid, features.device), dim=-1).float()
+        wave_D = torch.arange(features.shape[-1], device=features.device).float().sin()
+        draw_IN = ((features.float() @ wave_D).sin() * 43758.5453).frac().abs()
+        seeds_IK2 = place_N2[draw_IN.topk(top_k, dim=-1).indices]
+        nearest_IN = torch.cdist(place_N2.expand(len(features), -1, -1), seeds_IK2).argmin(-1)
+        return means_of(features, nearest_IN, grid, top_k)
+
+
+class ColourClusters(nn.Module):
+    """Clusters of the patches' mean colours, seeded, refined and filtered as the method's own clusters are.
+
+    Set `colours` (I,N,3), in [0, 1], to those of the images before each call.
+    """
+
+    def __init__(self, iterations: int = 2):
+        super().__init__()
+        self.cluster = AdaptiveTokenAggregation(relation_weight=0.0, iterations=iterations)
+        self.colours = None
+
+    def forward(self, features, attention, alpha, beta, grid, top_k) -> AggregationOutput:
+        # Clusters are compared by direction; the constant keeps dark and light apart.
+        colours_IN4 = torch.cat([self.colours - 0.5, torch.full_like(self.colours[..., :1], 0.5)], dim=-1)
+        found = self.cluster(colours_IN4, None, alpha, beta, grid, top_k)
+        means = means_of(features, found.assignment.flatten(1), grid, top_k)
+        return found._replace(tokens=means.tokens)
+
+
+class LearnedTokens(nn.Module):
+    """K learned queries that attend to the patches; the assignment is each patch's most attentive query."""
+
+    def __init__(self, width: int, tokens: int, heads: int = 4):
+        super().__init__()
+        self.queries = nn.Parameter(torch.randn(tokens, width))
+        self.attend = nn.MultiheadAttention(width, heads, batch_first=True)
+
+    def forward(self, features, attention, alpha, beta, grid, top_k) -> AggregationOutput:
+        patches_IND = features.to(self.queries.dtype)
+        queries_IKD = self.queries[:top_k].expand(len(features), -1, -1)
+        tokens_IKD, weights_IKN = self.attend(queries_IKD, patches_IND, patches_IND)
+        mask_IK = torch.ones(weights_IKN.shape[:2], dtype=torch.bool, device=features.device)
+        assignment_IHW = weights_IKN.argmax(1).unflatten(1, grid)
+        return AggregationOutput(
+            tokens_IKD.to(features.dtype), mask_IK, assignment_IHW, weights_IKN.amax(-1).detach().float()
+        )
+
+
+def make_aggregation(source: str, width: int, tokens: int) -> nn.Module:
+    """The module that takes the method's place."""
+    if source == LEARNED:
+        return LearnedTokens(width, tokens)
+    return {GRID: GridCells, RANDOM: RandomClusters, COLOUR: ColourClusters}[source]()
+
+
+def cells_of(tokens: int) -> tuple[int, int]:
+    """Rows and columns of as many cells, as square as can be."""
+    rows = next(rows for rows in range(int(tokens**0.5), 0, -1) if tokens % rows == 0)
+    return rows, tokens // rows
+
+
+def means_of(features: Tensor, cluster_IN: Tensor, grid: tuple[int, int], tokens: int) -> AggregationOutput:
+    """The mean feature of each cluster, -1 for patches of none; scores are the shares of patches."""
+    groups = Groups.of(cluster_IN, tokens)
+    tokens_IKD = groups.means(features.float()).to(features.dtype)
+    share_IK = groups.count_IK / cluster_IN.shape[1]
+    return AggregationOutput(tokens_IKD, groups.count_IK > 0, cluster_IN.unflatten(1, grid), share_IK)
