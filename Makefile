@@ -7,7 +7,7 @@ PY := $(VENV)/bin/python
 SITE := import sysconfig; print(sysconfig.get_path("purelib"))
 TEST := -m pytest -n auto
 
-.PHONY: setup demo space test test-slow test-oldest test-browser conformance bench style
+.PHONY: setup demo space test test-slow test-oldest test-browser study conformance bench style
 
 test test-slow test-oldest: export OMP_NUM_THREADS = 1
 
@@ -15,7 +15,8 @@ setup: $(VENV)/stamp
 
 $(VENV)/stamp: setup.cfg constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(PY) -m pip install --constraint constraints.txt --editable ".[train,annotate,space,serve,dev]"
+	$(PY) -m pip install --constraint constraints.txt --editable ".[train,annotate,space,serve,evaluation,dev]"
+	$(PY) -m pip install --constraint constraints.txt --no-deps lmms-eval  # why without: setup.cfg
 	touch $@
 
 # The oldest supported transformers, laid over what .venv holds: packages found here first, there second.
@@ -47,6 +48,10 @@ test-oldest: $(OLDEST_VENV)/stamp
 test-browser: setup
 	$(PY) -m pip install --constraint constraints.txt playwright
 	$(PY) -m pytest -m slow tests/test_space_browser.py
+
+# Does it work? docs/study.md; within an hour on two cores, goes on where it was.
+study: setup
+	$(PY) -m granulon.evaluation.study
 
 conformance: setup
 	$(PY) tests/conformance/run.py

@@ -15,7 +15,7 @@ import numpy as np
 from granulon.train import world
 
 from .bootstrap import holm, interval, paired
-from .cells import versions, write_whole
+from .cells import used_versions, write_whole
 from .study_arms import (
     ARMS,
     BASE,
@@ -373,7 +373,7 @@ def time_section(folder: Path) -> list[str]:
         seconds[name] = seconds.get(name, 0) + json.loads(file.read_text())["job_seconds"]
     arms = [json.loads(file.read_text())["job_seconds"] for file in sorted((folder / "arms").glob("*.json"))]
     rows = [[name, f"{value:.0f}"] for name, value in seconds.items()] + [[f"{len(arms)} arms", f"{sum(arms):.0f}"]]
-    used = ", ".join(f"{name} {version}" for name, version in versions().items() if version)
+    used = ", ".join(f"{name} {version}" for name, version in used_versions().items() if version)
     return section("Time of one core, seconds", [*table(["stage", "seconds"], rows), "", f"Versions: {used}."])
 
 

@@ -279,7 +279,8 @@ def _parts(output):
 
 def run_batch(arguments):
     """Load the model on this process's device and answer its share; what `granulon-ask --batch` does."""
-    state = PartialState()
+    # Without a GPU, processes know of each other only if they are told that it is the CPU.
+    state = PartialState(cpu=not torch.accelerator.is_available())
     rows = read_rows(arguments.batch, arguments.question, arguments.split)
     model = GranulonForConditionalGeneration.from_pretrained(arguments.model, device_map={"": state.device}).eval()
     if arguments.granularity is not None:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -196,7 +197,18 @@ def test_killed_at_any_moment_and_resumed_by_two_processes_it_ends_with_the_same
         time.sleep(0.15 * number)
         process.send_signal(signal.SIGKILL)
         process.wait()
-        launcher = ("torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m")
-        environment = os.environ | {"ACCELERATE_USE_CPU": "1", "OMP_NUM_THREADS": "1"}
-        subprocess.run(command(tiny, images, output, launcher), check=True, capture_output=True, env=environment)
+        in_two_processes(tiny, images, output)
         assert lines_of(output) == lines_of(tmp_path / "whole.jsonl")
+
+
+def in_two_processes(tiny, images, output):
+    launcher = ("torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m")
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    words = command(tiny, images, output, launcher)
+    return subprocess.run(words, check=True, capture_output=True, text=True, env=environment).stderr
+
+
+@pytest.mark.slow
+def test_two_processes_share_the_rows_without_a_gpu_too(tiny, images, tmp_path):
+    said = in_two_processes(tiny, images, tmp_path / "out.jsonl")
+    assert sorted(re.findall(r"(\d+) rows, ", said)) == ["3", "4"]

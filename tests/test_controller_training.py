@@ -15,8 +15,8 @@ from granulon.train.controller import (
     PREFIX,
     REPORT,
     Labelled,
-    _logits,
     bag_of_words,
+    controller_logits,
     main,
     question_states,
     tables,
@@ -68,7 +68,7 @@ def test_the_cached_states_give_the_logits_that_the_model_gives_when_asked(decod
     model, processor = make_model(decoder=decoder), make_processor()
     questions = ["What is the tiny mark?", "Where?", "  What, <image> and <|im_end|>, is the whole scene about?  "]
     states_QE = question_states(model, processor, questions, batch_size=2)
-    cached_QG = _logits(model.model.granularity_controller, states_QE)
+    cached_QG = controller_logits(model.model.granularity_controller, states_QE)
     for question, logits_G in zip(questions, cached_QG, strict=True):
         content = [{"type": "image", "image": make_image(0)}, {"type": "text", "text": question}]
         inputs = processor.apply_chat_template(
@@ -138,7 +138,7 @@ def test_soft_labels_are_learned_as_probabilities_and_hard_ones_as_levels():
     for soft, expected in ((True, 0.7), (False, 1.0)):
         train_controller(model, processor, rows, soft=soft, **SETTINGS | {"epochs": 150})
         states_QE = question_states(model, processor, ["3?"])
-        probs_QG = _logits(model.model.granularity_controller, states_QE).softmax(-1)
+        probs_QG = controller_logits(model.model.granularity_controller, states_QE).softmax(-1)
         assert probs_QG[0, 0].item() == pytest.approx(expected, abs=0.03)
 
 
@@ -192,7 +192,7 @@ def test_the_command_leaves_the_checkpoint_with_another_controller_and_nothing_e
     model = AutoModelForImageTextToText.from_pretrained(output, trust_remote_code=True)
     asked = [row for row in make_corpus() if row["split"] == "test_questions"]
     states_QE = question_states(model, make_processor(), [row["question"] for row in asked])
-    levels = _logits(model.model.granularity_controller, states_QE).argmax(-1).tolist()
+    levels = controller_logits(model.model.granularity_controller, states_QE).argmax(-1).tolist()
     assert levels == [list(WORDS).index(row["level"]) for row in asked]
 
 

@@ -132,7 +132,7 @@ def train_controller(
     controller, training = _fit(model, states_QE, data, epochs, lr, batch_size, seed, patience)
     model.model.granularity_controller.load_state_dict(controller.state_dict())
     with torch.no_grad():
-        probs_QG = _logits(model.model.granularity_controller, states_QE).softmax(-1)
+        probs_QG = controller_logits(model.model.granularity_controller, states_QE).softmax(-1)
     words_QG = bag_of_words(data, seed)
     splits = {
         split: _split_report(data, split, {"controller": probs_QG, "bag_of_words": words_QG}, seed)
@@ -167,7 +167,7 @@ def as_asked(processor: GranulonProcessor, question: str) -> str:
     return processor.question(processor.apply_chat_template(message, add_generation_prompt=True))
 
 
-def _logits(controller: GranularityController, states_BE: torch.Tensor) -> torch.Tensor:
+def controller_logits(controller: GranularityController, states_BE: torch.Tensor) -> torch.Tensor:
     """(B,G) fp32; a mean is handed over as a question of one token, whose mean it is."""
     states_B1E = states_BE.to(controller.projection.weight.device).unsqueeze(1)
     return controller(states_B1E, torch.ones_like(states_B1E[..., 0])).float().cpu()
@@ -181,7 +181,7 @@ def _fit(model, states_QE, data: Labelled, epochs, lr, batch_size, seed, patienc
     train_B, validation_B = data.places(TRAIN), data.places(VALIDATION)
 
     def loss_of(places_B):
-        logits_BG = _logits(controller, states_QE[data.question_B[places_B]])
+        logits_BG = controller_logits(controller, states_QE[data.question_B[places_B]])
         return nn.functional.cross_entropy(logits_BG, data.target_BG[places_B])
 
     best, best_loss, best_epoch, history = deepcopy(controller.state_dict()), float("inf"), 0, []
@@ -270,7 +270,7 @@ def _split_report(data: Labelled, split: str, predictions: dict[str, torch.Tenso
     """Scores of each prediction on one split, beside those of a blind guess and of the commonest training level."""
     places_B = data.places(split)
     level_B = data.level_B[places_B].numpy()
-    groups = [_group(data.rows[place], split) for place in places_B.tolist()]
+    groups = [bootstrap_group(data.rows[place], split) for place in places_B.tolist()]
     commonest = data.level_B[data.places(TRAIN)].bincount().argmax().item()
     return {
         "rows": len(places_B),
@@ -295,7 +295,7 @@ def _answer_loss(data: Labelled, places_B: torch.Tensor, probs_QG: torch.Tensor)
     return {"answer_loss": compare_levels(rows, chosen, images)}
 
 
-def _group(row: dict, split: str) -> str:
+def bootstrap_group(row: dict, split: str) -> str:
     """What the bootstrap draws as one: a kind where kinds are held out, else a template, else a question."""
     return str(row.get(GROUP_OF_SPLIT.get(split, "phrasing")) or row["question"])
 

@@ -78,7 +78,7 @@ class Scene:
         return picture_hw3.clip(0, 255).astype(np.uint8)
 
     def patch_words(self) -> list[list[str]]:
-        """What each patch shows, in words: of an object its looks, in its middle its core too; the mark; the ground."""
+        """What each patch shows, in words: an object's looks, in its middle its core too; the mark; the ground."""
         words = [["ground", self.ground, self.time] for _ in range(GRID * GRID)]
         for thing in self.things:
             for patch in _patches_within(thing.centre, REACH):

@@ -1,0 +1,380 @@
+"""`granulon-evaluate`: one model on some tasks, or a whole matrix of models and tasks, and the tables they make.
+
+    granulon-evaluate --model runs/sft-qwen2.5-1.5b/model --tasks granulon_aokvqa_choice pope --output results
+    granulon-evaluate --matrix matrix --output results
+    accelerate launch -m granulon.evaluation.run --matrix ablations --output results
+
+A cell of the matrix (a model, how it is asked, a task) that is done is not done again: it is known by everything that
+decides its figures. Whatever ends a run, the next one goes on where it was, within a cell too; a cell that fails does
+not end the others. Under `output` lie `cells/`, each with its result, its samples and all that is needed to run it
+again, and `tables/`.
+"""
+
+import gc
+import json
+import sys
+import time
+import traceback
+from collections import Counter
+from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+
+import torch
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list, gather_object
+from transformers import HfArgumentParser
+
+from .cells import (
+    ANSWERS,
+    RESULT,
+    SAMPLES,
+    Cell,
+    Matrix,
+    Row,
+    Settings,
+    cell_folder,
+    cell_key,
+    model_identity,
+    read_matrix,
+    used_versions,
+    write_whole,
+)
+from .tables import UNDEFINED, Figure, Results, write_tables
+
+ERROR = "error.txt"
+
+
+@dataclass
+class EvaluateArguments:
+    output: str = field(metadata={"help": "folder of results; what it already holds is not done again"})
+    model: str | None = field(default=None, metadata={"help": "a Granulon: a folder, or a Hub id"})
+    tasks: list[str] = field(
+        default_factory=list, metadata={"help": "tasks of ours or of lmms-eval, by name; in a matrix: only these"}
+    )
+    matrix: str | None = field(default=None, metadata={"help": "a YAML file of rows and tasks, or: matrix, ablations"})
+    only: list[str] = field(default_factory=list, metadata={"help": "of a matrix, only the rows of these names"})
+    revision: str = field(default="main", metadata={"help": "of the model on the Hub"})
+    granularity: str | None = field(default=None, metadata={"help": "level by name or index, for every question"})
+    view: str = field(
+        default="full",
+        metadata={"help": "which image tokens are read", "choices": ["full", "pixel", "semantic", "auto"]},
+    )
+    overrides: str | None = field(
+        default=None, metadata={"help": 'changes of the configuration, in JSON: {"controller": "random"}'}
+    )
+    limit: int | None = field(default=None, metadata={"help": "only so many samples of each task"})
+    batch_size: int = field(default=8, metadata={"help": "prompts in one pass, on each process"})
+    max_new_tokens: int = field(
+        default=256, metadata={"help": "longest answer, where a task sets no limit; with --sample_rows, of all"}
+    )
+    seed: int = field(default=0, metadata={"help": "of everything that is drawn"})
+    dtype: str = field(default="auto", metadata={"help": "of the weights: auto, float32, bfloat16, float16"})
+    attn_implementation: str | None = field(default=None, metadata={"help": "sdpa, eager or flash_attention_2"})
+    bertscore_model: str = field(default="roberta-large", metadata={"help": "encoder for BERTScore: folder or Hub id"})
+    bertscore_layer: int = field(default=17, metadata={"help": "its hidden state; -1 is the last"})
+    sample_rows: bool = field(
+        default=False, metadata={"help": "a few rows made here in place of the data: checks the way, offline"}
+    )
+    tables_only: bool = field(default=False, metadata={"help": "write the tables of what is there"})
+    judge: str | None = field(
+        default=None,
+        metadata={"help": "of several judges, the one whose scores the tables show, as its files are named"},
+    )
+
+
+@dataclass
+class Outcome:
+    """What became of the cells of a run, by name."""
+
+    done: list[str] = field(default_factory=list)
+    earlier: list[str] = field(default_factory=list)
+    failed: dict[str, str] = field(default_factory=dict)
+
+
+def main(argv: list[str] | None = None):
+    (arguments,) = HfArgumentParser(EvaluateArguments, description=__doc__).parse_args_into_dataclasses(argv)
+    PartialState(cpu=not torch.accelerator.is_available())  # else processes without a GPU do not know of each other
+    try:
+        _run(_matrix(arguments), arguments)
+    except ValueError as error:
+        sys.exit(f"granulon-evaluate: {error}")
+
+
+def _run(matrix: Matrix, arguments: EvaluateArguments):
+    outcome = Outcome() if arguments.tables_only else evaluate(matrix, arguments)
+    if PartialState().is_main_process:
+        tables(matrix, arguments)
+        for name, reason in outcome.failed.items():
+            print(f"failed: {name}: {reason}", file=sys.stderr)
+    if outcome.failed:
+        sys.exit(f"granulon-evaluate: {len(outcome.failed)} of {len(matrix.cells)} cells failed; run again to retry")
+
+
+def tables(matrix: Matrix, arguments: EvaluateArguments):
+    """Write the tables, and say which finished cells are in none of them."""
+    results = Results(Path(arguments.output), settings(arguments), arguments.judge)
+    for file in write_tables(Path(arguments.output), matrix, results):
+        print(f"wrote {file}")
+    for names, number in results.others.items():
+        print(f"{number} finished cells are in no table: they were run with another {', '.join(names)}")
+
+
+def evaluate(matrix: Matrix, arguments: EvaluateArguments) -> Outcome:
+    """Do what is not done of a matrix; one that fails is told of and passed over."""
+    try:
+        from .engine import quiet  # seconds of imports, which --help and --tables_only need not wait for
+    except ModuleNotFoundError as error:
+        raise ValueError(
+            f"{error.name} is not installed: pip install 'granulon[evaluation]', then "
+            "pip install --no-deps 'lmms-eval<0.8'"
+        ) from error
+    quiet()
+    outcome, runner, begun = Outcome(), Runner(arguments), time.monotonic()
+    cells = matrix.cells
+    for number, cell in enumerate(cells, start=1):
+        where = f"[{number}/{len(cells)}] {cell.name}"
+        try:
+            fresh = runner.run(cell)
+        except Exception as error:  # whatever is wrong with this cell, the others have nothing to do with it
+            outcome.failed[cell.name] = runner.failed(cell, error)
+            say(f"{where}: failed: {outcome.failed[cell.name]}")
+            if not isinstance(error, Unusable) and PartialState().num_processes > 1:
+                raise  # the other processes wait for this one
+            continue
+        (outcome.done if fresh else outcome.earlier).append(cell.name)
+        left = (time.monotonic() - begun) / len(outcome.done) * (len(cells) - number) if outcome.done else 0
+        say(f"{where}: {'done' if fresh else 'was done'}" + (f", about {_span(left)} left" if left else ""))
+    return outcome
+
+
+class Unusable(ValueError):
+    """A cell that cannot be begun, found so on all processes alike."""
+
+
+class Runner:
+    """Does cells one by one, and keeps the model between those of one row."""
+
+    def __init__(self, arguments: EvaluateArguments):
+        self.arguments, self.settings = arguments, settings(arguments)
+        self.output, self.state = Path(arguments.output), PartialState()
+        self.row, self.adapter = None, None
+
+    def run(self, cell: Cell) -> bool:
+        """Whether there was anything to do. Raises `Unusable`, or whatever goes wrong while answering."""
+        config, identity, task = self._alike(lambda: self._identify(cell))
+        folder = cell_folder(self.output, cell, cell_key(cell.row, identity, task, self.settings))
+        if self._on_main(lambda: _is_done(folder)):
+            return False
+        begun = time.monotonic()
+        loaded = self._alike(lambda: self._prepare(cell, config, folder))
+        from .engine import answer
+
+        answered = answer(self.adapter, loaded, self.settings.limit, self.settings.seed)
+        if answered is not None:
+            self._write(cell, folder, identity, task, *answered, begun)
+        self.state.wait_for_everyone()
+        return True
+
+    def failed(self, cell: Cell, error: Exception) -> str:
+        """Leave the whole story beside the results; the line that tells it."""
+        if self.state.is_main_process and not isinstance(error, Unusable):
+            self.output.mkdir(parents=True, exist_ok=True)
+            with open(self.output / ERROR, "a", encoding="utf-8") as file:
+                file.write(f"{datetime.now(UTC).isoformat()} {cell.name}\n{traceback.format_exc()}\n")
+        return (str(error).strip() or type(error).__name__).partition("\n")[0]
+
+    def _identify(self, cell: Cell):
+        from .engine import identity, task_config
+
+        config = task_config(cell.task)
+        try:
+            model = self._on_main(lambda: model_identity(cell.row.model, cell.row.revision))
+        except ValueError as error:
+            how = f"; make it with: {cell.row.made_by}" if cell.row.made_by else ""
+            raise ValueError(f"{error}{how}") from error
+        return config, model, identity(cell.task, config)
+
+    def _prepare(self, cell: Cell, config: dict, folder: Path):
+        from .engine import check_scoring, make_task
+        from .lmms_adapter import GranulonForEvaluation
+
+        task = make_task(config, self._sample_rows(cell.task, config) if self.settings.sample_rows else None)
+        check_scoring(task)
+        if cell.row != self.row:
+            self.row = self.adapter = None
+            gc.collect()
+            torch.cuda.empty_cache()
+            self.adapter = GranulonForEvaluation(
+                cell.row.model,
+                revision=cell.row.revision,
+                granularity=cell.row.granularity,
+                view=cell.row.view,
+                overrides=cell.row.overrides,
+                dtype=self.settings.dtype,
+                attn_implementation=self.arguments.attn_implementation,
+                batch_size=self.arguments.batch_size,
+                max_new_tokens=self.settings.max_new_tokens,
+                seed=self.settings.seed,
+            )
+            self.row = cell.row
+        self.adapter.answers = str(folder / ANSWERS)
+        return task
+
+    def _sample_rows(self, task: str, config: dict) -> dict:
+        """Rows made here in place of the task's data, with answers as short as is asked for."""
+        from .sample_rows import write_rows
+
+        options = dict(config.get("generation_kwargs") or {})
+        limits = [limit for limit in (options.get("max_new_tokens"), self.settings.max_new_tokens) if limit]
+        return write_rows(task, self.output / "rows") | {
+            "generation_kwargs": options | {"max_new_tokens": min(limits)}
+        }
+
+    def _write(self, cell: Cell, folder: Path, identity: dict, task: dict, samples: list, theirs: dict, begun: float):
+        """Samples first, then the result, which says that the cell is done."""
+        from .engine import score
+
+        options = self.settings
+        found, failed, unscored = score(
+            samples, theirs, options.seed, options.bertscore_model, options.bertscore_layer, str(self.adapter.device)
+        )
+        folder.mkdir(parents=True, exist_ok=True)
+        write_whole(folder / SAMPLES, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in samples))
+        result = {
+            "cell": cell.name,
+            "row": asdict(cell.row),
+            "task": task,
+            "settings": asdict(options),
+            "model": identity,
+            "metrics": found,
+            "not_computed": failed,
+            "unscored": unscored,
+            "samples": len(samples),
+            "seen": _seen(samples),
+            "seconds": round(time.monotonic() - begun, 1),
+            "processes": self.state.num_processes,
+            "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+            "batch_size": self.arguments.batch_size,
+            "attn_implementation": self.arguments.attn_implementation,
+            "versions": used_versions(),
+            "finished_at": datetime.now(UTC).isoformat(timespec="seconds"),
+        }
+        write_whole(folder / RESULT, json.dumps(result, indent=1, ensure_ascii=False) + "\n")
+        told = [
+            f"{name} {Figure(entry['value'], entry['low'], entry['high'], missing=UNDEFINED)}"
+            for name, entry in found.items()
+        ]
+        say(f"  {cell.name}: {', '.join(told)}")
+        for name, reason in failed.items():
+            say(f"  {cell.name}: {name} was not computed: {reason}; the answers are kept, run again to score them")
+        for reason, number in unscored.items():
+            say(f"  {cell.name}: {number} of {len(samples)} samples have no score: {reason}")
+        if not failed:
+            for file in folder.glob(f"{ANSWERS}.*-of-*"):
+                file.unlink()
+
+    def _alike(self, action):
+        """Do something on all processes; where it fails on one, it fails on all."""
+        value = error = None
+        try:
+            value = action()
+        except (ImportError, OSError, ValueError) as caught:
+            error = caught
+        reasons = [str(error)] if error is not None else []
+        if self.state.num_processes > 1:
+            reasons = gather_object(reasons)
+        if reasons:
+            raise Unusable(reasons[0]) from error
+        return value
+
+    def _on_main(self, action):
+        """What the main process finds, or why it cannot, told to all."""
+        value = reason = None
+        if self.state.is_main_process:
+            try:
+                value = action()
+            except ValueError as error:
+                reason = str(error)
+        if self.state.num_processes > 1:
+            value, reason = broadcast_object_list([value, reason])
+        if reason is not None:
+            raise ValueError(reason)
+        return value
+
+
+def settings(arguments: EvaluateArguments) -> Settings:
+    return Settings(
+        limit=arguments.limit,
+        seed=arguments.seed,
+        dtype=arguments.dtype,
+        sample_rows=arguments.sample_rows,
+        bertscore_model=arguments.bertscore_model,
+        bertscore_layer=None if arguments.bertscore_layer == -1 else arguments.bertscore_layer,
+        max_new_tokens=arguments.max_new_tokens,
+    )
+
+
+def say(line: str):
+    if PartialState().is_main_process:
+        print(line, flush=True)
+
+
+def _matrix(arguments: EvaluateArguments) -> Matrix:
+    """What is asked for; raises `ValueError` where that is unclear."""
+    if (arguments.model is None) == (arguments.matrix is None):
+        raise ValueError("name either a --model with --tasks, or a --matrix")
+    if arguments.limit is not None and arguments.limit < 1:
+        raise ValueError(f"limit is {arguments.limit}; it must be at least 1")
+    try:
+        overrides = json.loads(arguments.overrides or "{}")
+    except ValueError as error:
+        raise ValueError(f"overrides is not JSON ({error}): {arguments.overrides}") from error
+    if arguments.model is not None:
+        if not arguments.tasks:
+            raise ValueError("name --tasks for the model to do")
+        row = Row(
+            name=Path(arguments.model).name or arguments.model,
+            model=arguments.model,
+            revision=arguments.revision,
+            granularity=arguments.granularity,
+            view=arguments.view,
+            overrides=overrides,
+        )
+        return Matrix([row], arguments.tasks, [])
+    matrix = read_matrix(arguments.matrix)
+    rows = [row for row in matrix.rows if not arguments.only or row.name in arguments.only]
+    if missing := set(arguments.only) - {row.name for row in rows}:
+        raise ValueError(
+            f"{arguments.matrix} has no row {sorted(missing)}; it has {[row.name for row in matrix.rows]}"
+        )
+    if arguments.tasks:
+        rows = [Row(**{**vars(row), "tasks": None}) for row in rows]
+    return Matrix(rows, arguments.tasks or matrix.tasks, matrix.tables)
+
+
+def _is_done(folder: Path) -> bool:
+    """A result is there, and nothing of it waits to be computed."""
+    result = folder / RESULT
+    return result.is_file() and not json.loads(result.read_text())["not_computed"]
+
+
+def _seen(samples: list[dict]) -> dict:
+    """How often each level was chosen, and how many tokens were read on average."""
+    levels = Counter(sample["granularity"] for sample in samples if sample.get("granularity"))
+    names = ("pixel_tokens", "semantic_tokens", "input_tokens", "output_tokens")
+    return {
+        "levels": dict(levels),
+        **{name: sum(sample.get(name) or 0 for sample in samples) / max(1, len(samples)) for name in names},
+    }
+
+
+def _span(seconds: float) -> str:
+    minutes = round(seconds / 60)
+    if minutes < 1:
+        return f"{seconds:.0f} s"
+    return f"{minutes} min" if minutes < 120 else f"{minutes // 60} h {minutes % 60} min"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,344 @@
+"""Tables of finished cells, in Markdown and LaTeX, with the paper's figures beside ours, intervals and paired tests.
+
+A figure is a value with its 95% bootstrap interval. A line marked "(paper)" is the paper's own. A cell that was not
+run says so. Where a table names a row to compare with, its differences to the other rows of its group are tested on
+the same samples: McNemar's exact test for right-or-wrong figures, else the paired bootstrap; the p-values of a table
+are corrected together by Holm's method.
+"""
+
+import json
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+import yaml
+
+from .bootstrap import holm, mcnemar, paired, percentiles, resampled
+from .cells import Matrix, Row, Settings, read_results, read_samples, write_whole
+from .metrics import JUDGED, METRICS
+from .plots import draw_table
+from .scoring import metric_of, units
+
+PAPER = Path(__file__).with_name("paper_tables.yaml")
+UNDEFINED = "undefined"  # such as the precision of a model that never says yes
+NOT_RUN, NOT_COMPUTED, NOT_JUDGED, NO_SUCH = "not run", "not computed", "not judged", "no such figure"
+LATEX = str.maketrans({character: f"\\{character}" for character in "&%$#_{}"})
+
+
+@dataclass(frozen=True)
+class Figure:
+    """One entry of a table: a value with its interval, or why there is none."""
+
+    value: float | None = None
+    low: float | None = None
+    high: float | None = None
+    samples: int = 0
+    missing: str = ""
+    best: bool = False
+
+    def __str__(self) -> str:
+        if self.value is None:
+            return self.missing
+        within = "" if self.low is None else f" [{self.low:.1f}, {self.high:.1f}]"
+        return f"{self.value:.2f}{within}"
+
+
+@dataclass(frozen=True)
+class Line:
+    group: str
+    name: str
+    figures: tuple[Figure, ...]
+    paper: bool = False
+
+
+@dataclass(frozen=True)
+class Table:
+    name: str
+    title: str
+    columns: tuple[str, ...]
+    lines: tuple[Line, ...]
+    tests: tuple[dict, ...]
+    notes: tuple[str, ...]
+    judge: str | None = None
+
+
+class Results:
+    """
+    What is there of a matrix: the newest finished cell of each row and task, under these settings. `others` counts
+    those under other settings, by what is different.
+
+    Args:
+        judge: whose scores count; by default that of most cells, the newest of several: scores of two do not mix.
+    """
+
+    def __init__(self, output: Path, settings: Settings, judge: str | None = None):
+        self.cells, self.others, wanted = {}, Counter(), _plain(asdict(settings))
+        for result in read_results(output):
+            different = tuple(name for name in wanted if result["settings"].get(name) != wanted[name])
+            if different:
+                self.others[different] += 1
+            else:
+                self.cells[_row_key(result["row"]), result["task"]["name"]] = result
+        judged = [told for result in self.cells.values() for told in result["judges"].values()]
+        number = Counter(told["judge"] for told in judged)
+        if judge is not None and judge not in number:
+            raise ValueError(f"there are no scores by {judge}, there are by: {', '.join(sorted(number)) or 'nobody'}")
+        order = sorted(judged, key=lambda told: (number[told["judge"]], told["finished_at"]))
+        self.judge = judge or (order[-1]["judge"] if order else None)
+
+    def of(self, row: Row, task: str) -> dict | None:
+        return self.cells.get((_row_key(asdict(row)), task))
+
+    def figure(self, row: Row, cells: list[list[str]]) -> Figure:
+        """The figure of a column, which may be the mean over several tasks."""
+        found = [self.of(row, task) for task, _ in cells]
+        if None in found:
+            return Figure(missing=NOT_RUN)
+        entries = [self.entry(result, name) for result, (_, name) in zip(found, cells)]
+        if missing := next((entry for entry in entries if isinstance(entry, str)), None):
+            return Figure(missing=missing)
+        samples = sum(entry["n"] for entry in entries)
+        value = float(np.mean([entry["value"] for entry in entries]))
+        if len(entries) == 1:
+            return Figure(value, entries[0]["low"], entries[0]["high"], samples)
+        draws = [self._draws(result, name, place) for place, (result, (_, name)) in enumerate(zip(found, cells))]
+        if any(draw is None for draw in draws):
+            return Figure(value, samples=samples)
+        return Figure(value, *percentiles(np.mean(draws, axis=0)), samples)
+
+    def entry(self, result: dict, name: str) -> dict | str:
+        """Value and interval of a figure of a cell, or why there is none."""
+        metrics = result["metrics"]
+        if is_judged(name):
+            told = result["judges"].get(self.judge)
+            if told is None or told["waiting"]:
+                return NOT_JUDGED if told is None else f"{told['waiting']} not judged yet"
+            metrics = told["metrics"]
+        if name not in metrics:
+            return NOT_COMPUTED if name in result["not_computed"] else NO_SUCH
+        return metrics[name] if metrics[name]["value"] is not None else UNDEFINED
+
+    def compare(self, ours: Row, theirs: Row, task: str, figure: str) -> dict | None:
+        """A paired test of two rows, or why there is none; None where one of them has no such figure."""
+        pair = [self.of(row, task) for row in (ours, theirs)]
+        if None in pair or any(isinstance(self.entry(result, figure), str) for result in pair):
+            return None
+        found = [self.units(result, figure) for result in pair]
+        if not all(found):
+            return None
+        told = {"ours": ours.name, "theirs": theirs.name, "group": ours.group, "task": task, "figure": figure}
+        if found[0].keys() != found[1].keys():
+            reason = (
+                f"{ours.name} has {len(found[0])} samples and {theirs.name} {len(found[1])}, "
+                f"{len(found[0].keys() & found[1].keys())} of them the same; run both on the same"
+            )
+            return {**told, "not_tested": reason}
+        metric = METRICS[metric_of(figure)]
+        ours_NS, theirs_NS = (np.array([own[unit] for unit in found[0]], dtype=float) for own in found)
+        test = paired(metric.value, ours_NS, theirs_NS, seed=pair[0]["settings"]["seed"])
+        if metric.proportion:
+            test["p"] = mcnemar(ours_NS[:, 0], theirs_NS[:, 0])
+        return {**told, **test, "test": "McNemar" if metric.proportion else "bootstrap", "samples": len(ours_NS)}
+
+    def units(self, result: dict, figure: str) -> dict[str, list[float]]:
+        """Statistics by unit, of the cell's samples or of what the judge has said of them."""
+        if is_judged(figure):
+            return units(result["judges"][self.judge]["samples"], figure)
+        return units(_samples(result["folder"]), figure)
+
+    def _draws(self, result: dict, figure: str, place: int) -> np.ndarray | None:
+        own = self.units(result, figure)
+        metric = METRICS[metric_of(figure)]
+        return resampled(metric.value, np.array(list(own.values()), dtype=float), seed=place) if own else None
+
+
+def write_tables(output: Path, matrix: Matrix, results: Results) -> list[Path]:
+    """Markdown, LaTeX, plots and the tests of every table of a matrix; the files written."""
+    folder = output / "tables"
+    folder.mkdir(parents=True, exist_ok=True)
+    paper = yaml.safe_load(PAPER.read_text())
+    written = []
+    for wanted in matrix.tables or [everything(matrix, results)]:
+        table = make_table(wanted, matrix, results, paper)
+        for suffix, text in ((".md", markdown(table)), (".tex", latex(table)), (".json", as_json(table))):
+            write_whole(folder / f"{table.name}{suffix}", text)
+            written.append(folder / f"{table.name}{suffix}")
+        written += draw_table(table, folder / table.name)
+    return written
+
+
+def everything(matrix: Matrix, results: Results) -> dict:
+    """A table of all figures that there are, for a matrix that names none."""
+    columns = []
+    for task in matrix.tasks:
+        found = [result for row in matrix.rows if (result := results.of(row, task))]
+        judged = [result["judges"][results.judge] for result in found if results.judge in result["judges"]]
+        names = dict.fromkeys(name for one in [*found, *judged] for name in one["metrics"]) or {"": None}
+        columns += [{"title": f"{task} {name}".strip(), "cells": [[task, name]]} for name in names]
+    return {"name": "results", "title": "Results", "columns": columns}
+
+
+def make_table(wanted: dict, matrix: Matrix, results: Results, paper: dict) -> Table:
+    """
+    A table as a matrix describes it: `name`, `title`, `columns` (title, cells, paper), and if it likes `groups` (only
+    these), `compare` (the row whose differences are tested), `paper` (the paper's table) and `statements`.
+
+    Raises:
+        ValueError: unknown entries.
+    """
+    known = {"name", "title", "columns", "groups", "compare", "paper", "statements"}
+    if unknown := wanted.keys() - known:
+        raise ValueError(f"the table {wanted.get('name')} has {sorted(unknown)}; a table has {sorted(known)}")
+    rows = [row for row in matrix.rows if row.group in wanted.get("groups", [row.group])]
+    columns = wanted["columns"]
+    published = paper["tables"].get(wanted.get("paper"), {})
+    lines = []
+    for group in dict.fromkeys(row.group for row in rows):
+        own = [row for row in rows if row.group == group]
+        figures = [[results.figure(row, column["cells"]) for column in columns] for row in own]
+        theirs = dict(published.get(group, {}))
+        for row, line in zip(own, _with_best(figures, columns)):
+            lines.append(Line(group, row.name, line))
+            if row.name in theirs:
+                lines.append(_paper_line(group, row.name, theirs.pop(row.name), columns))
+        lines += [_paper_line(group, name, values, columns) for name, values in theirs.items()]
+    return Table(
+        wanted["name"],
+        wanted["title"],
+        tuple(column["title"] for column in columns),
+        tuple(lines),
+        tuple(_tests(wanted.get("compare"), rows, columns, results)),
+        tuple(paper["statements"].get(wanted.get("statements"), ())),
+        results.judge if any(is_judged(name) for column in columns for _, name in column["cells"]) else None,
+    )
+
+
+def markdown(table: Table) -> str:
+    """The table, its tests and what the paper says about it."""
+    head = ["", "", *table.columns] if _has_groups(table) else ["", *table.columns]
+    text = [f"# {table.title}", "", _markdown_row(head), _markdown_row(["---"] * len(head))]
+    for line in table.lines:
+        figures = [_marked(figure, line.paper, "**{}**", "*{}*") for figure in line.figures]
+        name = f"*{line.name}*" if line.paper else line.name
+        text.append(_markdown_row([*([line.group] if _has_groups(table) else []), name, *figures]))
+    text += ["", "Values with 95% bootstrap intervals; bold is the best of a group, lines in italics are the paper's."]
+    if table.judge:
+        text += ["", f"Judged by `{table.judge}`; the paper's judge was GPT-4o."]
+    if table.notes:
+        text += ["", "The paper says:", "", *(f"- {note}" for note in table.notes)]
+    if table.tests:
+        text += ["", "## Paired tests", "", _markdown_row(TEST_HEAD), _markdown_row(["---"] * len(TEST_HEAD))]
+        text += [_markdown_row(_test_row(test)) for test in table.tests]
+        text += ["", "p is corrected by Holm's method over all tests of this table."]
+    return "\n".join(text) + "\n"
+
+
+def latex(table: Table) -> str:
+    """The table for a paper that loads booktabs."""
+    groups = _has_groups(table)
+    text = [
+        r"\begin{tabular}{" + "l" * (1 + groups) + "r" * len(table.columns) + "}",
+        r"\toprule",
+        " & ".join([""] * (1 + groups) + [_latex(column) for column in table.columns]) + r" \\",
+    ]
+    before = None
+    for line in table.lines:
+        if line.group != before:
+            text.append(r"\midrule")
+        figures = [_marked(figure, line.paper, r"\textbf{{{}}}", r"\textit{{{}}}", _latex) for figure in line.figures]
+        name = rf"\textit{{{_latex(line.name)}}}" if line.paper else _latex(line.name)
+        own = [_latex(line.group) if line.group != before else ""] if groups else []
+        text.append(" & ".join([*own, name, *figures]) + r" \\")
+        before = line.group
+    return "\n".join([*text, r"\bottomrule", r"\end{tabular}"]) + "\n"
+
+
+def as_json(table: Table) -> str:
+    return json.dumps(asdict(table), indent=1, ensure_ascii=False) + "\n"
+
+
+TEST_HEAD = ["", "against", "", "figure", "difference", "test", "samples", "p", "p corrected"]
+
+
+def _test_row(test: dict) -> list[str]:
+    start = [test["ours"], test["theirs"], test["group"], f"{test['task']} {test['figure']}"]
+    if "not_tested" in test:
+        return [*start, test["not_tested"], "", "", "", ""]
+    difference = f"{test['difference']:+.2f} [{test['low']:+.1f}, {test['high']:+.1f}]"
+    return [*start, difference, test["test"], str(test["samples"]), f"{test['p']:.4f}", f"{test['p_corrected']:.4f}"]
+
+
+def _tests(compare: str | None, rows: list[Row], columns: list[dict], results: Results) -> list[dict]:
+    """Every test that the columns allow, with p-values corrected over all of them."""
+    cells = dict.fromkeys(tuple(cell) for column in columns for cell in column["cells"])
+    pairs = [
+        (ours, theirs)
+        for ours in rows
+        for theirs in rows
+        if ours.name == compare and theirs.name != compare and ours.group == theirs.group
+    ]
+    tests = [results.compare(ours, theirs, *cell) for ours, theirs in pairs for cell in cells]
+    tests = [test for test in tests if test is not None]
+    corrected = holm([test.get("p", float("nan")) for test in tests])
+    return [{**test, **({"p_corrected": p} if "p" in test else {})} for test, p in zip(tests, corrected)]
+
+
+def _with_best(figures: list[list[Figure]], columns: list[dict]) -> list[tuple[Figure, ...]]:
+    """The figures of a group's rows, the best of each column marked where they differ."""
+    for place, column in enumerate(columns):
+        values = [row[place].value for row in figures if row[place].value is not None]
+        if len(set(values)) < 2:
+            continue
+        higher = METRICS[metric_of(column["cells"][0][1])].higher_is_better
+        best = max(values) if higher else min(values)
+        for row in figures:
+            row[place] = replace(row[place], best=row[place].value == best)
+    return [tuple(row) for row in figures]
+
+
+def _paper_line(group: str, name: str, values: dict, columns: list[dict]) -> Line:
+    """The paper's figures for a row; a column that it does not give is empty."""
+    figures = tuple(Figure(values.get(column.get("paper"))) for column in columns)
+    return Line(group, f"{name} (paper)", figures, paper=True)
+
+
+def _marked(figure: Figure, paper: bool, best: str, published: str, escaped: Callable[[str], str] = str) -> str:
+    """A figure's text in the form for the best of its group, for the paper's, or plain."""
+    text = escaped(str(figure))
+    if not text:
+        return text
+    return best.format(text) if figure.best else published.format(text) if paper else text
+
+
+def _has_groups(table: Table) -> bool:
+    return any(line.group for line in table.lines)
+
+
+def is_judged(figure: str) -> bool:
+    return figure.startswith(JUDGED)
+
+
+def _row_key(row: dict) -> str:
+    """A row as a cell knows it: tasks, and what only messages tell, do not matter."""
+    told = {key: value for key, value in row.items() if key not in ("tasks", "made_by")}
+    return json.dumps(told, sort_keys=True)
+
+
+def _plain(value):
+    return json.loads(json.dumps(value))
+
+
+@lru_cache(maxsize=64)
+def _samples(folder: str) -> list[dict]:
+    return read_samples(Path(folder))
+
+
+def _markdown_row(entries: list[str]) -> str:
+    return "| " + " | ".join(entry.replace("|", "\\|").replace("\n", " ") for entry in entries) + " |"
+
+
+def _latex(text: str) -> str:
+    return text.translate(LATEX)

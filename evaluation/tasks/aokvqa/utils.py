@@ -1,0 +1,37 @@
+"""A-OKVQA: columns image, question, choices, correct_choice_idx, direct_answers (the text of a list of ten)."""
+
+import ast
+
+from granulon.evaluation.metrics import LETTERS
+from granulon.evaluation.scoring import scored, scored_choice
+from modeling_granulon import load_rgb
+
+
+def visual(doc):
+    return [load_rgb(doc["image"])]
+
+
+def direct_question(doc, options):
+    return doc["question"] + options["post_prompt"]
+
+
+def direct_answers(doc):
+    answers = doc["direct_answers"]
+    return ast.literal_eval(answers) if isinstance(answers, str) else list(answers or [])
+
+
+def score_direct(doc, results):
+    return scored(["recall", "vqa_accuracy"], results[0], direct_answers(doc))
+
+
+def choice_question(doc, options):
+    choices = "\n".join(f"{letter}. {choice}" for letter, choice in zip(LETTERS, doc["choices"]))
+    return f"{doc['question']}\n{choices}{options['post_prompt']}"
+
+
+def right_letter(doc):
+    return LETTERS[doc["correct_choice_idx"]]
+
+
+def score_choice(doc, results):
+    return scored_choice(results[0], doc["choices"], doc["correct_choice_idx"])

@@ -1,0 +1,16 @@
+"""Surgical frames: columns image, answer (the phase, or the instruments); a column question replaces the prompt."""
+
+from granulon.evaluation.scoring import scored
+from modeling_granulon import load_rgb
+
+
+def visual(doc):
+    return [load_rgb(doc["image"])]
+
+
+def prompt(doc, options):
+    return doc.get("question") or options["prompt"]
+
+
+def score(doc, results):
+    return scored(["bertscore", "recall"], results[0], [doc["answer"]])

@@ -1,0 +1,270 @@
+"""Metrics, intervals and paired tests: equal to the libraries', and to the authors' definitions on worked examples."""
+
+import re
+
+import numpy as np
+import pytest
+import sacrebleu
+import torch
+from scipy.stats import binomtest
+from sklearn.metrics import accuracy_score, f1_score, precision_score, recall_score
+from torchmetrics.functional.text.bert import bert_score
+from transformers import BertConfig, BertModel, BertTokenizerFast
+
+from granulon.evaluation.bootstrap import holm, interval, mcnemar, paired
+from granulon.evaluation.metrics import (
+    METRICS,
+    bertscore_statistics,
+    best_recall,
+    bleu_statistics,
+    chair_statistics,
+    exact_match,
+    read_choice,
+    read_yes_no,
+    recall,
+    value,
+    vqa_accuracy,
+    yes_no_statistics,
+)
+from granulon.evaluation.scoring import figures, scored, scored_choice, units
+
+ANSWERS = [
+    "A brown dog runs over the green field.",
+    "Two people sit on a bench, and a bird is above them!",
+    "no idea",
+    "",
+    "the the the the",
+]
+REFERENCES = [
+    ["A dog is running over a green field.", "A brown dog on grass."],
+    ["Two persons are sitting on a bench; a bird flies above them."],
+    ["A red car in front of a house"],
+    ["A cat."],
+    ["the cat is on the mat"],
+]
+BOATS = ["tennis", "tennis racket", "a dog", "red"]
+
+
+def test_recall_is_the_share_of_the_references_distinct_words_that_occur_in_the_answer():
+    assert recall("A dog and a dog.", "The dog, the cat!") == 1 / 3  # the, dog, cat: dog
+    assert recall("dog", "Dog dog DOG") == 1
+    assert recall("", "a cat") == 0
+    assert np.isnan(recall("a cat", "..."))
+
+
+def test_recall_is_what_the_authors_code_computes():
+    def authors(prediction, reference):
+        said, wanted = (re.findall(r"\w+", text.lower()) for text in (prediction, reference))
+        return len(set(said) & set(wanted)) / len(set(wanted))
+
+    for answer, references in zip(ANSWERS, REFERENCES):
+        assert recall(answer, references[0]) == authors(answer, references[0])
+        assert best_recall(answer, references) == max(authors(answer, reference) for reference in references)
+
+
+def test_bleu_of_summed_statistics_is_sacrebleus_corpus_bleu():
+    statistics = [bleu_statistics(answer, own) for answer, own in zip(ANSWERS, REFERENCES)]
+    width = max(map(len, REFERENCES))
+    streams = [[own[place] if place < len(own) else None for own in REFERENCES] for place in range(width)]
+    assert value("bleu", statistics) == pytest.approx(sacrebleu.corpus_bleu(ANSWERS, streams).score, abs=1e-9)
+    assert value("bleu", statistics[:1]) == pytest.approx(
+        sacrebleu.corpus_bleu(ANSWERS[:1], [[reference] for reference in REFERENCES[0]]).score
+    )
+
+
+def make_bert(folder):
+    """A small random encoder that reads any text letter by letter."""
+    letters = [chr(code) for code in range(33, 127) if not chr(code).isupper()]
+    vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *letters, *(f"##{letter}" for letter in letters)]
+    BertTokenizerFast(vocab={token: number for number, token in enumerate(vocabulary)}).save_pretrained(folder)
+    torch.manual_seed(0)
+    settings = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 48}
+    BertModel(BertConfig(vocab_size=len(vocabulary), **settings)).eval().save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def bert(tmp_path_factory):
+    return make_bert(tmp_path_factory.mktemp("bert"))
+
+
+@pytest.mark.parametrize("layer", [2, None])
+def test_bertscore_is_that_of_torchmetrics_with_the_best_of_several_references(bert, layer):
+    found = bertscore_statistics(ANSWERS, REFERENCES, bert, layer)
+    for (score, one), answer, references in zip(found, ANSWERS, REFERENCES):
+        assert one == 1
+        if not answer:
+            assert score == 0
+            continue
+        expected = [
+            float(bert_score([answer], [reference], model_name_or_path=bert, num_layers=layer)["f1"])
+            for reference in references
+        ]
+        assert score == pytest.approx(max(expected), abs=1e-5)
+    assert value("bertscore", found) == pytest.approx(100 * np.mean([score for score, _ in found]))
+
+
+def test_the_bertscore_of_an_answer_does_not_depend_on_the_others(bert):
+    answers = [answer for answer in ANSWERS if answer]
+    references = [own for answer, own in zip(ANSWERS, REFERENCES) if answer]
+    together = bertscore_statistics(answers, references, bert, 2)
+    alone = [bertscore_statistics([answer], [own], bert, 2)[0] for answer, own in zip(answers, references)]
+    assert np.array(together) == pytest.approx(np.array(alone), abs=1e-5)
+    backwards = bertscore_statistics(answers[::-1], references[::-1], bert, 2)[::-1]
+    assert np.array(together) == pytest.approx(np.array(backwards), abs=1e-5)
+
+
+def test_a_bertscore_model_that_cannot_be_had_is_named(tmp_path):
+    with pytest.raises(ValueError, match="the BERTScore model .*nowhere cannot be had"):
+        bertscore_statistics(["a"], [["b"]], str(tmp_path / "nowhere"))
+
+
+def test_yes_no_figures_are_those_of_scikit_learn_and_always_yes_stands_beside_them():
+    draws = np.random.default_rng(0)
+    truth = draws.random(200) < 0.4
+    said = np.where(draws.random(200) < 0.8, truth, ~truth)
+    statistics = [yes_no_statistics("Yes, it is." if yes else "no", bool(is_so)) for yes, is_so in zip(said, truth)]
+    expected = {"accuracy": accuracy_score, "f1": f1_score, "precision": precision_score, "recall": recall_score}
+    for name, function in expected.items():
+        assert value(f"yes_no_{name}", statistics) == pytest.approx(100 * function(truth, said))
+    assert value("yes_no_yes_rate", statistics) == pytest.approx(100 * said.mean())
+    assert value("yes_no_always_yes", statistics) == pytest.approx(100 * truth.mean())
+
+
+@pytest.mark.parametrize(
+    "answer, read",
+    [("Yes.", True), ("no, yes", False), ("It is not there", None), ("", None), ("NO", False), ("yesterday", None)],
+)
+def test_the_first_yes_or_no_counts_and_anything_else_is_unclear_and_wrong(answer, read):
+    assert read_yes_no(answer) is read
+    if read is None:
+        assert yes_no_statistics(answer, True)[0] == yes_no_statistics(answer, False)[0] == 0
+        assert yes_no_statistics(answer, True)[4] == 1
+
+
+@pytest.mark.parametrize(
+    "answer, read",
+    [
+        ("B", 1), ("(b)", 1), ("b.", 1), ("B. tennis", 1), ("The answer is C.", 2), ("answer: (D)", 3),
+        ("Option C", 2), ("C) a dog", 2), ("the correct choice is D", 3), ("A", 0), ("A.", 0), ("A because of it", 0),
+        ("A dog is here", 2), ("tennis", 0), ("It is a tennis racket.", 1), ("The answer is a dog", 2),
+        ("red or tennis", None), ("", None), ("Dogs", None), ("A or B? (A) or (B)", None), ("E", None),
+        ("I see red", 3), ("B\nbecause red", 1),
+    ],
+)  # fmt: skip
+def test_a_choice_is_read_by_letter_or_by_words(answer, read):
+    assert read_choice(answer, BOATS) == read
+
+
+def test_an_answer_without_a_single_choice_is_wrong_and_counted_as_unclear():
+    found = scored_choice("red or tennis", BOATS, 3)
+    assert found == {"choice_accuracy": [0.0, 1.0], "choice_unclear": [1.0, 1.0]}
+    assert "unscored" in scored_choice("B", BOATS, 4) and "unscored" in scored_choice("B", BOATS, None)
+
+
+def test_direct_answers_get_a_third_for_each_annotator_and_no_more_than_one():
+    annotators = ["dog"] * 2 + ["the cat"] * 7 + ["horse"]
+    assert [vqa_accuracy(answer, annotators) for answer in ("A dog.", "cat", "horse", "cow")] == [2 / 3, 1, 1 / 3, 0]
+    assert exact_match("The Dog!", annotators) == 1 and exact_match("dogs", annotators) == 0
+
+
+def test_chair_counts_mentions_captions_and_covered_objects():
+    statistics = [
+        chair_statistics(["dog", "cat", "dog"], ["dog", "boat"]),  # one of three is made up; one of two is covered
+        chair_statistics(["boat"], ["boat"]),
+        chair_statistics([], ["bird"]),
+    ]
+    assert value("chair_i", statistics) == pytest.approx(100 * 1 / 4)
+    assert value("chair_s", statistics) == pytest.approx(100 * 1 / 3)
+    assert value("chair_cover", statistics) == pytest.approx(100 * 2 / 4)
+
+
+@pytest.mark.parametrize("references", [[], [""], ["..."], [None]])
+def test_a_sample_without_a_reference_has_no_score_and_ends_nothing(references):
+    found = scored(["recall", "bleu", "bertscore"], "a dog", references)
+    assert list(found) == ["unscored"] and "no reference" in found["unscored"]
+    samples = [
+        {"id": 0, "statistics": {"recall": [1.0, 1.0]}},
+        {"id": 1, "statistics": {}},
+    ]
+    assert figures(samples)["recall"]["value"] == 100 and figures(samples)["recall"]["n"] == 1
+
+
+def test_an_answer_of_thousands_of_words_and_an_empty_one_are_scored():
+    long = "dog " * 5000
+    for answer, expected in ((long, 1.0), ("", 0.0)):
+        found = scored(["recall", "bleu", "exact_match"], answer, ["dog"])
+        assert found["recall"] == [expected, 1.0] and found["exact_match"][0] == 0
+        assert value("bleu", [found["bleu"]]) < 100
+
+
+def test_samples_that_count_only_together_are_right_where_all_of_them_are():
+    samples = [
+        {"id": number, "statistics": {"qAcc": [float(right), 1.0]}, "groups": {"qAcc": group}}
+        for number, (right, group) in enumerate([(1, "a"), (1, "a"), (1, "b"), (0, "b")])
+    ]
+    assert units(samples, "qAcc") == {"a": [1.0, 1.0], "b": [0.0, 1.0]}
+    assert figures(samples)["qAcc"]["value"] == 50
+
+
+def test_the_bootstrap_interval_of_a_mean_is_the_known_one():
+    draws = np.random.default_rng(0)
+    values = draws.normal(0.5, 0.2, size=400)
+    statistics_NS = np.stack([values, np.ones(400)], axis=1)
+    low, high = interval(METRICS["mean"].value, statistics_NS, resamples=4000)
+    known = 1.96 * values.std() / np.sqrt(400)
+    assert (low, high) == pytest.approx((values.mean() - known, values.mean() + known), abs=0.0015)
+    assert interval(METRICS["mean"].value, statistics_NS, seed=3) == interval(
+        METRICS["mean"].value, statistics_NS, seed=3
+    )
+
+
+def test_the_number_of_resamples_is_what_was_asked_for():
+    statistics_NS = np.array([[0.0, 1.0], [1.0, 1.0]])
+    drawn = []
+
+    def counted(sums_RS):
+        drawn.append(len(sums_RS))
+        return METRICS["mean"].value(sums_RS)
+
+    interval(counted, statistics_NS, resamples=7)
+    assert sum(drawn) == 7
+
+
+def test_an_interval_covers_the_truth_about_as_often_as_it_says():
+    draws = np.random.default_rng(1)
+    hits = 0
+    for trial in range(300):
+        right_N = (draws.random(80) < 0.6).astype(float)
+        low, high = interval(METRICS["accuracy"].value, np.stack([right_N, np.ones(80)], 1), trial, resamples=300)
+        hits += low <= 60 <= high
+    assert 0.90 <= hits / 300 <= 0.98
+
+
+def test_a_paired_test_sees_a_difference_that_two_intervals_hide_and_none_where_there_is_none():
+    draws = np.random.default_rng(0)
+    hard_N = draws.random(300)  # how hard a sample is, for both systems
+    ours = np.stack([hard_N + 0.02 + draws.normal(0, 0.05, 300), np.ones(300)], 1)
+    theirs = np.stack([hard_N + draws.normal(0, 0.05, 300), np.ones(300)], 1)
+    test = paired(METRICS["mean"].value, ours, theirs)
+    assert test["p"] < 0.05 and 0 < test["low"] < test["difference"] < test["high"]
+    assert interval(METRICS["mean"].value, ours)[0] < interval(METRICS["mean"].value, theirs)[1]
+    assert paired(METRICS["mean"].value, ours, ours)["p"] == 1
+
+
+def test_mcnemars_test_is_the_exact_binomial_one_of_the_samples_that_differ():
+    ours, theirs = [1] * 30 + [1] * 12 + [0] * 3 + [0] * 20, [1] * 30 + [0] * 12 + [1] * 3 + [0] * 20
+    assert mcnemar(ours, theirs) == pytest.approx(binomtest(12, 15, 0.5).pvalue)
+    assert mcnemar(ours, ours) == 1
+
+
+def test_holms_correction_on_a_worked_example():
+    assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    corrected = holm([0.5, float("nan"), 0.9])
+    assert corrected[0] == 1 and np.isnan(corrected[1]) and corrected[2] == 1 and holm([]) == []
+
+
+def test_unequal_numbers_of_samples_are_refused_with_both_numbers():
+    for test in (lambda a, b: paired(METRICS["mean"].value, a, b), lambda a, b: mcnemar(a[:, 0], b[:, 0])):
+        with pytest.raises(ValueError, match="3 samples on one side and 2 on the other"):
+            test(np.ones((3, 2)), np.ones((2, 2)))

@@ -1,0 +1,310 @@
+"""Cells know what decides their figures; tables are complete, tell the paper's from ours, and what was not run."""
+
+import json
+import re
+import shlex
+from dataclasses import asdict, replace
+
+import matplotlib.image
+import pytest
+import yaml
+
+from granulon.evaluation.cells import (
+    MATRICES,
+    Cell,
+    Matrix,
+    Row,
+    Settings,
+    cell_folder,
+    cell_key,
+    model_identity,
+    read_matrix,
+)
+from granulon.evaluation.metrics import METRICS
+from granulon.evaluation.run import main
+from granulon.evaluation.sample_rows import MAKERS
+from granulon.evaluation.scoring import figures, metric_of
+from granulon.evaluation.tables import Results, write_tables
+from granulon.train import sft
+
+PAPER = yaml.safe_load((MATRICES / "paper_tables.yaml").read_text())
+SETTINGS = Settings()
+
+
+def make_cell(output, row, task, samples, finished_at="2026-01-01T00:00:00+00:00", settings=SETTINGS, **more):
+    """A finished cell as granulon-evaluate leaves it."""
+    key = cell_key(row, {"sha256": "0"}, {"name": task}, settings)
+    folder = cell_folder(output, Cell(row, task), f"{key}-{finished_at}")  # several of one key, to choose from
+    folder.mkdir(parents=True)
+    (folder / "samples.jsonl").write_text("".join(json.dumps(sample) + "\n" for sample in samples))
+    result = {
+        "cell": Cell(row, task).name, "row": asdict(row), "task": {"name": task}, "settings": asdict(settings),
+        "metrics": figures(samples), "not_computed": {}, "finished_at": finished_at, **more,
+    }  # fmt: skip
+    (folder / "result.json").write_text(json.dumps(result))
+    return folder
+
+
+def parse(made_by):
+    """A command that makes a model, read by granulon-train's own parser; use_cpu, for machines without a GPU."""
+    program, *options = shlex.split(made_by)
+    assert program == "granulon-train"
+    return sft.parse([*options, "--use_cpu", "true"])
+
+
+def make_samples(figure, values):
+    return [{"id": number, "statistics": {figure: [float(value), 1.0]}} for number, value in enumerate(values)]
+
+
+def write(output, matrix, settings=SETTINGS, judge=None):
+    """All tables of a matrix, as texts by file name."""
+    files = write_tables(output, matrix, Results(output, settings, judge))
+    return {file.name: file.read_text() for file in files if file.suffix in (".md", ".tex", ".json")}
+
+
+def test_a_cells_key_follows_from_all_that_decides_its_figures_and_from_nothing_else():
+    row, model, task = Row("a", "m"), {"sha256": "1", "manifest": {"x": 1}}, {"name": "t", "config": {"a": 1}}
+    key = cell_key(row, model, task, SETTINGS)
+    same = [
+        (replace(row, name="b", group="g", model="elsewhere", tasks=("x",), made_by="it"), model, task, SETTINGS),
+        (row, {"sha256": "1", "manifest": None}, task, SETTINGS),
+    ]
+    other = [
+        (replace(row, granularity="fine"), model, task, SETTINGS),
+        (replace(row, view="pixel"), model, task, SETTINGS),
+        (replace(row, overrides={"controller": "random"}), model, task, SETTINGS),
+        (row, {"sha256": "2"}, task, SETTINGS),
+        (row, model, {"name": "t", "config": {"a": 2}}, SETTINGS),
+        (row, model, task, replace(SETTINGS, limit=5)),
+        (row, model, task, replace(SETTINGS, seed=1)),
+        (row, model, task, replace(SETTINGS, bertscore_model="other")),
+    ]
+    assert {cell_key(*one) for one in same} == {key}
+    assert len({key, *(cell_key(*one) for one in other)}) == 1 + len(other)
+
+
+def test_a_models_identity_is_its_weights_and_not_its_place(tmp_path):
+    for name, weights in (("a", b"1"), ("b", b"1"), ("c", b"2")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "model.safetensors").write_bytes(weights)
+    first, second, third = (model_identity(str(tmp_path / name), "main") for name in "abc")
+    assert first == second != third
+    with pytest.raises(ValueError, match="the model's folder ./no/such is not there"):
+        model_identity("./no/such", "main")
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("rows: [", "is not YAML"),
+        ("[1]", "holds list; a matrix has rows, tasks"),
+        ("{rows: [], tasks: [], colour: 1}", "holds .*'colour'"),
+        ("{rows: [{name: a, model: m, hue: 1}], tasks: []}", r"row 0 of .* has \['hue'\]"),
+        ("{rows: [{name: a}], tasks: []}", "row 0 of .* has no model"),
+        ("{rows: [{name: a, model: m}, {name: a, model: n}], tasks: []}", "more than one row named"),
+    ],
+)
+def test_a_matrix_that_says_something_unclear_is_refused(tmp_path, text, message):
+    (tmp_path / "m.yaml").write_text(text)
+    with pytest.raises(ValueError, match=message):
+        read_matrix(str(tmp_path / "m.yaml"))
+    with pytest.raises(ValueError, match="there is no matrix nowhere; give a YAML file, or one of matrix, ablations"):
+        read_matrix("nowhere")
+
+
+@pytest.mark.parametrize("name", ["matrix", "ablations"])
+def test_every_command_that_makes_a_model_parses_and_makes_that_model(name):
+    matrix = read_matrix(name)
+    for row in matrix.rows:
+        run = parse(row.made_by)
+        assert (sft.RECIPES / f"{run.recipe}.yaml").is_file()
+        assert row.model == f"{run.trainer.output_dir}/model", f"{row.group} {row.name}"
+        if run.sft.granularities == []:  # one view, so that the trainer refuses a weight for another
+            assert run.trainer.pixel_loss_weight == run.trainer.semantic_loss_weight == 0, f"{row.group} {row.name}"
+
+
+@pytest.mark.parametrize("name", ["matrix", "ablations"])
+def test_every_column_names_a_task_of_the_matrix_and_a_known_figure(name):
+    matrix = read_matrix(name)
+    groups = {row.group for row in matrix.rows}
+    assert set(matrix.tasks) <= set(MAKERS)
+    for table in matrix.tables:
+        assert set(table.get("groups", [])) <= groups
+        names = {row.name for row in matrix.rows if row.group in table.get("groups", groups)}
+        assert table.get("compare") in {None, *names}
+        assert table.get("paper") in {None, *PAPER["tables"]} and table.get("statements") in {
+            None,
+            *PAPER["statements"],
+        }
+        for column in table["columns"]:
+            for task, figure in column["cells"]:
+                assert task in matrix.tasks
+                assert figure in METRICS or metric_of(figure) != "mean", figure
+            published = [
+                values for group in PAPER["tables"].get(table.get("paper"), {}).values() for values in group.values()
+            ]
+            assert "paper" not in column or any(column["paper"] in values for values in published)
+
+
+def test_the_matrix_is_the_papers_five_encoders_with_two_language_models():
+    matrix = read_matrix("matrix")
+    assert {(row.group, row.name) for row in matrix.rows} == {
+        (group, name)
+        for group in ("Qwen2.5-1.5B", "Llama-3.2-3B")
+        for name in ("CLIP", "SigLIP", "DINOv2", "DINOv3", "Granulon")
+    }
+    for row in matrix.rows:
+        levels = parse(row.made_by).sft.granularities
+        assert levels == (None if row.name == "Granulon" else []), "baselines are plain encoders"
+
+
+def test_the_ablations_cover_each_of_the_papers_and_ours():
+    rows = {(row.group, row.name): row for row in read_matrix("ablations").rows}
+    for number in (5, 10, 20, 40):
+        levels = rows["Clusters", f"{number} clusters"].overrides["granularities"]
+        assert {level["keep"] for level in levels} == {number} and len(levels) == 3
+        trained = parse(rows["Clusters, trained", f"{number} clusters"].made_by)
+        assert [level["keep"] for level in trained.sft.granularities] == [number]
+    fixed = {rows["Controller", f"always {level}"].granularity for level in ("coarse", "medium", "fine")}
+    assert fixed == {"coarse", "medium", "fine"}
+    assert rows["Controller", "random level"].overrides == {"controller": "random"}
+    assert {name for group, name in rows if group == "Parts"} == {"neither", "AdaTA alone", "controller alone", "both"}
+    weights = [row.overrides["relation_weight"] for (group, _), row in rows.items() if group == "Attention term"]
+    assert weights == sorted(weights) and weights[0] == 0 and 0.1 in weights
+    joint = set()
+    for (group, _), row in rows.items():
+        if group == "Joint objective":
+            trainer = parse(row.made_by).trainer
+            joint.add((trainer.pixel_loss_weight, trainer.semantic_loss_weight))
+    assert {(0, 0), (0.5, 0), (0, 0.5), (0.5, 0.5)} < joint
+    assert {row.view for (group, _), row in rows.items() if group == "View"} == {"full", "pixel", "semantic", "auto"}
+    clustered = {
+        name: row.overrides.get("relation_weight") for (group, name), row in rows.items() if "clustered" in group
+    }
+    assert clustered == {"features": 0.0, "attention": 1e6, "both": None}
+
+
+def test_without_any_result_every_table_is_there_and_says_what_was_not_run(tmp_path):
+    matrix = read_matrix("matrix")
+    written = write(tmp_path, matrix)
+    assert set(written) == {
+        f"{table['name']}{suffix}" for table in matrix.tables for suffix in (".md", ".tex", ".json")
+    }
+    rows = len(matrix.rows)
+    for table in matrix.tables:
+        text = written[f"{table['name']}.md"]
+        assert text.count("not run") == rows * len(table["columns"])
+    main(["--matrix", "ablations", "--output", str(tmp_path), "--tables_only"])
+    assert {file.stem for file in (tmp_path / "tables").glob("ablation_*.md")} == {
+        table["name"] for table in read_matrix("ablations").tables
+    }
+
+
+def test_the_papers_figures_stand_in_the_tables_as_the_papers(tmp_path):
+    written = write(tmp_path, read_matrix("matrix"))
+    text, tex = written["main.md"], written["main.tex"]
+    for group, models in PAPER["tables"]["main"].items():
+        for name, values in models.items():
+            (own,) = [line for line in text.splitlines() if line.startswith(f"| {group} | *{name} (paper)*")]
+            assert all(f"*{value:.2f}*" in own for value in values.values())
+            assert "**" not in own, "the best of a group is looked for among ours"
+    assert r"\textit{CLIP (paper)}" in tex and r"\textit{50.91}" in tex
+    for statement in PAPER["statements"]["main"]:
+        assert f"- {statement}" in text
+    assert "lines in italics are the paper's" in text
+
+
+def test_the_papers_figures_are_those_of_its_main_table():
+    main_table = PAPER["tables"]["main"]["Qwen2.5-1.5B"]
+    given = {name: list(values.values()) for name, values in main_table.items()}
+    assert given == {
+        "CLIP": [50.91, 21.79, 21.54, 29.36],
+        "SigLIP": [46.72, 21.89, 13.59, 23.59],
+        "DINOv2": [41.40, 16.67, 14.36, 36.67],
+        "DINOv3": [55.74, 47.43, 23.97, 45.31],
+        "Granulon": [58.80, 57.13, 31.28, 49.31],
+    }
+
+
+ROWS = [Row("plain & simple", "a", "G_1"), Row("ours", "b", "G_1"), Row("third", "c", "G_1")]
+TABLE = {
+    "name": "t", "title": "100 % of it", "compare": "ours",
+    "columns": [
+        {"title": "choice", "cells": [["one", "choice_accuracy"]]},
+        {"title": "both", "cells": [["one", "choice_accuracy"], ["two", "recall"]]},
+        {"title": "made up", "cells": [["two", "chair_i"]]},
+    ],
+}  # fmt: skip
+
+
+@pytest.fixture
+def filled(tmp_path):
+    right = [[1] * 6 + [0] * 14, [1] * 15 + [0] * 5]
+    for place, row in enumerate(ROWS[:2]):
+        make_cell(tmp_path, row, "one", make_samples("choice_accuracy", right[place]))
+        samples = [
+            {"id": number, "statistics": {"recall": [0.25 + place / 2, 1.0], "chair_i": [2 - place, 4, 1, 1, 1, 1]}}
+            for number in range(10 + place)
+        ]
+        make_cell(tmp_path, row, "two", samples)
+    return tmp_path
+
+
+def test_a_table_has_values_with_intervals_the_best_in_bold_and_the_right_direction(filled):
+    text = write(filled, Matrix(ROWS, ["one", "two"], [TABLE]))["t.md"]
+    lines = {line.split(" | ")[1]: line.split(" | ")[2:] for line in text.splitlines() if line.startswith("| G_1")}
+    assert re.match(r"30.00 \[1\d.0, \d+.0\]", lines["plain & simple"][0]) and lines["ours"][0].startswith("**75.00 [")
+    assert lines["ours"][1].startswith("**75.00 [") and lines["plain & simple"][1].startswith("27.50 [")
+    assert lines["ours"][2].startswith("**25.00"), "of what is made up, less is better"
+    assert [entry.strip(" |") for entry in lines["third"]] == ["not run"] * 3
+
+
+def test_rows_are_tested_in_pairs_and_unequal_samples_are_told(filled):
+    written = write(filled, Matrix(ROWS, ["one", "two"], [TABLE]))
+    tests = json.loads(written["t.json"])["tests"]
+    assert [(test["theirs"], test["figure"]) for test in tests] == [
+        ("plain & simple", "choice_accuracy"), ("plain & simple", "recall"), ("plain & simple", "chair_i"),
+    ]  # fmt: skip
+    assert tests[0]["test"] == "McNemar" and tests[0]["p"] == pytest.approx(2 * 0.5**9)
+    assert tests[0]["p_corrected"] == pytest.approx(tests[0]["p"]), "one test could be made"
+    assert "ours has 11 samples and plain & simple 10, 10 of them the same; run both on the same" in written["t.md"]
+
+
+def test_latex_escapes_and_plots_are_pictures(filled):
+    write(filled, Matrix(ROWS, ["one", "two"], [TABLE]))
+    tex = (filled / "tables" / "t.tex").read_text()
+    assert r"plain \& simple" in tex and r"G\_1" in tex and r"\textbf{75.00" in tex and tex.count(r"\\") == 4
+    assert tex.startswith(r"\begin{tabular}{llrrr}") and tex.rstrip().endswith(r"\end{tabular}")
+    assert matplotlib.image.imread(filled / "tables" / "t.png").std() > 0
+    assert (filled / "tables" / "t.pdf").read_bytes().startswith(b"%PDF")
+
+
+def test_the_newest_of_equal_cells_counts_and_cells_of_other_settings_do_not_but_are_told(tmp_path, capsys):
+    row, few = Row("a", "m"), replace(SETTINGS, limit=5)
+    make_cell(tmp_path, row, "one", make_samples("choice_accuracy", [0]), "2026-03-01")
+    make_cell(tmp_path, row, "one", make_samples("choice_accuracy", [1]), "2026-04-01", few)
+    make_cell(tmp_path, row, "one", make_samples("choice_accuracy", [1, 0]), "2025-01-01", few)
+    matrix = Matrix([row], ["one"], [])
+    assert "| 0.00 " in write(tmp_path, matrix)["results.md"]
+    assert Results(tmp_path, SETTINGS).others == {("limit",): 2}
+    assert "| 100.00 " in write(tmp_path, matrix, few)["results.md"]
+    main(["--model", "m", "--tasks", "one", "--output", str(tmp_path), "--tables_only"])
+    assert "2 finished cells are in no table: they were run with another limit" in capsys.readouterr().out
+
+
+def test_a_figure_that_nobody_can_have_is_undefined_and_one_that_failed_is_not_computed(tmp_path):
+    row = Row("a", "m")
+    never_yes = [{"id": 0, "statistics": {"yes_no_precision": [0.0, 0.0, 1.0, 0.0, 0.0, 1.0]}}]
+    make_cell(tmp_path, row, "pope", never_yes)
+    make_cell(tmp_path, row, "two", [], not_computed={"bertscore": "no model"})
+    columns = [
+        {"title": name, "cells": [[task, name]]}
+        for task, name in (("pope", "yes_no_precision"), ("two", "bertscore"), ("two", "bleu"), ("two", "gptscore"))
+    ]
+    text = write(tmp_path, Matrix([row], ["pope", "two"], [{"name": "t", "title": "T", "columns": columns}]))["t.md"]
+    assert "| a | undefined | not computed | no such figure | not judged |" in text
+
+
+def test_a_table_that_asks_for_something_unknown_is_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"the table t has \['colour'\]"):
+        write(tmp_path, Matrix(ROWS, ["one"], [{**TABLE, "colour": 1}]))
