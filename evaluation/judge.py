@@ -12,12 +12,9 @@ The scores lie beside the results of each cell in `judge-<model>-<hash>.json`; t
 the reply and what the judge sees. `granulon-evaluate --tables_only` puts them into the tables.
 """
 
-import asyncio
 import hashlib
 import json
-import os
 import re
-import signal
 import sys
 from collections import Counter
 from collections.abc import Iterator
@@ -25,11 +22,9 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 
-import openai
-from tqdm import tqdm
 from transformers import HfArgumentParser
 
-from granulon.train.journal import Endpoint, Journal, Prices, Request, StopRun, call_key
+from granulon.train.journal import Endpoint, Journal, Prices, Request, StopRun, ask_with_bar, call_key
 
 from .cells import read_results, read_samples, write_whole
 from .disagreements import write_report
@@ -236,37 +231,20 @@ class Judging:
         )
 
     def ask(self, cases: list[Case], journal: Journal) -> StopRun | None:
-        """Ask all; a SIGTERM ends it like Ctrl-C."""
-        previous = signal.signal(signal.SIGTERM, signal.default_int_handler)
-        try:
-            return asyncio.run(self._ask(cases, journal))
-        finally:
-            signal.signal(signal.SIGTERM, previous)
-
-    async def _ask(self, cases: list[Case], journal: Journal) -> StopRun | None:
         args = self.arguments
-        key = os.environ.get("OPENAI_API_KEY", "none")  # endpoints of one's own ask for none
-        async with openai.AsyncOpenAI(
-            api_key=key, base_url=args.base_url, timeout=args.timeout, max_retries=0
-        ) as client:
-            endpoint = JudgesEndpoint(
-                client,
-                args.model,
-                journal,
-                Verdict,
-                self.prices,
-                max_tokens=args.max_tokens,
-                first_wait=args.first_wait,
-                image_tokens=args.image_tokens,
-            )
-            with tqdm(total=len(cases), unit="call", disable=None) as bar:
 
-                def done(_):
-                    bar.update()
-                    bar.set_postfix(usd=f"{journal.spent:.4f}", refresh=False)
+        def endpoint(client):
+            told = {name: getattr(args, name) for name in ("max_tokens", "first_wait", "image_tokens")}
+            return JudgesEndpoint(client, args.model, journal, Verdict, self.prices, **told)
 
-                # One by one as they are needed: thousands of images do not fit into memory.
-                return await endpoint.ask_all(map(self.request, cases), args.concurrency, done)
+        return ask_with_bar(
+            map(self.request, cases),  # one by one as they are needed: thousands of images do not fit into memory
+            len(cases),
+            endpoint,
+            base_url=args.base_url,
+            timeout=args.timeout,
+            concurrency=args.concurrency,
+        )
 
     def write(self, result: dict, cases: list[Case], journal: Journal) -> int:
         """The scores of a cell; how many of its answers still wait for a reply."""

@@ -13,18 +13,14 @@ Both leave a folder that `granulon-train-controller --corpus` and `datasets.load
 the card; what could not be labelled is in `run/quarantine.jsonl`. Rows of one image are in one split.
 """
 
-import asyncio
 import hashlib
 import json
-import os
 import shutil
-import signal
 import sys
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import numpy as np
-import openai
 import torch
 from pydantic import BaseModel, ConfigDict, Field, create_model, field_validator
 from tqdm import tqdm
@@ -33,7 +29,7 @@ from transformers import HfArgumentParser
 from .corpus import ANNOTATED, corpus_row, draw_of, read_corpus, split_of, write_corpus
 from .corpus_card import upload_folder, write_folder
 from .data import DataSource, load_rows
-from .journal import Endpoint, Journal, Prices, Request, StopRun, call_key
+from .journal import Endpoint, Journal, Prices, Request, StopRun, ask_with_bar, call_key
 from .measured import measure_rows
 from .questions import Asked, read_questions
 from .stages import load_model, load_processor
@@ -194,35 +190,20 @@ class Annotator:
         )
 
     def run(self, requests: list[Request], journal: Journal) -> StopRun | None:
-        """Ask all; a SIGTERM ends it like Ctrl-C."""
-        previous = signal.signal(signal.SIGTERM, signal.default_int_handler)
-        try:
-            return asyncio.run(self._ask(requests, journal))
-        finally:
-            signal.signal(signal.SIGTERM, previous)
-
-    async def _ask(self, requests: list[Request], journal: Journal) -> StopRun | None:
         args = self.arguments
-        key = os.environ.get("OPENAI_API_KEY", "none")  # endpoints of one's own ask for none
-        async with openai.AsyncOpenAI(
-            api_key=key, base_url=args.base_url, timeout=args.timeout, max_retries=0
-        ) as client:
-            endpoint = Endpoint(
-                client,
-                args.model,
-                journal,
-                self.schema,
-                self.prices,
-                max_tokens=args.max_tokens,
-                first_wait=args.first_wait,
-            )
-            with tqdm(total=len(requests), unit="call", disable=None) as bar:
 
-                def done(_):
-                    bar.update()
-                    bar.set_postfix(usd=f"{journal.spent:.4f}", refresh=False)
+        def endpoint(client):
+            told = {"max_tokens": args.max_tokens, "first_wait": args.first_wait}
+            return Endpoint(client, args.model, journal, self.schema, self.prices, **told)
 
-                return await endpoint.ask_all(requests, args.concurrency, done)
+        return ask_with_bar(
+            requests,
+            len(requests),
+            endpoint,
+            base_url=args.base_url,
+            timeout=args.timeout,
+            concurrency=args.concurrency,
+        )
 
     def sorted_out(self, asked: list[Asked], journal: Journal) -> tuple[list[dict], list[dict], int]:
         """Rows of the corpus; questions without a usable reply, with the reason; how many rows wait for a reply."""

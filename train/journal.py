@@ -14,6 +14,7 @@ import hashlib
 import json
 import os
 import random
+import signal
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -22,6 +23,7 @@ from pathlib import Path
 
 import openai
 from pydantic import BaseModel, ValidationError
+from tqdm import tqdm
 
 SENT, ANSWERED, FAILED, REJECTED = "sent", "answered", "failed", "rejected"
 TRY_AGAIN = (408, 409, 425, 429)  # and all from 500 on
@@ -415,3 +417,36 @@ class Endpoint:
 
 class _Missed(Exception):
     """A reply that was paid for and misses the schema."""
+
+
+def ask_with_bar(
+    requests: Iterable[Request],
+    total: int,
+    make_endpoint: Callable[[openai.AsyncOpenAI], Endpoint],
+    *,
+    base_url: str | None,
+    timeout: float,
+    concurrency: int,
+) -> StopRun | None:
+    """
+    `Endpoint.ask_all` for a command line: with a client, a progress bar that shows the cost, and a SIGTERM that ends
+    it like Ctrl-C. The key is OPENAI_API_KEY; endpoints of one's own ask for none.
+    """
+
+    async def ask() -> StopRun | None:
+        key = os.environ.get("OPENAI_API_KEY", "none")
+        async with openai.AsyncOpenAI(api_key=key, base_url=base_url, timeout=timeout, max_retries=0) as client:
+            endpoint = make_endpoint(client)
+            with tqdm(total=total, unit="call", disable=None) as bar:
+
+                def done(_):
+                    bar.update()
+                    bar.set_postfix(usd=f"{endpoint.journal.spent:.4f}", refresh=False)
+
+                return await endpoint.ask_all(requests, concurrency, done)
+
+    previous = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        return asyncio.run(ask())
+    finally:
+        signal.signal(signal.SIGTERM, previous)
