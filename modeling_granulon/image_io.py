@@ -2,16 +2,17 @@
 
 Left to itself Pillow reads a 16-bit scan with 2 of its 256 levels, shows transparent pixels in whatever colour lies
 under them, ignores the orientation a camera writes, starts Ghostscript for some files and takes 800 MB for others
-that have 20 KB.
+that have 20 KB. And where any library of the process asked it to, it shows the missing half of a cut file as grey.
 """
 
 import io
 import os
+import threading
 import warnings
 from contextlib import contextmanager
 
 import numpy as np
-from PIL import ExifTags, Image, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageFile, UnidentifiedImageError
 
 # Formats whose header tells the size of the picture and whose decoder is part of Pillow. Not here: EPS and WMF, which
 # start another program, ICO and ICNS, which hold a second file with a header of its own.
@@ -59,10 +60,29 @@ def load_rgb(source, max_pixels=50_000_000):
     else:
         raise TypeError(f"an image is a path, bytes, an open file or a PIL image, found {type(source).__name__}")
     Image.init()
-    with _damage_is_a_value_error(name):
+    with _whole_files_only(), _damage_is_a_value_error(name):
         image = Image.open(source, formats=[known for known in FORMATS if known in Image.OPEN])
     with image:
         return _decode(image, max_pixels, name)
+
+
+_switch = threading.Lock()
+_reading = []  # for each thread that reads now, how the switch stood before the first of them
+
+
+@contextmanager
+def _whole_files_only():
+    """Turns off `ImageFile.LOAD_TRUNCATED_IMAGES`, a switch of the whole process that some libraries turn on."""
+    with _switch:
+        _reading.append(_reading[0] if _reading else ImageFile.LOAD_TRUNCATED_IMAGES)
+        ImageFile.LOAD_TRUNCATED_IMAGES = False
+    try:
+        yield
+    finally:
+        with _switch:
+            before = _reading.pop()
+            if not _reading:
+                ImageFile.LOAD_TRUNCATED_IMAGES = before
 
 
 @contextmanager
@@ -82,7 +102,7 @@ def _decode(image, max_pixels, name):
         raise ValueError(f"{name} has no pixels: it is {width} x {height}")
     if width * height > max_pixels:
         raise ValueError(f"{name} has {width} x {height} pixels, the limit is {max_pixels}; shrink it first")
-    with _damage_is_a_value_error(name):
+    with _whole_files_only(), _damage_is_a_value_error(name):
         image.load()
         rgb = _to_rgb(image)
     rgb.info.clear()  # or the orientation would be applied again by the next reader

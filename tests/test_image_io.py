@@ -6,11 +6,12 @@ import struct
 import subprocess
 import sys
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import ExifTags, Image
+from PIL import ExifTags, Image, ImageFile
 
 from modeling_granulon.image_io import FORMATS, UPRIGHT, load_rgb
 
@@ -198,12 +199,35 @@ def test_other_types_are_a_type_error(source):
         load_rgb(source)
 
 
-@pytest.mark.parametrize("format", ["PNG", "JPEG", "GIF", "WEBP", "TIFF", "BMP", "AVIF", "JPEG2000"])
-def test_a_truncated_file_is_refused(format):
+def cut(format):
     noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
     data = encoded(Image.fromarray(noise), format)
+    return data[: len(data) // 2]
+
+
+@pytest.mark.parametrize("elsewhere", [False, True], ids=["", "where a library of the process shows them"])
+@pytest.mark.parametrize("format", ["PNG", "JPEG", "GIF", "WEBP", "TIFF", "BMP", "AVIF", "JPEG2000"])
+def test_a_truncated_file_is_refused(format, elsewhere, monkeypatch):
+    monkeypatch.setattr(ImageFile, "LOAD_TRUNCATED_IMAGES", elsewhere)
     with pytest.raises(ValueError, match="cannot be read|is no image"):
-        load_rgb(data[: len(data) // 2])
+        load_rgb(cut(format))
+    assert ImageFile.LOAD_TRUNCATED_IMAGES == elsewhere
+
+
+def test_a_truncated_file_is_refused_in_every_thread_that_reads(monkeypatch):
+    monkeypatch.setattr(ImageFile, "LOAD_TRUNCATED_IMAGES", True)
+
+    def refused(data):
+        try:
+            load_rgb(data)
+        except ValueError:
+            return True
+        return False
+
+    files = [cut("JPEG"), cut("BMP"), encoded(Image.fromarray(COLOUR), "PNG")] * 500
+    with ThreadPoolExecutor(8) as threads:
+        assert list(threads.map(refused, files)) == [True, True, False] * 500
+    assert ImageFile.LOAD_TRUNCATED_IMAGES
 
 
 def test_an_empty_picture_is_refused():
