@@ -51,15 +51,23 @@ QUICK = Scale(
     text_steps=2, align_steps=2, shared_steps=2, recipe=Recipe(steps=2, batch=4, watch_every=2), encoder_batch=4,
     text_batch=4, gate_margin=-10.0,
 )  # fmt: skip
-CHOOSING_SEED = 1000
+CHOOSING_SEED, FIRST_SEED = 1000, 11  # 1 to 5 were those of the arms in an earlier world
 NEEDED = "start", "test"  # of its encoder, for an arm
 CANDIDATES = {"lr 5e-4": {"lr": 5e-4}, "lr 1e-3": {"lr": 1e-3}, "lr 2e-3": {"lr": 2e-3}}
 
 
 @dataclass
 class StudyArguments:
-    output: str = field(default="build/study", metadata={"help": "folder for all that is made"})
-    report: str = field(default="docs/study-results.md", metadata={"help": "file to write the results to"})
+    output: str = field(
+        default="", metadata={"help": "folder for all that is made; by default build/study, with -full or -quick"}
+    )
+    report: str = field(
+        default="",
+        metadata={
+            "help": "file for the results; by default docs/study-results.md for the short form, "
+            "results.md in the folder for the others"
+        },
+    )
     seeds: int = field(default=5, metadata={"help": "of every arm"})
     workers: int = field(default=2, metadata={"help": "processes; each takes one core"})
     full: bool = field(default=False, metadata={"help": "everything longer, for a GPU"})
@@ -171,18 +179,19 @@ def main():
     (arguments,) = HfArgumentParser(StudyArguments, description=__doc__).parse_args_into_dataclasses()
     if arguments.seeds < 1 or arguments.workers < 1 or (arguments.full and arguments.quick):
         sys.exit("study: give at least one seed and one worker, and not both --full and --quick")
-    scale = FULL if arguments.full else QUICK if arguments.quick else SHORT
-    folder = Path(arguments.output)
+    scale, form = (FULL, "-full") if arguments.full else (QUICK, "-quick") if arguments.quick else (SHORT, "")
+    folder = Path(arguments.output or f"build/study{form}")
+    report = Path(arguments.report or (folder / "results.md" if form else "docs/study-results.md"))
     folder.mkdir(parents=True, exist_ok=True)
     if arguments.choose:
         jobs = preparation(folder, scale, (CHOOSING_SEED,)) + choosing(folder, scale)
         run_jobs([job for job in jobs if CONTRASTIVE not in job.name], arguments.workers)
         print(chosen_table(folder))
         return
-    seeds = tuple(range(1, arguments.seeds + 1))
+    seeds = tuple(range(FIRST_SEED, FIRST_SEED + arguments.seeds))
     run_jobs(preparation(folder, scale, seeds) + comparison(folder, scale, seeds), arguments.workers)
-    write_report(folder, seeds, Path(arguments.report))
-    print(f"wrote {arguments.report}")
+    write_report(folder, seeds, report)
+    print(f"wrote {report}")
 
 
 if __name__ == "__main__":

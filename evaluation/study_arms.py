@@ -281,21 +281,30 @@ class ImageTokens:
     def patches(self, rows: torch.Tensor) -> torch.Tensor:
         return self.features.features_SND[rows].float().to(DEVICE)
 
+    def groups(self, batch: int = 200) -> np.ndarray:
+        """Of which token each patch of each scene is a part, (S,N), -1 for none; at the first level."""
+        parts = torch.arange(len(self.features)).split(batch)
+        return torch.cat([self._found(rows, 0)[2].flatten(1).cpu() for rows in parts]).numpy()
+
     def first(self, scenes: int) -> "ImageTokens":
         part = copy(self)
         part.features = self.features.first(scenes)
         return part
 
     def _aggregate(self, rows: torch.Tensor, level: int) -> tuple[torch.Tensor, torch.Tensor]:
+        tokens_IKD, mask_IK, _, _ = self._found(rows, level)
+        order_IK = kept_last(mask_IK)
+        return take(tokens_IKD, order_IK), mask_IK.gather(1, order_IK)
+
+    def _found(self, rows: torch.Tensor, level: int) -> tuple[torch.Tensor, ...]:
+        """Tokens, mask, map and scores of the model's own call."""
         if self.arm.source == COLOUR:
             self.base.aggregation.colours = self.features.colours_SN3[rows].to(DEVICE)
         relation = NoRelation()
         if self.arm.source == CLUSTERS:  # only the method looks at the relation map
             relation = CachedRelation(self.features.relation_SNN[rows].to(DEVICE))
         vision = VisionFeatures(self.patches(rows), (world.GRID, world.GRID), relation, None)
-        tokens_IKD, mask_IK, _, _ = self.base._aggregate(vision, [level] * len(rows))
-        order_IK = kept_last(mask_IK)
-        return take(tokens_IKD, order_IK), mask_IK.gather(1, order_IK)
+        return self.base._aggregate(vision, [level] * len(rows))
 
 
 def embed(

@@ -29,6 +29,7 @@ from .study_arms import (
     VIEW_ARMS,
     Arm,
     ImageTokens,
+    K,
     Questions,
     Recipe,
     answer_logits,
@@ -53,7 +54,7 @@ from .study_encoders import (
     train_masked,
 )
 from .study_levels import level_answers
-from .study_tokens import GRID, LEARNED
+from .study_tokens import GRID, LEARNED, separation
 from .study_tokens import SEMANTIC as CLUSTERS
 
 SHARED_PARTS = ("model.language_model.", "lm_head.", "model.multi_modal_projector.linear_")
@@ -128,7 +129,7 @@ def features_job(folder: Path, scale: Scale, name: str):
             features_path(folder, name, split),
             lambda split=split, count=count: vars(encode(load_encoder(folder, name), scenes_of(split, count))),
         )
-    once(folder / f"probes-{name}.json", lambda: {"kinds": _probe(folder, scale, name)})
+    once(folder / f"probes-{name}.json", lambda: _probe(folder, scale, name))
 
 
 def _probe(folder: Path, scale: Scale, name: str) -> dict:
@@ -136,7 +137,15 @@ def _probe(folder: Path, scale: Scale, name: str) -> dict:
     for split, count in (("train", scale.probe_scenes), ("validation", scale.validation_scenes)):
         count = min(count, scale.train_scenes)
         sides += [load_features(folder, name, split).first(count), scenes_of(split, count)]
-    return probe_kinds(*sides)
+    return {"kinds": probe_kinds(*sides), "separation": _separation(*sides[2:])}
+
+
+def _separation(features: Features, scenes: list[world.Scene]) -> dict[str, float]:
+    """Of the arms that have K tokens of frozen groups, all else being equal."""
+    tokenizer, config = make_tokenizer(), make_encoder(0).config
+    arms = [arm for arm in BUDGET_ARMS if arm.slots == K]
+    tokens = {arm.source: ImageTokens(make_model(tokenizer, config, arm, 0), arm, features) for arm in arms}
+    return {source: separation(made.groups(), scenes) for source, made in tokens.items()}
 
 
 def gate_job(folder: Path, scale: Scale):

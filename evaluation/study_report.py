@@ -118,6 +118,7 @@ def write_report(folder: Path, seeds: tuple[int, ...], path: Path):
         f"{len(seeds)} seeds, {gate['scale']['test_scenes']} test scenes, {len(gate['kinds'])} questions about each; "
         f"{gate['scale']['recipe']['steps']} steps of {gate['scale']['recipe']['batch']} scenes for every arm.",
         *encoders_section(folder, gate["kinds"]),
+        *separation_section(folder),
         *budget_section(results),
         *arms_section("(b) Beside the pixel tokens", results, VIEW_ARMS),
         *levels_section(results),
@@ -145,6 +146,17 @@ def encoders_section(folder: Path, kept: list[str]) -> list[str]:
         rows.append([kind, *(f"{figure:.2f}" for figure in figures), "yes" if kind in kept else "no", ""])
     head = ["kind", "chance", "mean colour", "masked", "contrastive", "kept", "needs"]
     return section("Encoders: linear probes on validation scenes", table(head, rows))
+
+
+def separation_section(folder: Path) -> list[str]:
+    found = {name: json.loads((folder / f"probes-{name}.json").read_text())["separation"] for name in ENCODERS}
+    sources = list(found[MASKED])
+    rows = [[name, *(f"{found[name][source]:.3f}" for source in sources)] for name in ENCODERS]
+    note = (
+        f"Adjusted mutual information of {K} groups of a validation scene's patches with what each patch shows: 0 is "
+        "chance, 1 would be the things themselves. Only semantic groups depend on the encoder."
+    )
+    return section("Do groups of patches follow things?", [note, "", *table(["encoder", *sources], rows)])
 
 
 def budget_section(results: dict[str, Result]) -> list[str]:
@@ -240,7 +252,7 @@ def levels_section(results: dict[str, Result]) -> list[str]:
         head = ["policy", "accuracy", *world.LEVELS, "nats per answer", "image tokens", "coarse / medium / fine"]
         settings = ", ".join(f"stride {s}: {c} clusters, {k} kept" for s, c, k in arm.levels)
         lines += ["", f"**{arm.name}** ({settings})", "", *table(head, rows)]
-    return lines
+    return [*lines, "", "As trained, and read at the middle level:", "", *arms_table(results, LEVEL_ARMS)]
 
 
 def joint_section(results: dict[str, Result]) -> list[str]:
@@ -251,11 +263,8 @@ def joint_section(results: dict[str, Result]) -> list[str]:
             right_ASQ = result.right(view)
             by_level = [mean(right_ASQ[..., result.of(kinds_of_level(level))]) for level in world.LEVELS]
             rows.append([arm.name, view, with_interval(right_ASQ), *by_level])
-    seconds = {
-        arm.name: np.mean([f["seconds"] for f in results[arm.name].files]) for arm in (VIEW_ARMS[1], *JOINT_ARMS)
-    }
-    note = "Training: " + ", ".join(f"{name} {value:.0f} s" for name, value in seconds.items()) + "."
-    return section("(d) Joint losses", [*table(["arm", "view", "accuracy", *world.LEVELS], rows), "", note])
+    whole = arms_table(results, (VIEW_ARMS[1], *JOINT_ARMS))
+    return section("(d) Joint losses", [*table(["arm", "view", "accuracy", *world.LEVELS], rows), "", *whole])
 
 
 def hallucination_section(results: dict[str, Result]) -> list[str]:

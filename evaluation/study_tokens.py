@@ -6,9 +6,12 @@ it as `model.model.aggregation`. None of them looks at the attention.
 Shapes by suffix: I images, N patches of the H x W grid, K tokens, D feature width.
 """
 
+import numpy as np
 import torch
+from sklearn.metrics import adjusted_mutual_info_score
 from torch import Tensor, nn
 
+from granulon.train import world
 from modeling_granulon.adaptive_token_aggregation import (
     AdaptiveTokenAggregation,
     AggregationOutput,
@@ -56,8 +59,11 @@ class ColourClusters(nn.Module):
         self.colours = None
 
     def forward(self, features, attention, alpha, beta, grid, top_k) -> AggregationOutput:
-        # Clusters are compared by direction; the constant keeps dark and light apart.
-        colours_IN4 = torch.cat([self.colours - 0.5, torch.full_like(self.colours[..., :1], 0.5)], dim=-1)
+        # Even small differences within an image count; clusters are compared by direction, and the constant keeps dark
+        # and light apart.
+        colours_IN3 = self.colours - self.colours.mean(1, keepdim=True)
+        colours_IN3 = colours_IN3 / colours_IN3.std((1, 2), keepdim=True).clamp_min(1e-6)
+        colours_IN4 = torch.cat([colours_IN3, torch.ones_like(colours_IN3[..., :1])], dim=-1)
         found = self.cluster(colours_IN4, None, alpha, beta, grid, top_k)
         means = means_of(features, found.assignment.flatten(1), grid, top_k)
         return found._replace(tokens=means.tokens)
@@ -87,6 +93,17 @@ def make_aggregation(source: str, width: int, tokens: int) -> nn.Module:
     if source == LEARNED:
         return LearnedTokens(width, tokens)
     return {GRID: GridCells, RANDOM: RandomClusters, COLOUR: ColourClusters}[source]()
+
+
+def separation(assignment_SN: np.ndarray, scenes: list[world.Scene]) -> float:
+    """
+    How well groups of patches follow what the patches show, in the mean over scenes.
+
+    Returns:
+        `float`: adjusted mutual information, 0 for what chance gives and 1 for groups that are the things themselves.
+    """
+    shown_SN = [[" ".join(words) for words in scene.patch_words()] for scene in scenes]
+    return float(np.mean([adjusted_mutual_info_score(*pair) for pair in zip(shown_SN, assignment_SN, strict=True)]))
 
 
 def cells_of(tokens: int) -> tuple[int, int]:

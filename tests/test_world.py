@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from granulon.evaluation.study_encoders import linear_probe
+from granulon.evaluation.study_tokens import ColourClusters, RandomClusters, separation
 from granulon.train.world import (
     ANSWERS,
     GRID,
@@ -147,7 +148,7 @@ def test_the_words_of_a_scene_tell_every_fact_once():
         assert all(told.count(fact) == 1 for fact in facts)
 
 
-@pytest.mark.parametrize("kind", ["ground", "time", "number", "shape_of", "pattern_of", "mark"])
+@pytest.mark.parametrize("kind", [kind for kind in ANSWERS if kind not in PRESENCE])
 def test_mean_colours_alone_do_not_tell_the_answer(kind):
     """A linear probe of the mean colours, of the very patches that the question is about, stays near chance."""
     colours_SN3 = patch_colours(_pictures())
@@ -160,6 +161,18 @@ def test_mean_colours_alone_do_not_tell_the_answer(kind):
     rows, answers = torch.tensor(np.array(rows), dtype=torch.float32), torch.tensor(answers)
     accuracy = linear_probe(rows[:600], answers[:600], rows[600:], answers[600:], len(ANSWERS[kind]))
     assert accuracy < 1 / len(ANSWERS[kind]) + 0.13
+
+
+def test_mean_colours_do_not_show_where_things_are():
+    """Clusters of a scene's mean colours follow its things no better than random regions do."""
+    colours_SN3 = torch.from_numpy(patch_colours(_pictures()[:100]))
+    by_colour, by_chance = ColourClusters(), RandomClusters()
+    by_colour.colours = colours_SN3
+    of_colour, random = (
+        separation(module(colours_SN3, None, 1, 16, (GRID, GRID), 16).assignment.flatten(1).numpy(), SCENES[:100])
+        for module in (by_colour, by_chance)
+    )
+    assert of_colour < random < 0.2
 
 
 _drawn = []
