@@ -1,9 +1,9 @@
 """Run by the publisher in a process of its own, which knows transformers and nothing of this package.
 
-    python cold_load.py SOURCE REVISION ADAPTER OUTPUT
+    python cold_load.py OUTPUT SOURCE [REVISION [ADAPTER [REVISION]]]
 
 Loads a model as a stranger does (pipeline, Auto classes, remote code), asks it about a drawn image, and writes logits
-and answer to OUTPUT. SOURCE is a repository or a folder; REVISION and ADAPTER (a repository or folder) may be "-".
+and answer to OUTPUT. SOURCE and ADAPTER are repositories, each at its revision, or folders, whose revision is "".
 """
 
 import sys
@@ -16,16 +16,15 @@ from transformers import AutoModel, AutoModelForImageTextToText, AutoProcessor, 
 QUESTION = "What is in the picture?"
 
 
-def main(source: str, revision: str, adapter: str, output: str):
-    pinned = {} if revision == "-" else {"revision": revision}
-    where = {"trust_remote_code": True, **({} if adapter != "-" else pinned)}
+def main(output: str, source: str, revision: str = "", adapter: str = "", adapter_revision: str = ""):
+    where = {"trust_remote_code": True, **_pinned(revision)}
     pipe = pipeline("image-text-to-text", model=source, **where)
     model, processor = pipe.model, pipe.processor
-    if adapter != "-":
+    if adapter:
         from peft import PeftModel
 
-        model = PeftModel.from_pretrained(model, adapter, **pinned)
-        processor = AutoProcessor.from_pretrained(adapter, trust_remote_code=True, **pinned)
+        model = PeftModel.from_pretrained(model, adapter, **_pinned(adapter_revision))
+        processor = AutoProcessor.from_pretrained(adapter, trust_remote_code=True, **_pinned(adapter_revision))
     image = Image.linear_gradient("L").convert("RGB")
     chat = [{"role": "user", "content": [{"type": "image", "image": image}, {"type": "text", "text": QUESTION}]}]
     inputs = processor.apply_chat_template(
@@ -35,10 +34,14 @@ def main(source: str, revision: str, adapter: str, output: str):
         logits = model(**inputs).logits.float()
     answer = pipe(text=chat, max_new_tokens=8, do_sample=False, return_full_text=False)[0]["generated_text"]
     del pipe, model
-    if adapter == "-":
+    if not adapter:
         classes = (AutoModel, AutoModelForImageTextToText)
         assert all(type(kind.from_pretrained(source, **where)).__name__.startswith("Granulon") for kind in classes)
     save_file({"logits": logits.contiguous()}, output, {"answer": answer})
+
+
+def _pinned(revision: str) -> dict:
+    return {"revision": revision} if revision else {}
 
 
 if __name__ == "__main__":

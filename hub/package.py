@@ -5,12 +5,11 @@ import json
 from dataclasses import dataclass, field
 from functools import cached_property
 from importlib.resources import files as package_files
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 import yaml
 from huggingface_hub import ModelCard, ModelCardData, parse_eval_result_entries
-from huggingface_hub.utils import filter_repo_objects
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 
 from .assemble import LICENCE_FILES, MANIFEST, TRAINABLE, TRAINED
@@ -20,7 +19,8 @@ KINDS = ("model", "adapter", "trainable")
 CARD, NOTICE, INDEX = "README.md", "NOTICE", "model.safetensors.index.json"
 ADAPTER, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 PROCESSOR = ["processor_config.json", "tokenizer*.json", "special_tokens_map.json", "vocab.*", "merges.txt", "*.model"]
-PAPERS = [MANIFEST, "controller_report.json", "controller_confusion.png", "licences/*", *LICENCE_FILES]
+TOKENS = ["tokenizer.json", "special_tokens_map.json", "vocab.json"]  # of which "/" may be one, and is no path
+PAPERS = [MANIFEST, "controller_report.json", "controller_confusion.png", "licences/*/*", *LICENCE_FILES]
 ALLOWED = {
     "model": ["model*.safetensors", INDEX, "config.json", "generation_config.json", "*.py", "*.jinja"],
     "adapter": [ADAPTER, ADAPTER_CONFIG, "*.py", "*.jinja"],
@@ -36,12 +36,12 @@ class Package:
     Attributes:
         kind: one of `KINDS`.
         files: path in the repository to a file, or to its content.
-        base: of an adapter, the model it belongs to.
+        base: of an adapter, the model it belongs to, and the revision of it.
     """
 
     kind: str
     files: dict[str, Path | bytes] = field(repr=False)
-    base: str | None = None
+    base: tuple[str, str] | None = None
 
     @cached_property
     def hashes(self) -> dict[str, tuple[str, str]]:
@@ -70,14 +70,16 @@ def make_package(folder: str | Path, kind: str, terms: Terms, repo_id: str, revi
     folder = Path(folder)
     names = [str(file.relative_to(folder)) for file in sorted(folder.rglob("*")) if file.is_file()]
     allowed = [*ALLOWED[kind], *PROCESSOR, *PAPERS, ".eval_results/*.yaml"]
-    kept = {name: folder / name for name in filter_repo_objects(names, allow_patterns=allowed)}
+    kept = {name: folder / name for name in names if _matches(name, allowed)}
     {"model": _check_model, "adapter": _check_adapter, "trainable": _check_model}[kind](folder, kept)
-    files = {**kept, MANIFEST: _without_local_paths(read_manifest(folder))}
+    read_manifest(folder)  # which tells what is wrong with it
+    hidden = {name: _public(path) for name, path in kept.items() if name.endswith(".json") and name not in TOKENS}
+    files = {**kept, **hidden}
     if kind == "trainable":
         files[TRAINABLE] = _trained_weights(folder)
     if kind == "adapter":
-        base = base or json.loads((folder / ADAPTER_CONFIG).read_text())["base_model_name_or_path"]
-        files[ADAPTER_CONFIG] = _with_base(folder, base)
+        base = _base(folder, base)
+        files[ADAPTER_CONFIG] = _with_base(folder, *base)
     if terms.notices:
         own = kept[NOTICE].read_text() if NOTICE in kept else ""
         files[NOTICE] = "\n".join(
@@ -87,7 +89,9 @@ def make_package(folder: str | Path, kind: str, terms: Terms, repo_id: str, revi
     return Package(kind, files, base)
 
 
-def card(folder: Path, kind: str, terms: Terms, repo_id: str, revision: str, base: str | None = None) -> str:
+def card(
+    folder: Path, kind: str, terms: Terms, repo_id: str, revision: str, base: tuple[str, str] | None = None
+) -> str:
     """The model card, from the manifest and what the licences ask for."""
     manifest = read_manifest(folder)
     parts = [manifest["vision"] | {"name": "vision"}, manifest["text"] | {"name": "text"}]
@@ -96,7 +100,7 @@ def card(folder: Path, kind: str, terms: Terms, repo_id: str, revision: str, bas
         **terms.metadata,
         pipeline_tag="image-text-to-text",
         library_name="peft" if kind == "adapter" else "transformers",
-        base_model=[base] if kind == "adapter" else [part["source"] for part in parts if part["revision"]] or None,
+        base_model=[base[0]] if kind == "adapter" else [part["source"] for part in parts if part["revision"]] or None,
         base_model_relation="adapter" if kind == "adapter" else "finetune",
         tags=["granulon", "custom_code"],
     )
@@ -150,28 +154,40 @@ def _check_model(folder: Path, kept: dict[str, Path]):
     if absent := sorted(shard for shard in shards if not (folder / shard).is_file()):
         raise ValueError(f"{folder} lacks {', '.join(absent[:3])} ({len(absent)} in all); save the model again")
     for shard in shards:
-        with safe_open(folder / shard, "pt"):  # reads the header, which tells whether the file is whole
-            pass
+        _check_weights(folder / shard)
     _check_code(folder, kept)
-    if "processor_config.json" not in kept:
-        raise ValueError(f"{folder} has no processor; write it with processor.save_pretrained({str(folder)!r})")
+    _check_processor(folder, kept)
 
 
 def _check_adapter(folder: Path, kept: dict[str, Path]):
     if absent := sorted({ADAPTER, ADAPTER_CONFIG} - set(kept)):
         raise ValueError(f"{folder} is no adapter: it has no {', '.join(absent)}")
-    _check_code(folder, kept, needed=False)
+    _check_weights(folder / ADAPTER)
+    _check_code(folder, kept, whole=False)  # the model's is the base's; here is the processor's
+    _check_processor(folder, kept)
 
 
-def _check_code(folder: Path, kept: dict[str, Path], needed: bool = True):
+def _check_weights(file: Path):
+    try:
+        with safe_open(file, "pt"):  # reads the header, which tells whether the file is whole
+            pass
+    except SafetensorError as error:
+        raise ValueError(f"{file} is damaged or cut short ({error}); save the model again") from error
+
+
+def _check_processor(folder: Path, kept: dict[str, Path]):
+    if "processor_config.json" not in kept:
+        raise ValueError(f"{folder} has no processor; write it with processor.save_pretrained({str(folder)!r})")
+
+
+def _check_code(folder: Path, kept: dict[str, Path], whole: bool = True):
     package = {
         file.name: file.read_bytes() for file in package_files("modeling_granulon").iterdir() if file.suffix == ".py"
     }
     package.pop("__init__.py")
     found = {name: path.read_bytes() for name, path in kept.items() if name.endswith(".py")}
-    if not found and not needed:
-        return
-    other = sorted(name for name in package.keys() | found.keys() if package.get(name) != found.get(name))
+    names = package.keys() | found.keys() if whole else found.keys()
+    other = sorted(name for name in names if package.get(name) != found.get(name))
     if other:
         raise ValueError(
             f"{folder} has other code than this package ({', '.join(other[:3])}): load the model and save it again "
@@ -197,24 +213,57 @@ def _trained_weights(folder: Path) -> bytes:
     return save({name: value.contiguous() for name, value in weights.items()}, {"format": "pt"})
 
 
-def _with_base(folder: Path, base: str) -> bytes:
-    config = json.loads((folder / ADAPTER_CONFIG).read_text())
-    if Path(base).exists() or base.count("/") != 1:
+def _base(folder: Path, stated: str | None) -> tuple[str, str]:
+    """The repository and the revision that an adapter belongs to, as stated, or else as it says itself."""
+    own = json.loads((folder / ADAPTER_CONFIG).read_text())
+    told = stated or "@".join(filter(None, (own.get("base_model_name_or_path"), own.get("revision"))))
+    name, _, revision = told.partition("@")
+    if not name:
         raise ValueError(
-            f"the adapter's base is {base}, a folder of this machine: publish the base, and name it with --base_model"
+            f"{folder / ADAPTER_CONFIG} names no base: say what the adapter was trained on, with "
+            "--base_model OWNER/NAME@REVISION"
         )
-    return (json.dumps(config | {"base_model_name_or_path": base}, indent=2) + "\n").encode()
+    if Path(name).exists() or name.count("/") != 1:
+        raise ValueError(
+            f"the adapter's base is {name}, a folder of this machine: publish the base, and name it with "
+            "--base_model OWNER/NAME@REVISION"
+        )
+    if not revision:
+        raise ValueError(
+            f"nobody knows which revision of {name} the adapter was trained on, and on another it is another model: "
+            f"say it with --base_model {name}@REVISION"
+        )
+    return name, revision
 
 
-def _without_local_paths(manifest: dict) -> bytes:
-    def told(value):
-        if isinstance(value, dict):
-            return {key: told(entry) for key, entry in value.items()}
-        if isinstance(value, list):
-            return [told(entry) for entry in value]
-        return public_name(value) if isinstance(value, str) else value
+def _with_base(folder: Path, name: str, revision: str) -> bytes:
+    config = json.loads((folder / ADAPTER_CONFIG).read_text())
+    named = config | {"base_model_name_or_path": name, "revision": revision}
+    return _written(_without_local_paths(named))
 
-    return (json.dumps(told(manifest), indent=2) + "\n").encode()
+
+def _public(file: Path) -> Path | bytes:
+    """A JSON file as the world may see it: itself, unless it names folders of this machine."""
+    content = json.loads(file.read_text(encoding="utf-8"))
+    public = _without_local_paths(content)
+    return file if public == content else _written(public)
+
+
+def _without_local_paths(value):
+    if isinstance(value, dict):
+        return {key: _without_local_paths(entry) for key, entry in value.items()}
+    if isinstance(value, list):
+        return [_without_local_paths(entry) for entry in value]
+    return public_name(value) if isinstance(value, str) else value
+
+
+def _written(content: dict) -> bytes:
+    return (json.dumps(content, indent=2) + "\n").encode()
+
+
+def _matches(path: str, patterns: list[str]) -> bool:
+    """Whether a path is meant by one of the patterns, whose stars do not reach into folders."""
+    return any(PurePosixPath("/", path).match(f"/{pattern}") for pattern in patterns)
 
 
 def _hashes(source: Path | bytes) -> tuple[str, str]:

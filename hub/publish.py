@@ -28,6 +28,7 @@ from .licences import terms
 from .package import KINDS, Package, make_package
 
 SPACE = Path(__file__).resolve().parent.parent / "space"
+PATIENCE = 3600  # seconds for a fresh process to fetch, load and answer
 # Of an earlier state, what must not stay beside the new one.
 REPLACED = (".safetensors", ".safetensors.index.json", ".py", ".json", ".jinja", ".bin", ".model")
 
@@ -42,7 +43,9 @@ class PublishArguments:
     private: bool = field(default=False, metadata={"help": "make the repository private, if it is new"})
     create_pr: bool = field(default=False, metadata={"help": "open a pull request instead, and leave it open"})
     adapter: bool = field(default=False, metadata={"help": "the folder holds an adapter (LoRA)"})
-    base_model: str | None = field(default=None, metadata={"help": "of an adapter: its base on the Hub"})
+    base_model: str | None = field(
+        default=None, metadata={"help": "of an adapter: its base on the Hub, OWNER/NAME@REVISION"}
+    )
     trainable_only: bool = field(
         default=False, metadata={"help": "projector, gains and controller alone, without anybody else's weights"}
     )
@@ -224,12 +227,13 @@ def _check(package: Package, repo_id: str, commit: str, api: HfApi, folder: Path
         raise PublishError(f"{repo_id} at {commit} is not what was uploaded; run the same command again")
     if package.kind == "trainable":  # no model by itself
         return
+    local_folder = str(folder.resolve())  # the fresh process works elsewhere
     with tempfile.TemporaryDirectory() as work:
         if package.kind == "adapter":
-            sources = [(package.base, "-", str(folder)), (package.base, commit, repo_id)]
+            sources = [(*package.base, local_folder), (*package.base, repo_id, commit)]
         else:
-            sources = [(str(folder), "-", "-"), (repo_id, commit, "-")]
-        (local, answer), (published, same_answer) = (cold_load(*source, Path(work), api) for source in sources)
+            sources = [(local_folder,), (repo_id, commit)]
+        (local, answer), (published, same_answer) = (cold_load(Path(work), api, *source) for source in sources)
     if not torch.equal(local, published) or answer != same_answer:
         raise PublishError(
             f"{repo_id} at {commit} is another model than {folder}: it answers {same_answer!r} and not {answer!r}; "
@@ -237,28 +241,35 @@ def _check(package: Package, repo_id: str, commit: str, api: HfApi, folder: Path
         )
 
 
-def cold_load(source: str, revision: str, adapter: str, work: Path, api: HfApi) -> tuple[torch.Tensor, str]:
-    """Logits and answer that a fresh process with empty caches gets."""
+def cold_load(work: Path, api: HfApi, *source: str) -> tuple[torch.Tensor, str]:
+    """Logits and answer that a fresh process gets; `source` is as cold_load.py takes it."""
     output = work / "seen.safetensors"
-    with tempfile.TemporaryDirectory(dir=work) as cache:
-        token = {"HF_TOKEN": api.token} if isinstance(api.token, str) else {}
-        environment = {
-            **os.environ, **token, "HF_ENDPOINT": api.endpoint, "HF_HUB_OFFLINE": "0", "HF_HUB_CACHE": f"{cache}/hub",
-            "HF_MODULES_CACHE": f"{cache}/modules",
-        }  # fmt: skip
-        script = str(Path(__file__).with_name("cold_load.py"))
-        done = subprocess.run(
-            [sys.executable, script, source, revision, adapter, str(output)],
-            env=environment,
-            cwd=work,
-            capture_output=True,
-            text=True,
-        )
-    if done.returncode:
-        last = done.stderr.strip().splitlines()[-1:] or ["no message"]
-        raise PublishError(f"{source} at {revision} does not load in a fresh process: {last[0]}; main is untouched")
+    script = str(Path(__file__).with_name("cold_load.py"))
+    what = " at ".join(source[2:] or source[:2])
+    _in_a_fresh_process(f"{what} does not load", [script, str(output), *source], work, api)
     with safe_open(output, "pt") as seen:
         return seen.get_tensor("logits"), seen.metadata()["answer"]
+
+
+def _in_a_fresh_process(otherwise: str, command: list[str], work: Path, api: HfApi):
+    """Run Python with caches of its own, which are empty at first; raises `PublishError` if it does not end well."""
+    token = {"HF_TOKEN": api.token} if isinstance(api.token, str) else {}
+    environment = {
+        **os.environ, **token, "HF_ENDPOINT": api.endpoint, "HF_HUB_OFFLINE": "0", "HF_HUB_CACHE": str(work / "hub"),
+        "HF_MODULES_CACHE": str(work / "modules"),
+    }  # fmt: skip
+    try:
+        done = subprocess.run(
+            [sys.executable, *command], env=environment, cwd=work, capture_output=True, text=True, timeout=PATIENCE
+        )
+    except subprocess.TimeoutExpired as error:
+        raise PublishError(
+            f"{otherwise} in a fresh process within {PATIENCE // 60} minutes; main is untouched, run the same command "
+            "again"
+        ) from error
+    if done.returncode:
+        last = done.stderr.strip().splitlines()[-1:] or ["no message"]
+        raise PublishError(f"{otherwise} in a fresh process: {last[0]}; main is untouched")
 
 
 def space_files() -> list[str]:

@@ -12,7 +12,10 @@ import pytest
 import torch
 from hub_stand_in import HubStandIn
 from huggingface_hub import HfApi, ModelCard
+from peft import get_peft_model
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForImageTextToText, AutoProcessor, Qwen2ForCausalLM
+from trl import ModelConfig
 
 import modeling_granulon
 from granulon.hub import publish as module
@@ -20,6 +23,7 @@ from granulon.hub.assemble import assemble
 from granulon.hub.package import make_package
 from granulon.hub.publish import PublishArguments, PublishError, run
 from granulon.hub.tiny import assemble_tiny
+from granulon.train.stages import lora_config
 
 REPO = "jinlab/granulon-qwen1.5b"
 CODE = {file.name: file.read_bytes() for file in Path(modeling_granulon.__file__).parent.glob("*.py")}
@@ -92,10 +96,9 @@ def loaded(environment, folder=None):
 
 
 def test_what_was_published_loads_anywhere_and_answers_as_the_local_model(checkpoint, hub, tmp_path):
-    command = [sys.executable, "-m", "granulon.hub.publish", "--folder", checkpoint, "--repo_id", REPO]
-    done = subprocess.run(
-        command, env=hub.environment("hf_owner", tmp_path / "publisher"), capture_output=True, text=True
-    )
+    command = [sys.executable, "-m", "granulon.hub.publish", "--folder", checkpoint.name, "--repo_id", REPO]
+    publisher = hub.environment("hf_owner", tmp_path / "publisher")
+    done = subprocess.run(command, env=publisher, cwd=checkpoint.parent, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     assert f"/{REPO}/tree/v0.1.0" in done.stdout and "hf_owner" not in done.stdout + done.stderr
     reader = hub.environment(None, tmp_path / "reader")
@@ -144,6 +147,10 @@ def newer(checkpoint, tmp_path):
     weights["model.multi_modal_projector.gains"] += 1
     save_file(weights, folder / "model.safetensors", {"format": "pt"})
     return folder
+
+
+def contents(folder):
+    return {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
 
 
 def states(hub):
@@ -227,7 +234,7 @@ def test_whichever_request_fails_readers_see_the_old_state_or_the_new(
 
 
 def test_what_loads_as_another_model_never_reaches_main(checkpoint, newer, hub, monkeypatch):
-    monkeypatch.setattr(module, "cold_load", lambda source, *more: (torch.zeros(1), source))
+    monkeypatch.setattr(module, "cold_load", lambda work, api, source, *more: (torch.zeros(1), source))
     with pytest.raises(PublishError, match="is another model than .*main is untouched"):
         publish(hub, checkpoint)
     assert set(hub.files(REPO)) == {".gitattributes"}
@@ -364,10 +371,15 @@ def test_llama_and_dinov3_are_named_and_their_papers_travel(checkpoint, tmp_path
         publish(hub, folder)
 
 
+def cut_short(file):
+    file.write_bytes(file.read_bytes()[:-100])
+
+
 @pytest.mark.parametrize(
     "damage, message",
     [
         (lambda folder: (folder / "model.safetensors").unlink(), "lacks model.safetensors"),
+        (lambda folder: cut_short(folder / "model.safetensors"), "model.safetensors is damaged or cut short"),
         (lambda folder: (folder / "config.json").unlink(), "no config.json"),
         (lambda folder: (folder / "processor_config.json").unlink(), "has no processor"),
         (
@@ -443,8 +455,6 @@ def test_what_was_trained_alone_holds_nobody_elses_weights_and_makes_the_same_mo
 
 def save_parts(folder, target):
     """The encoder and the language model of a tiny checkpoint, as folders of their own."""
-    from transformers import AutoModelForImageTextToText, AutoProcessor, Qwen2ForCausalLM
-
     model = AutoModelForImageTextToText.from_pretrained(folder)
     processor = AutoProcessor.from_pretrained(folder)
     model.model.vision_tower.save_pretrained(target / "vision")
@@ -464,20 +474,73 @@ def test_a_trained_language_model_is_not_left_out(checkpoint, hub, tmp_path):
         publish(hub, folder, trainable_only=True)
 
 
-def test_an_adapter_names_its_base_on_the_hub(checkpoint, hub, tmp_path, unverified):
-    folder = tmp_path / "adapter"
-    folder.mkdir()
-    (folder / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": str(checkpoint), "r": 4}))
-    save_file({"lora": torch.ones(3)}, folder / "adapter_model.safetensors")
+@pytest.fixture(scope="module")
+def adapter(checkpoint, tmp_path_factory):
+    """As granulon-train leaves one: a LoRA, the projector, processor and its code, and the base's manifest."""
+    folder = tmp_path_factory.mktemp("adapter") / "adapter"
+    model = AutoModelForImageTextToText.from_pretrained(checkpoint)
+    model = get_peft_model(model, lora_config(model, ModelConfig(lora_r=4)))
+    torch.manual_seed(0)
+    for name, weight in model.named_parameters():
+        if "lora_" in name or "gains" in name:
+            torch.nn.init.normal_(weight)
+    model.save_pretrained(folder)
+    AutoProcessor.from_pretrained(checkpoint).save_pretrained(folder)
     shutil.copy(checkpoint / "granulon_manifest.json", folder)
-    with pytest.raises(ValueError, match="a folder of this machine: publish the base, and name it with --base_model"):
-        publish(hub, folder, adapter=True)
-    publish(hub, folder, adapter=True, base_model="jinlab/base", repo_id="jinlab/adapter")
-    files = hub.files("jinlab/adapter")
-    assert json.loads(files["adapter_config.json"])["base_model_name_or_path"] == "jinlab/base"
+    return folder
+
+
+def test_an_adapter_that_training_wrote_loads_on_its_pinned_base_and_answers_as_the_local_one(
+    checkpoint, adapter, hub
+):
+    base = hub.make_repo("jinlab/base", files=contents(checkpoint))
+    pinned = base.refs["refs/heads/main"]
+    base.commit("refs/heads/main", {}, "another model since")
+    publish(hub, adapter, adapter=True, base_model=f"jinlab/base@{pinned}", repo_id="jinlab/adapter")
+    files = hub.files("jinlab/adapter", "v0.1.0")
+    assert files["adapter_model.safetensors"] == (adapter / "adapter_model.safetensors").read_bytes()
+    assert {name for name in files if name.endswith(".py")} == {"image_io.py", "processing_granulon.py"}
+    named = json.loads(files["adapter_config.json"])
+    assert (named["base_model_name_or_path"], named["revision"]) == ("jinlab/base", pinned)
     card = ModelCard(files["README.md"].decode())
     assert card.data.base_model == ["jinlab/base"] and card.data.base_model_relation == "adapter"
-    assert "PeftModel.from_pretrained" in card.text
+    assert f'"jinlab/base", revision="{pinned}"' in card.text and "PeftModel.from_pretrained" in card.text
+    assert "plain encoder" not in card.text and str(checkpoint).encode() not in b"".join(files.values())
+
+
+@pytest.mark.parametrize(
+    "named, base, message",
+    [
+        ({}, None, "a folder of this machine: publish the base, and name it with --base_model"),
+        ({"base_model_name_or_path": None}, None, "names no base: say what .* with --base_model OWNER/NAME@REVISION"),
+        ({}, "jinlab/base", "nobody knows which revision of jinlab/base .* --base_model jinlab/base@REVISION"),
+    ],
+)
+def test_an_adapter_whose_base_cannot_be_known_is_refused(adapter, hub, tmp_path, named, base, message):
+    folder = shutil.copytree(adapter, tmp_path / "adapter")
+    config = json.loads((folder / "adapter_config.json").read_text()) | named
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=message):
+        publish(hub, folder, adapter=True, base_model=base)
+    assert not hub.log
+
+
+@pytest.mark.parametrize(
+    "damage, message",
+    [
+        (lambda folder: cut_short(folder / "adapter_model.safetensors"), "adapter_model.safetensors is damaged"),
+        (lambda folder: (folder / "adapter_model.safetensors").unlink(), "no adapter_model.safetensors"),
+        (lambda folder: (folder / "processor_config.json").unlink(), "has no processor"),
+        (lambda folder: (folder / "image_io.py").write_text("import os"), "other code than this package"),
+        (lambda folder: (folder / "evil.py").write_text("import os"), "other code than this package"),
+    ],
+)
+def test_an_adapter_that_is_not_whole_or_not_ours_is_refused(adapter, hub, tmp_path, damage, message):
+    folder = shutil.copytree(adapter, tmp_path / "damaged")
+    damage(folder)
+    with pytest.raises(ValueError, match=message):
+        publish(hub, folder, adapter=True, base_model="jinlab/base@abc")
+    assert not hub.log
 
 
 def test_settings_that_make_no_sense_are_refused(checkpoint, hub):
