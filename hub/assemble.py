@@ -154,6 +154,8 @@ def assemble(vision, text, output, image_size=None, trained=None):
     with complete_or_absent(output) as folder:
         model.save_pretrained(folder)
         config.dtype = language_model.dtype  # what "auto" loads; saving took the tower's
+        for part in (config.vision_config, config.text_config):
+            part.name_or_path = ""  # a folder of this machine; the manifest tells the source
         config.save_pretrained(folder)
         processor.save_pretrained(folder)
         _copy_licences({"vision": vision, "text": text}, folder)

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import cached_property
 from importlib.resources import files as package_files
@@ -26,6 +27,10 @@ ALLOWED = {
     "adapter": [ADAPTER, ADAPTER_CONFIG, "*.py", "*.jinja"],
     "trainable": ["config.json", "*.py", "*.jinja"],
 }
+RESULTS = ".eval_results/*.yaml"
+# All that this publisher may have put into a repository, and what else a loader would take.
+OURS = [TRAINABLE, *PROCESSOR, *PAPERS, RESULTS, *(pattern for patterns in ALLOWED.values() for pattern in patterns)]
+LOADED = (".safetensors", ".safetensors.index.json", ".py", ".json", ".jinja", ".bin", ".model")
 
 
 @dataclass
@@ -53,6 +58,10 @@ class Package:
         """Of everything: the same files have the same."""
         return hashlib.sha256(json.dumps(sorted(self.hashes.items())).encode()).hexdigest()
 
+    def stale(self, there: Iterable[str]) -> list[str]:
+        """Of a repository's paths those that an earlier state left, and that would speak for this one."""
+        return sorted(path for path in set(there) - set(self.files) if path.endswith(LOADED) or _matches(path, OURS))
+
     @property
     def size(self) -> int:
         return sum(
@@ -69,7 +78,7 @@ def make_package(folder: str | Path, kind: str, terms: Terms, repo_id: str, revi
     """
     folder = Path(folder)
     names = [str(file.relative_to(folder)) for file in sorted(folder.rglob("*")) if file.is_file()]
-    allowed = [*ALLOWED[kind], *PROCESSOR, *PAPERS, ".eval_results/*.yaml"]
+    allowed = [*ALLOWED[kind], *PROCESSOR, *PAPERS, RESULTS]
     kept = {name: folder / name for name in names if _matches(name, allowed)}
     {"model": _check_model, "adapter": _check_adapter, "trainable": _check_model}[kind](folder, kept)
     read_manifest(folder)  # which tells what is wrong with it

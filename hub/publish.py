@@ -19,7 +19,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 import torch
-from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, ModelInfo, SpaceInfo
 from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
 from safetensors import safe_open
 from transformers import HfArgumentParser
@@ -29,8 +29,6 @@ from .package import KINDS, Package, make_package
 
 SPACE = Path(__file__).resolve().parent.parent / "space"
 PATIENCE = 3600  # seconds for a fresh process to fetch, load and answer
-# Of an earlier state, what must not stay beside the new one.
-REPLACED = (".safetensors", ".safetensors.index.json", ".py", ".json", ".jinja", ".bin", ".model")
 
 
 @dataclass
@@ -156,12 +154,22 @@ def publish(
 def _repository(repo_id: str, api: HfApi, private: bool) -> str:
     """The commit that `main` is at; the repository is made if it does not exist."""
     try:
-        return api.model_info(repo_id).sha
+        found = api.model_info(repo_id)
     except RepositoryNotFoundError as error:
         if isinstance(error, GatedRepoError):
             raise
         api.create_repo(repo_id, private=private, exist_ok=True)
-        return api.model_info(repo_id).sha
+        found = api.model_info(repo_id)
+    _stays_private(repo_id, found, private)
+    return found.sha
+
+
+def _stays_private(repo_id: str, found: ModelInfo | SpaceInfo, private: bool):
+    if private and not found.private:
+        raise PublishError(
+            f"{repo_id} is there already, and everybody may read it: --private makes a new repository private and "
+            "hides no old one. Make it private in its settings on the Hub, or choose another name"
+        )
 
 
 def _by_way_of_a_branch(package: Package, repo_id: str, start: str, api: HfApi, folder: Path) -> str:
@@ -193,19 +201,15 @@ def _commit(package: Package, repo_id: str, api: HfApi, **where):
         CommitOperationAdd(path, source if isinstance(source, bytes) else str(source))
         for path, source in sorted(package.files.items())
     ]
-    there = {file.path for file in _tree(repo_id, where.get("revision", "main"), api)}
-    stale = sorted(
-        path for path in there - set(package.files) if path.endswith(REPLACED) or path.startswith("licences/")
-    )
-    removed = [CommitOperationDelete(path) for path in stale]
+    there = (file.path for file in _tree(repo_id, where.get("revision", "main"), api))
+    removed = [CommitOperationDelete(path) for path in package.stale(there)]
     return api.create_commit(repo_id, [*added, *removed], commit_message=f"Granulon {package.sha[:12]}", **where)
 
 
 def same_tree(package: Package, repo_id: str, revision: str, api: HfApi) -> bool:
-    """Whether a revision holds the package's files, byte for byte, and no older weights or code beside them."""
+    """Whether a revision holds the package's files, byte for byte, and nothing of an earlier state beside them."""
     there = {file.path: file.lfs.sha256 if file.lfs else file.blob_id for file in _tree(repo_id, revision, api)}
-    stale = [path for path in there.keys() - package.files.keys() if path.endswith(REPLACED)]
-    return not stale and all(there.get(path) in hashes for path, hashes in package.hashes.items())
+    return not package.stale(there) and all(there.get(path) in hashes for path, hashes in package.hashes.items())
 
 
 def _tree(repo_id: str, revision: str, api: HfApi) -> Iterator:

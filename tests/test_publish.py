@@ -257,16 +257,28 @@ def test_a_tag_never_changes_what_it_names(checkpoint, newer, hub, unverified):
     assert hub.files(REPO) == before
 
 
-def test_older_weights_and_code_do_not_stay_beside_the_new(checkpoint, hub, unverified):
-    stale = {
-        "model-00001-of-00002.safetensors": b"old",
-        "old_code.py": b"old",
-        "picture.jpg": b"kept",
-        "x.bin": b"old",
-    }
-    hub.make_repo(REPO, files=stale)
+OLDER = [
+    "model-00001-of-00002.safetensors", "old_code.py", "x.bin", "adapter_config.json", "trainable.safetensors",
+    ".eval_results/old.yaml", "NOTICE", "LICENSE", "USE_POLICY.md", "licences/text/LICENSE", "vocab.txt", "merges.txt",
+    "controller_report.json", "controller_confusion.png",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("older", OLDER)
+def test_what_an_earlier_state_left_does_not_speak_for_the_new(checkpoint, older, hub, unverified):
     publish(hub, checkpoint)
-    assert set(stale) & set(hub.files(REPO)) == {"picture.jpg"}
+    repo, new = hub.repos["model", REPO], hub.files(REPO)
+    beside = {older: hub.store(b"old"), "picture.jpg": hub.store(b"theirs"), "notes/a.txt": hub.store(b"theirs")}
+    repo.commit("refs/heads/main", repo.resolve("main").files | beside, "an earlier state, and what is not ours")
+    publish(hub, checkpoint, revision="v0.1.1")
+    newest = hub.files(REPO, "v0.1.1")
+    assert newest.keys() - new.keys() == {"picture.jpg", "notes/a.txt"} and new.keys() - newest.keys() == set()
+
+
+def test_a_file_in_a_subfolder_is_not_taken_for_one_of_the_checkpoint(checkpoint, tmp_path):
+    folder = shutil.copytree(checkpoint, tmp_path / "run")
+    shutil.copytree(checkpoint, folder / "checkpoint-4")
+    assert package_of(folder).files.keys() == package_of(checkpoint).files.keys()
 
 
 def test_a_commit_in_between_is_not_overwritten(checkpoint, hub, unverified):
@@ -328,6 +340,16 @@ def test_a_pull_request_changes_neither_main_nor_tags_and_is_opened_once(checkpo
 def test_a_private_repository_is_private(checkpoint, hub, unverified):
     publish(hub, checkpoint, private=True)
     assert hub.repos["model", REPO].private
+
+
+def test_what_is_public_is_not_published_over_as_if_it_were_private(checkpoint, hub, unverified):
+    hub.make_repo(REPO)
+    with pytest.raises(PublishError, match="everybody may read it: --private makes a new .* in its settings"):
+        publish(hub, checkpoint, private=True)
+    assert {method for method, _ in hub.log} == {"GET"}
+    hub.repos["model", REPO].private = True
+    publish(hub, checkpoint, private=True)
+    assert "model.safetensors" in hub.files(REPO)
 
 
 def test_a_dry_run_prints_what_would_go_where_and_sends_nothing(checkpoint, hub, capsys):
@@ -399,6 +421,22 @@ def test_a_folder_that_is_not_whole_or_not_ours_is_refused_before_anything_is_se
     with pytest.raises(ValueError, match=message):
         publish(hub, folder)
     assert not hub.log
+
+
+def test_no_folder_of_this_machine_is_named_in_what_is_published(checkpoint, tmp_path):
+    save_parts(checkpoint, tmp_path)
+    folder = assemble(tmp_path / "vision", tmp_path / "text", tmp_path / "assembled")
+    assert str(tmp_path) not in (folder / "config.json").read_text()
+    shutil.copy(checkpoint / "granulon_manifest.json", folder)
+    for name in ("config.json", "generation_config.json", "tokenizer_config.json", "processor_config.json"):
+        content = json.loads((folder / name).read_text()) | {"_name_or_path": str(tmp_path / "mine")}
+        (folder / name).write_text(json.dumps(content))
+    (folder / "controller_report.json").write_text(json.dumps({"corpus": [str(tmp_path / "seed.jsonl")]}))
+    files = package_of(folder).files
+    sent = {name: source if isinstance(source, bytes) else source.read_bytes() for name, source in files.items()}
+    assert [name for name, content in sent.items() if str(tmp_path).encode() in content] == []
+    assert json.loads(sent["controller_report.json"]) == {"corpus": ["seed.jsonl"]}
+    assert sent["tokenizer.json"] == (folder / "tokenizer.json").read_bytes()
 
 
 def test_a_shard_that_is_absent_is_named(checkpoint, hub, tmp_path):
