@@ -44,8 +44,9 @@ test-slow: setup
 test-oldest: $(OLDEST_VENV)/stamp
 	$(OLDEST_VENV)/bin/python $(TEST)
 
-# Needs Chromium (Debian: apt install chromium).
+# Installs Chromium where there is none, and fails if it cannot.
 test-browser: setup
+	command -v chromium || command -v google-chrome || apt-get install --yes chromium
 	$(PY) -m pip install --constraint constraints.txt playwright
 	$(PY) -m pytest -m slow tests/test_space_browser.py
 

@@ -14,18 +14,21 @@ import transformers
 import typer
 from fastapi import HTTPException
 from fastapi.responses import JSONResponse
+from huggingface_hub import CacheNotFound
 from PIL import Image
 from transformers.cli.serve import Serve
-from transformers.cli.serving import chat_completion, utils
+from transformers.cli.serving import chat_completion, model_manager, utils
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
 from modeling_granulon import GranulonForConditionalGeneration, load_rgb
 
 from .ask import open_image
 
+TEXTS, IMAGES = ("text", "input_text", "output_text"), ("image_url", "input_image")  # parts of a message
 VIEWS = ("full", "pixel", "semantic", "auto")
 ASKED = ContextVar("asked")  # level and view of the request that this task answers
 upstream_inputs = utils.BaseHandler.get_processor_inputs_from_messages
+upstream_models = model_manager.ModelManager.get_gen_models
 
 
 class GranulonRequest(chat_completion.TransformersCompletionCreateParamsStreaming, total=False):
@@ -97,21 +100,36 @@ def open_part(source):
 
 def _with_images(messages):
     """The messages with their images opened, in a list of its own."""
-    if not isinstance(messages, list) or not all(isinstance(message, dict) for message in messages):
-        raise HTTPException(400, "messages: a list of objects with role and content is needed")
+    if not isinstance(messages, list) or not messages or not all(map(_is_message, messages)):
+        raise HTTPException(400, "messages: a list of at least one object with role and content is needed")
     return [
         {**message, "content": [_opened(part) for part in message["content"]]}
-        if isinstance(message.get("content"), list)
+        if isinstance(message["content"], list)
         else message
         for message in messages
     ]
 
 
+def _is_message(message):
+    return (
+        isinstance(message, dict)
+        and isinstance(message.get("role"), str)
+        and isinstance(message.get("content"), (str, list))
+    )
+
+
 def _opened(part):
-    if not isinstance(part, dict) or part.get("type") != "image_url":
+    """A part of a message. What upstream would leave out without a word, and so answer about nothing, is refused."""
+    kind = part.get("type") if isinstance(part, dict) else None
+    if kind in TEXTS and isinstance(part.get("text"), str):
         return part
-    source = part.get("image_url")
-    return {**part, "image_url": open_part(source.get("url") if isinstance(source, dict) else source)}
+    if kind in IMAGES and part.get("image_url"):
+        source = part["image_url"]
+        return {**part, "image_url": open_part(source.get("url") if isinstance(source, dict) else source)}
+    raise HTTPException(
+        400,
+        f"messages: a part is one of {', '.join(TEXTS + IMAGES)} with its text or image_url, found {str(part)[:80]}",
+    )
 
 
 def _check(asked, config):
@@ -124,6 +142,14 @@ def _check(asked, config):
         raise HTTPException(400, f"visual_view: {asked['visual_view']!r} is none of {', '.join(VIEWS)}")
 
 
+def cached_models(cache_dir=None):
+    """As upstream; a machine that has cached nothing yet has no models, which is no error."""
+    try:
+        return upstream_models(cache_dir)
+    except CacheNotFound:
+        return []
+
+
 def register():
     """Make `transformers serve` know Granulon, in this process."""
     name = GranulonForConditionalGeneration.__name__
@@ -131,6 +157,7 @@ def register():
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES["granulon"] = name
     chat_completion.ChatCompletionHandler = GranulonChatHandler
     utils.BaseHandler.get_processor_inputs_from_messages = staticmethod(processor_inputs)
+    model_manager.ModelManager.get_gen_models = staticmethod(cached_models)
 
 
 def make_command():

@@ -1,12 +1,17 @@
 """The Granulon Space: ask about an image, and see how coarsely the model chose to look and what it saw.
 
 Started with `python app.py`. MODEL_ID and MODEL_REVISION name the model: a Hub id and a revision, or a folder.
+MODEL_NOTICE is a line that its licence asks for, such as "Built with Llama".
 """
 
+import base64
+import io
 import os
+import queue
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor, wait
+from contextlib import contextmanager
 from pathlib import Path
 
 import gradio as gr
@@ -23,12 +28,14 @@ except ImportError:
 HERE = Path(__file__).parent
 MODEL_ID = os.environ.get("MODEL_ID", "jinlab/granulon-qwen1.5b")
 MODEL_REVISION = os.environ.get("MODEL_REVISION", "main")
+MODEL_NOTICE = os.environ.get("MODEL_NOTICE", "")
 
-MAX_FILE = "20mb"
+MAX_MEGABYTES = 20  # of an uploaded file
 MAX_PIXELS = 25_000_000
 MAX_QUESTION = 1000  # characters
 MAX_TOKENS = 512
 SECONDS = 60  # the longest an answer may take
+LOOK, TOKEN = 10, 0.1  # seconds that are asked of ZeroGPU for a look at an image, and for each token of an answer
 QUEUE = 100  # who comes when so many wait is told to come again
 VIEWS = ("full", "pixel", "semantic", "auto")
 SESSIONS = 1000  # open pages that are remembered
@@ -51,15 +58,34 @@ EXAMPLES = [
 
 
 def untouched(image):
-    """The image input, changed to hand on the uploaded file as it is: nothing decodes it before `load_rgb` does."""
+    """The image input, changed to hand on the upload as it is: nothing decodes it before `load_rgb` does.
+
+    What comes by the API is a path or a data URL of the visitor's own writing: a path must lie among the uploads.
+    """
 
     def preprocess(payload):
-        if payload is None or (payload.url or "").startswith("data:"):
-            return gr.Image.preprocess(image, payload)  # writes the bytes of a data URL to a file
+        if payload is None:
+            return None
+        if (payload.url or "").startswith("data:"):
+            return io.BytesIO(_decoded(payload.url))
+        uploads = Path(image.GRADIO_CACHE).resolve()
+        if not payload.path or not Path(payload.path).resolve().is_relative_to(uploads):
+            raise gr.Error("The image is none that was uploaded here; upload it first.", title="Cannot be asked")
         return payload.path
 
     image.preprocess = preprocess
     return image
+
+
+def _decoded(url):
+    """The bytes of a data URL, not more than an upload may have."""
+    text = url.partition(",")[2]
+    try:
+        if len(text) > MAX_MEGABYTES * 2**20 * 4 // 3:
+            raise ValueError(f"it has more than {MAX_MEGABYTES} MB")
+        return base64.b64decode(text, validate=True)
+    except ValueError as error:
+        raise gr.Error(f"The image cannot be read: {error}.", title="Cannot be asked") from error
 
 
 class Granulon:
@@ -147,7 +173,11 @@ class Granulon:
         }
 
     def answer(self, inputs, settings):
-        """Yield (answer so far, seconds to the first token) as it is written; closing the generator stops it."""
+        """Yield (answer so far, seconds to the first token) as it is written; closing the generator stops it.
+
+        Raises:
+            TimeoutError: if nothing was written for `SECONDS`.
+        """
         streamer = TextIteratorStreamer(
             self.processor.tokenizer, skip_prompt=True, skip_special_tokens=True, timeout=SECONDS
         )
@@ -155,6 +185,8 @@ class Granulon:
 
         def generate():
             try:
+                if stopped.is_set():
+                    return
                 torch.manual_seed(settings["seed"])
                 self.model.generate(
                     **inputs,
@@ -178,9 +210,13 @@ class Granulon:
                 text += piece
                 if piece:
                     yield text, first
+        except queue.Empty:
+            raise TimeoutError(
+                f"the answer took longer than {SECONDS} s; ask for a shorter one, or from the semantic tokens alone"
+            ) from None
         finally:
             stopped.set()
-            wait([written], SECONDS)
+            wait([written])  # or the next answer would stand in line behind this one
         if written.done() and written.exception():
             raise written.exception()
         if not text:
@@ -222,32 +258,69 @@ def picture(image, seen):
     return overlay.figure(image, seen["cluster_map"], seen["scores"], f"Seen at level {seen['level']}")
 
 
+@contextmanager
+def shown(title):
+    """What the visitor can do something about is told, in a sentence."""
+    try:
+        yield
+    except (ValueError, TimeoutError) as error:
+        raise gr.Error(str(error)[:1].upper() + str(error)[1:] + ".", title=title) from error
+
+
+def lent(seconds):
+    """Runs with a GPU where ZeroGPU lends one, for `seconds(image, settings)`."""
+    return (lambda function: function) if spaces is None else spaces.GPU(duration=seconds)
+
+
 def handlers(granulon):
-    """The functions behind the buttons and the API, each with a GPU where ZeroGPU lends one."""
+    """The functions behind the buttons and the API. Uploads are read and refused before a GPU is asked for."""
 
     def checked(*values):
-        try:
-            image, settings = granulon.read(*values)
-            return image, settings, granulon.prepare(image, settings["question"])
-        except ValueError as error:
-            raise gr.Error(str(error)[:1].upper() + str(error)[1:] + ".", title="Cannot be asked") from error
+        with shown("Cannot be asked"):
+            return granulon.read(*values)
+
+    def seconds(image, settings, answers=1):
+        return LOOK + int(answers * min(SECONDS, LOOK + TOKEN * settings["max_new_tokens"]))
+
+    @lent(lambda image, settings: LOOK)
+    def looked(image, settings):
+        return granulon.look(granulon.prepare(image, settings["question"]), settings["level"], settings["view"])
+
+    def written(image, settings):
+        """Yield what is seen, and then the answer as it grows: (seen, text, seconds to the first token)."""
+        with shown("No answer"):
+            inputs = granulon.prepare(image, settings["question"])
+            torch.manual_seed(settings["seed"])
+            seen = granulon.look(inputs, settings["level"], settings["view"])
+            yield seen, "", None
+            # A controller that draws levels at random would draw another one here.
+            for text, first in granulon.answer(inputs, {**settings, "level": seen["level"]}):
+                yield seen, text, first
+
+    @lent(seconds)
+    def answered(image, settings):
+        yield from written(image, settings)
+
+    @lent(lambda image, settings: seconds(image, settings, len(granulon.levels) or 1))
+    def answered_at_each_level(image, settings):
+        for level in granulon.levels or [None]:
+            *_, last = written(image, {**settings, "level": level})
+            yield level, *last
 
     def respond(*values):
-        image, settings, inputs = checked(*values)
-        seen = granulon.look(inputs, settings["level"], settings["view"])
+        image, settings = checked(*values)
+        growing = answered(image, settings)
+        seen, text, _ = next(growing)
         bars = overlay.level_bars(seen["probabilities"], seen["level"], seen["chosen_by"])
         yield overlay.answer_box("", "Reading …"), numbers(seen), bars, picture(image, seen)
-        for text, first in granulon.answer(inputs, settings):
+        for seen, text, first in growing:
             yield overlay.answer_box(text, "…"), numbers(seen, first), gr.skip(), gr.skip()
         yield overlay.answer_box(text, EMPTY, done=True), gr.skip(), gr.skip(), gr.skip()
 
     def compare(*values):
-        image, settings, inputs = checked(*values)
+        image, settings = checked(*values)
         panels = []
-        for level in granulon.levels or [None]:
-            settings["level"] = level
-            seen = granulon.look(inputs, level, settings["view"])
-            *_, (text, first) = granulon.answer(inputs, settings)
+        for level, seen, text, first in answered_at_each_level(image, settings):
             head = overlay.answer_box(text, EMPTY, done=True) + numbers(seen, first)
             panels.append(overlay.heading(level or "no levels") + head + picture(image, seen))
             yield overlay.columns(panels)
@@ -268,9 +341,8 @@ def handlers(granulon):
             answer, level, chosen_by, probabilities of the levels, view, tokens, clusters (number, name, score,
             share), seconds_to_first_token.
         """
-        _, settings, inputs = checked(image, question, level, view, max_new_tokens, temperature, seed)
-        seen = describe(granulon.look(inputs, settings["level"], settings["view"]))
-        *_, (text, first) = granulon.answer(inputs, settings)
+        *_, (seen, text, first) = answered(*checked(image, question, level, view, max_new_tokens, temperature, seed))
+        seen = describe(seen)
         seen.pop("cluster_map")
         return {"answer": text.strip(), **seen, "seconds_to_first_token": first}
 
@@ -286,13 +358,9 @@ def handlers(granulon):
             level, chosen_by, probabilities, tokens, clusters, and cluster_map: for each patch the number of its
             cluster from 0, or -1 where it was dropped.
         """
-        _, settings, inputs = checked(image, question, level, "full", 1, 0, 0)
-        return describe(granulon.look(inputs, settings["level"], "full"))
+        return describe(looked(*checked(image, question, level, "full", 1, 0, 0)))
 
-    functions = {"respond": respond, "compare": compare, "answer": answer, "explain": explain}
-    if spaces is not None:
-        functions = {name: spaces.GPU(duration=SECONDS)(function) for name, function in functions.items()}
-    return functions
+    return {"respond": respond, "compare": compare, "answer": answer, "explain": explain}
 
 
 def settings_of_link(levels):
@@ -374,6 +442,9 @@ def build(granulon):
             share = gr.Button("Copy a link to this question", elem_id="link-button", min_width=120)
             link = gr.Textbox(label="Link, without the image", interactive=True, elem_id="link", scale=3)
 
+        if MODEL_NOTICE:
+            gr.Markdown(MODEL_NOTICE, elem_id="notice")
+
         settings = [question, level, view, tokens, temperature, seed]
         inputs = [image, *settings]
         model = {"concurrency_id": "model", "concurrency_limit": 1}  # one answer at a time, seeds included
@@ -414,8 +485,8 @@ def look_and_feel():
 def main():
     page = build(Granulon())
     page.launch(
-        mcp_server=True, max_file_size=MAX_FILE, max_threads=8, state_session_capacity=SESSIONS, ssr_mode=False,
-        **look_and_feel(),
+        mcp_server=True, max_file_size=f"{MAX_MEGABYTES}mb", max_threads=8, state_session_capacity=SESSIONS,
+        ssr_mode=False, **look_and_feel(),
     )  # fmt: skip
 
 

@@ -115,7 +115,21 @@ def test_a_question_without_an_image_is_answered(server, expected):
         ({"image": "file:///etc/hostname"}, "an image is a data URL"),
         ({"image": "data:image/png;base64,???"}, "image_url: "),
         ({"image": "http://127.0.0.1:9/none.png"}, "cannot be fetched"),
-        ({"messages": ["hello"]}, "a list of objects"),
+        *(
+            ({"messages": messages}, "a list of at least one object")
+            for messages in (["hello"], [], [{"role": "user"}], [{"content": "x"}], [{"role": "user", "content": 5}])
+        ),
+        *(
+            ({"messages": [{"role": "user", "content": [part]}]}, "messages: a part is one of text")
+            for part in (
+                "a",
+                {"type": "text"},
+                {"type": "image", "image": data_url()},
+                {"type": "image_url"},
+                {"type": "input_audio", "input_audio": {"data": "", "format": "wav"}},
+                {"type": "video_url", "video_url": {"url": "http://127.0.0.1:9/x.mp4"}},
+            )
+        ),
         ({"extra_body": {"nonsense": 1}}, "Unexpected fields"),
     ],
 )
@@ -123,6 +137,10 @@ def test_what_cannot_be_used_is_refused_in_one_clear_message(fields, message, se
     with pytest.raises(openai.APIStatusError) as refusal:
         ask(server, **fields)
     assert refusal.value.status_code in (400, 422) and message in str(refusal.value)
+
+
+def test_models_are_listed_on_a_machine_that_has_cached_none(server):
+    assert list(server.client.models.list()) == []
 
 
 def test_bad_images_are_refused_and_the_server_goes_on(server, expected):
