@@ -108,7 +108,7 @@ def assemble(vision, text, output, image_size=None, trained=None):
         output: folder to write. It appears when it is complete; if anything fails, nothing of it stays.
         image_size (`int`): pixels per side of the model's images, a multiple of the patch size.
         trained: what `granulon-publish --trainable_only` published: its levels and settings, and the weights of
-            projector, gains and controller, in place of new ones.
+            projector, gains and controller, in place of new ones; its dtype, and the size of its images.
 
     Returns:
         `Path`: the folder.
@@ -133,7 +133,7 @@ def assemble(vision, text, output, image_size=None, trained=None):
         vision_config=vision_config, text_config=text_config, image_token_id=image_token_id, **settings
     )
     processor = GranulonProcessor(
-        _image_processor(vision, vision_config, image_size),
+        _image_processor(vision, vision_config, image_size or (_own_side(trained) if trained else None)),
         tokenizer,
         patch_size=patch_size_of(vision_config),
         num_semantic_tokens=config.max_semantic_tokens,
@@ -176,8 +176,16 @@ def _own_settings(trained):
     return {key: value for key, value in settings.items() if key not in parts and not key.startswith("transformers")}
 
 
+def _own_side(trained):
+    """Pixels per side of the images of what was trained."""
+    file = trained.folder / "processor_config.json"
+    if not file.is_file():
+        raise ValueError(f"{trained.name} has no processor_config.json, which says how large its images are")
+    return json.loads(file.read_text())["image_processor"]["size"]["height"]
+
+
 def _load_trained(model, trained):
-    """Projector, gains and controller, all of them and nothing else."""
+    """Projector, gains and controller, all of them and nothing else, into a model of the dtype that they go with."""
     weights = load_file(trained.folder / TRAINABLE) if (trained.folder / TRAINABLE).is_file() else {}
     wanted = {name: value.shape for name, value in model.state_dict().items() if name.startswith(TRAINED)}
     found = {name: value.shape for name, value in weights.items()}
@@ -187,7 +195,7 @@ def _load_trained(model, trained):
             f"{trained.name} does not fit these parts ({', '.join(odd[:2])}, {len(odd)} in all): take the encoder and "
             "the language model that its card names"
         )
-    model.load_state_dict(weights, strict=False)
+    model.to(GranulonConfig.from_pretrained(trained.folder).dtype).load_state_dict(weights, strict=False)
 
 
 def join(config, tower, language_model):

@@ -60,7 +60,7 @@ class Package:
 
     def stale(self, there: Iterable[str]) -> list[str]:
         """Of a repository's paths those that an earlier state left, and that would speak for this one."""
-        return sorted(path for path in set(there) - set(self.files) if path.endswith(LOADED) or _matches(path, OURS))
+        return sorted(path for path in set(there) - set(self.files) if path.endswith(LOADED) or matches(path, OURS))
 
     @property
     def size(self) -> int:
@@ -79,7 +79,7 @@ def make_package(folder: str | Path, kind: str, terms: Terms, repo_id: str, revi
     folder = Path(folder)
     names = [str(file.relative_to(folder)) for file in sorted(folder.rglob("*")) if file.is_file()]
     allowed = [*ALLOWED[kind], *PROCESSOR, *PAPERS, RESULTS]
-    kept = {name: folder / name for name in names if _matches(name, allowed)}
+    kept = {name: folder / name for name in names if matches(name, allowed)}
     {"model": _check_model, "adapter": _check_adapter, "trainable": _check_model}[kind](folder, kept)
     read_manifest(folder)  # which tells what is wrong with it
     hidden = {name: _public(path) for name, path in kept.items() if name.endswith(".json") and name not in TOKENS}
@@ -123,8 +123,8 @@ def card(
             revision=revision,
             kind=kind,
             base=base,
-            vision=parts[0]["source"],
-            text=parts[1]["source"],
+            vision="{source}@{revision}".format(**parts[0]),
+            text="{source}@{revision}".format(**parts[1]),
             parts=[part | {"licence": lines[part["name"]]} for part in parts],
             granularities=config.get("granularities"),
             training=[_told(run) for run in manifest.get("training", [])],
@@ -270,7 +270,7 @@ def _written(content: dict) -> bytes:
     return (json.dumps(content, indent=2) + "\n").encode()
 
 
-def _matches(path: str, patterns: list[str]) -> bool:
+def matches(path: str, patterns: list[str]) -> bool:
     """Whether a path is meant by one of the patterns, whose stars do not reach into folders."""
     return any(PurePosixPath("/", path).match(f"/{pattern}") for pattern in patterns)
 

@@ -19,15 +19,18 @@ from importlib.metadata import version
 from pathlib import Path
 
 import torch
-from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, ModelInfo, SpaceInfo
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, ModelInfo, SpaceCard, SpaceInfo
 from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
 from safetensors import safe_open
 from transformers import HfArgumentParser
 
-from .licences import terms
-from .package import KINDS, Package, make_package
+from .licences import Terms, read_manifest, terms
+from .package import KINDS, Package, make_package, matches
 
 SPACE = Path(__file__).resolve().parent.parent / "space"
+# Of what may lie in that folder, what a stranger's browser is to be served by.
+SPACE_FILES = ["README.md", "requirements.txt", "*.py", "*.js", "*.css", "examples/*.png"]
+NOTICE_SETTING, LLAMA_LINE = "MODEL_NOTICE", "Built with Llama"  # the setting of the Space that shows the line
 PATIENCE = 3600  # seconds for a fresh process to fetch, load and answer
 
 
@@ -78,6 +81,8 @@ def run(arguments: PublishArguments, api: HfApi):
     folder = Path(arguments.folder)
     if not folder.is_dir():
         raise PublishError(f"{folder} is no folder; give a checkpoint")
+    if arguments.space:
+        _check_space(arguments)
     stated = {"vision": arguments.vision_licence, "text": arguments.text_licence}
     agreed = terms(
         folder,
@@ -89,7 +94,7 @@ def run(arguments: PublishArguments, api: HfApi):
     package = make_package(
         folder, arguments.kind, agreed, arguments.repo_id, arguments.revision, base=arguments.base_model
     )
-    for warning in agreed.warnings:
+    for warning in [*agreed.warnings, *_space_warnings(arguments)]:
         print(f"warning: {warning}", file=sys.stderr)
     if arguments.dry_run:
         print(described(package, arguments))
@@ -99,7 +104,8 @@ def run(arguments: PublishArguments, api: HfApi):
     )
     print(f"published {address}")
     if arguments.space:
-        address = publish_space(arguments.space, arguments.repo_id, arguments.revision, api, arguments.private)
+        settings = space_settings(arguments.repo_id, arguments.revision, agreed)
+        address = publish_space(arguments.space, settings, api, arguments.private)
         print(f"published {address}")
 
 
@@ -229,20 +235,31 @@ def _check(package: Package, repo_id: str, commit: str, api: HfApi, folder: Path
     """The files are whole, and a stranger gets the same logits and the same answer from them."""
     if not same_tree(package, repo_id, commit, api):
         raise PublishError(f"{repo_id} at {commit} is not what was uploaded; run the same command again")
-    if package.kind == "trainable":  # no model by itself
-        return
     local_folder = str(folder.resolve())  # the fresh process works elsewhere
-    with tempfile.TemporaryDirectory() as work:
+    with tempfile.TemporaryDirectory() as name:
+        work = Path(name)
         if package.kind == "adapter":
             sources = [(*package.base, local_folder), (*package.base, repo_id, commit)]
+        elif package.kind == "trainable":
+            sources = [(local_folder,), (put_together(folder, repo_id, commit, work, api),)]
         else:
             sources = [(local_folder,), (repo_id, commit)]
-        (local, answer), (published, same_answer) = (cold_load(Path(work), api, *source) for source in sources)
+        (local, answer), (published, same_answer) = (cold_load(work, api, *source) for source in sources)
     if not torch.equal(local, published) or answer != same_answer:
         raise PublishError(
             f"{repo_id} at {commit} is another model than {folder}: it answers {same_answer!r} and not {answer!r}; "
             "main is untouched"
         )
+
+
+def put_together(folder: Path, repo_id: str, commit: str, work: Path, api: HfApi) -> str:
+    """The folder that the card's command makes, in a fresh process, of what was published and of the makers' parts."""
+    manifest, output = read_manifest(folder), str(work / "again")
+    vision, text = ("{source}@{revision}".format(**manifest[part]) for part in ("vision", "text"))
+    command = ["-m", "granulon.hub.assemble", "--vision", vision, "--text", text, "--output", output]
+    otherwise = f"{repo_id} at {commit} cannot be put together with {vision} and {text}"
+    _in_a_fresh_process(otherwise, [*command, "--trained", f"{repo_id}@{commit}"], work, api)
+    return output
 
 
 def cold_load(work: Path, api: HfApi, *source: str) -> tuple[torch.Tensor, str]:
@@ -276,38 +293,69 @@ def _in_a_fresh_process(otherwise: str, command: list[str], work: Path, api: HfA
         raise PublishError(f"{otherwise} in a fresh process: {last[0]}; main is untouched")
 
 
+def _check_space(arguments: PublishArguments):
+    """Raises `PublishError` where the Space could not load what is published, or is not here."""
+    if arguments.create_pr:
+        raise PublishError("--space shows what a tag names, and a pull request gets none: leave out one of the two")
+    if arguments.kind != KINDS[0]:
+        option = "--adapter" if arguments.adapter else "--trainable_only"
+        raise PublishError(
+            f"--space shows a whole model, and {option} publishes none: publish the merged or assembled model with it"
+        )
+    space_files()
+
+
+def _space_warnings(arguments: PublishArguments) -> list[str]:
+    if not (arguments.space and arguments.private):
+        return []
+    return [
+        f"the Space {arguments.space} can read {arguments.repo_id}, which is private, with a token only: put one that "
+        "may read it into the Space's settings, as the secret HF_TOKEN"
+    ]
+
+
 def space_files() -> list[str]:
     if not (SPACE / "app.py").is_file():
         raise PublishError(f"there is no Space in {SPACE}: publish it from a clone of the repository")
-    files = [file for file in sorted(SPACE.rglob("*")) if file.is_file() and "__pycache__" not in file.parts]
-    return [str(file.relative_to(SPACE)) for file in files]
+    names = (str(file.relative_to(SPACE)) for file in sorted(SPACE.rglob("*")) if file.is_file())
+    return [name for name in names if matches(name, SPACE_FILES)]
 
 
-def publish_space(space_id: str, model_id: str, revision: str, api: HfApi, private: bool = False) -> str:
-    """Upload the Space in one commit, with the model it shows as its settings; its address."""
-    names = space_files()
-    with told(space_id):
+def space_settings(model_id: str, revision: str, agreed: Terms) -> dict[str, str]:
+    """The Space's variables: the model it shows, and the line that Llama's licence wants to be seen."""
+    shown = {NOTICE_SETTING: LLAMA_LINE} if any(LLAMA_LINE in line for line in agreed.credits) else {}
+    return {"MODEL_ID": model_id, "MODEL_REVISION": revision, **shown}
+
+
+def publish_space(space_id: str, settings: dict[str, str], api: HfApi, private: bool = False) -> str:
+    """Upload the Space in one commit, with its settings; its address."""
+    card = SpaceCard.load(SPACE / "README.md")
+    card.data.models = [settings["MODEL_ID"]]
+    contents = {name: str(SPACE / name) for name in space_files()} | {"README.md": str(card).encode()}
+    with told(space_id, elsewhere="choose a Space of your own with --space"):
         api.create_repo(space_id, repo_type="space", space_sdk="gradio", private=private, exist_ok=True)
-        wanted = {"MODEL_ID": model_id, "MODEL_REVISION": revision}
+        _stays_private(space_id, api.space_info(space_id), private)
         there = {key: variable.value for key, variable in api.get_space_variables(space_id).items()}
-        for key, value in wanted.items():
+        for key, value in settings.items():
             if there.get(key) != value:
                 api.add_space_variable(space_id, key, value)
-        added = [CommitOperationAdd(name, str(SPACE / name)) for name in names]
+        if NOTICE_SETTING in there and NOTICE_SETTING not in settings:  # of another model that it showed
+            api.delete_space_variable(space_id, NOTICE_SETTING)
+        added = [CommitOperationAdd(name, content) for name, content in contents.items()]
         api.create_commit(space_id, added, commit_message="The Space", repo_type="space")
     return f"{api.endpoint}/spaces/{space_id}"
 
 
 @contextmanager
-def told(repo_id: str):
-    """What the Hub says, in a sentence that tells what to do."""
+def told(repo_id: str, elsewhere="choose a name of your own, or offer the files by --create_pr"):
+    """What the Hub says, in a sentence that tells what to do; `elsewhere` is where one may write."""
     try:
         yield
     except PublishError:
         raise
     except Exception as error:
         if (refusal := _cause(error, lambda cause: isinstance(cause, HfHubHTTPError))) is not None:
-            raise PublishError(_refused(repo_id, refusal)) from error
+            raise PublishError(_refused(repo_id, refusal, elsewhere)) from error
         if (broken := _cause(error, _is_of_the_transport)) is not None:
             raise PublishError(
                 f"the connection to the Hub broke ({broken or type(broken).__name__}); run the same command again, "
@@ -316,11 +364,11 @@ def told(repo_id: str):
         raise
 
 
-def _refused(repo_id: str, error: HfHubHTTPError) -> str:
+def _refused(repo_id: str, error: HfHubHTTPError, elsewhere: str) -> str:
     status, said = error.response.status_code, str(error.server_message or error).strip().splitlines()[0]
     remedy = {
         401: "it does not know the token, or there is none: log in by `hf auth login`, with one that may write",
-        403: "you may not write there: choose a name of your own, or offer the files by --create_pr",
+        403: f"you may not write there: {elsewhere}",
         404: "it is not there, or the token may not see it",
         409: "another operation is in the way: run the same command again",
         412: "somebody else committed in the meantime: look at that, then run the same command again",

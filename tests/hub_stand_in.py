@@ -392,6 +392,11 @@ class HubStandIn:
         repo.variables[asked["key"]] = asked["value"]
         return {key: {"value": value} for key, value in repo.variables.items()}
 
+    def drop_variable(self, user, query, body, name):
+        repo = self._repo("spaces", name, user, write=True)
+        repo.variables.pop(json.loads(body)["key"])
+        return {key: {"value": value} for key, value in repo.variables.items()}
+
     def get_variables(self, user, query, body, name):
         return {key: {"value": value} for key, value in self._repo("spaces", name, user).variables.items()}
 
@@ -436,6 +441,7 @@ ROUTES = [
     ("POST", f"/api/{KIND}/{NAME}/tag/([^/]+)", HubStandIn.make_tag),
     ("GET", f"/api/spaces/{NAME}/variables", HubStandIn.get_variables),
     ("POST", f"/api/spaces/{NAME}/variables", HubStandIn.set_variable),
+    ("DELETE", f"/api/spaces/{NAME}/variables", HubStandIn.drop_variable),
     ("POST", r"/(?:datasets/|spaces/)?([^/]+/[^/]+)\.git/info/lfs/objects/batch", HubStandIn.lfs_batch),
     ("POST", "/lfs/verify", HubStandIn.lfs_verify),
     ("POST", "/lfs/([0-9a-f]{64})/complete", HubStandIn.lfs_complete),

@@ -62,6 +62,7 @@ def hub(tmp_path):
 def unverified(monkeypatch):
     """Without the fresh processes, which other tests are about."""
     monkeypatch.setattr(module, "cold_load", lambda *arguments: (torch.zeros(1), ""))
+    monkeypatch.setattr(module, "put_together", lambda *arguments: "")
 
 
 def publish(hub, folder, token="hf_owner", **settings):
@@ -451,44 +452,98 @@ def test_a_shard_that_is_absent_is_named(checkpoint, hub, tmp_path):
 def test_the_space_gets_its_files_and_the_model_it_shows(checkpoint, hub, unverified):
     publish(hub, checkpoint, space="jinlab/granulon")
     files = hub.files("jinlab/granulon", kind="space")
-    assert files["app.py"] == (module.SPACE / "app.py").read_bytes() and b"sdk: gradio" in files["README.md"]
+    assert files["app.py"] == (module.SPACE / "app.py").read_bytes() and "examples/fine.png" in files
+    front = ModelCard(files["README.md"].decode(), ignore_metadata_errors=True).data
+    assert front.sdk == "gradio" and front.models == [REPO]
     assert hub.repos["space", "jinlab/granulon"].variables == {"MODEL_ID": REPO, "MODEL_REVISION": "v0.1.0"}
     commits = len(hub.repos["space", "jinlab/granulon"].commits)
     publish(hub, checkpoint, space="jinlab/granulon")
     assert len(hub.repos["space", "jinlab/granulon"].commits) == commits
 
 
-def trainable_of(checkpoint, folder):
-    """As if encoder and language model had come from the Hub and the projector were trained."""
+def test_the_space_is_its_own_files_and_nothing_that_lies_beside_them(tmp_path, monkeypatch):
+    listed = subprocess.run(["git", "ls-files"], cwd=module.SPACE, capture_output=True, text=True)
+    names = module.space_files()
+    assert set(listed.stdout.split()) <= set(names), "a file of the Space would not be uploaded"
+    monkeypatch.setattr(module, "SPACE", shutil.copytree(module.SPACE, tmp_path / "space"))
+    for stray in (".env", "flagged.csv", "examples/mine.jpg", "app.py~", "build/app.py"):
+        (module.SPACE / stray).parent.mkdir(exist_ok=True)
+        (module.SPACE / stray).write_text("secret")
+    assert module.space_files() == names
+
+
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        ({"create_pr": True}, "what a tag names, and a pull request gets none"),
+        ({"adapter": True}, "shows a whole model, and --adapter publishes none"),
+        ({"trainable_only": True}, "shows a whole model, and --trainable_only publishes none"),
+    ],
+)
+def test_a_space_of_what_it_could_not_load_is_refused_before_anything_is_sent(checkpoint, hub, settings, message):
+    with pytest.raises(PublishError, match=message):
+        publish(hub, checkpoint, space="jinlab/granulon", **settings)
+    assert not hub.log
+
+
+def test_a_space_that_is_not_here_is_told_before_anything_is_sent(checkpoint, hub, tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "SPACE", tmp_path)
+    with pytest.raises(PublishError, match="there is no Space"):
+        publish(hub, checkpoint, space="jinlab/granulon")
+    assert not hub.log
+
+
+def test_the_space_of_a_private_model_is_told_to_need_a_token(checkpoint, hub, unverified, capsys):
+    publish(hub, checkpoint, space="jinlab/granulon", private=True)
+    assert "the secret HF_TOKEN" in capsys.readouterr().err
+    assert hub.repos["space", "jinlab/granulon"].private
+
+
+def test_a_public_space_does_not_show_a_private_model(checkpoint, hub, unverified):
+    hub.make_repo("jinlab/granulon", kind="space")
+    with pytest.raises(PublishError, match="jinlab/granulon is there already, and everybody may read it"):
+        publish(hub, checkpoint, space="jinlab/granulon", private=True)
+    assert not hub.repos["space", "jinlab/granulon"].variables
+
+
+def test_the_space_shows_the_line_of_llama_while_it_shows_a_llama(checkpoint, hub, unverified):
+    llama = {"repo_id": "jinlab/Llama-granulon", "outputs_of": ["meta-llama/Llama-3.3-70B-Instruct"]}
+    publish(hub, checkpoint, space="jinlab/granulon", **llama)
+    variables = hub.repos["space", "jinlab/granulon"].variables
+    assert variables["MODEL_NOTICE"] == "Built with Llama"
+    publish(hub, checkpoint, space="jinlab/granulon")
+    assert variables == {"MODEL_ID": REPO, "MODEL_REVISION": "v0.1.0"}
+
+
+def test_a_space_of_somebody_else_is_told_with_a_remedy_that_helps(checkpoint, hub, unverified):
+    hub.make_repo("stranger/granulon", kind="space")
+    with pytest.raises(PublishError, match="403.*choose a Space of your own with --space"):
+        publish(hub, checkpoint, space="stranger/granulon")
+
+
+def trainable_of(checkpoint, folder, hub):
+    """As if encoder and language model came from the Hub, the latter in bfloat16, and the projector were trained."""
     folder = shutil.copytree(checkpoint, folder)
-    manifest = json.loads((folder / "granulon_manifest.json").read_text())
-    for part, source in (("vision", "facebook/dinov2-base"), ("text", "Qwen/Qwen2.5-1.5B-Instruct")):
-        manifest[part] |= {"source": source, "revision": "abc"}
-    manifest["training"][0]["stage"] = "align"
-    (folder / "granulon_manifest.json").write_text(json.dumps(manifest))
     weights = load_file(folder / "model.safetensors")
     generator = torch.Generator().manual_seed(1)
     for name in weights:
         if "multi_modal_projector" in name or "granularity_controller" in name:
             weights[name] = torch.rand(weights[name].shape, generator=generator)
+        elif "language_model" in name:
+            weights[name] = weights[name].bfloat16().float()
     save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    save_parts(folder, folder.parent)
+    manifest = json.loads((folder / "granulon_manifest.json").read_text())
+    for part, source in (("vision", "facebook/dinov2-base"), ("text", "Qwen/Qwen2.5-1.5B-Instruct")):
+        repo = hub.make_repo(source, files=contents(folder.parent / part))
+        manifest[part] |= {"source": source, "revision": repo.refs["refs/heads/main"]}
+        repo.commit("refs/heads/main", {}, "another model since")
+    manifest["training"][0]["stage"] = "align"
+    (folder / "granulon_manifest.json").write_text(json.dumps(manifest))
+    processor = json.loads((folder / "processor_config.json").read_text())
+    processor["image_processor"]["size"] = {"height": 48, "width": 48}  # the tower's own is 64
+    (folder / "processor_config.json").write_text(json.dumps(processor))
     return folder
-
-
-def test_what_was_trained_alone_holds_nobody_elses_weights_and_makes_the_same_model_again(checkpoint, hub, tmp_path):
-    folder = trainable_of(checkpoint, tmp_path / "trained")
-    publish(hub, folder, trainable_only=True)
-    files = hub.files(REPO)
-    assert "model.safetensors" not in files and b"--trained jinlab/granulon-qwen1.5b@v0.1.0" in files["README.md"]
-    (tmp_path / "fetched").mkdir()
-    for name in ("trainable.safetensors", "config.json"):
-        (tmp_path / "fetched" / name).write_bytes(files[name])
-    names = load_file(tmp_path / "fetched" / "trainable.safetensors").keys()
-    assert names and all("multi_modal_projector" in name or "granularity_controller" in name for name in names)
-    save_parts(folder, tmp_path)
-    again = assemble(tmp_path / "vision", tmp_path / "text", tmp_path / "again", trained=tmp_path / "fetched")
-    before, after = (load_file(place / "model.safetensors") for place in (folder, again))
-    assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
 
 
 def save_parts(folder, target):
@@ -499,12 +554,50 @@ def save_parts(folder, target):
     processor.image_processor.save_pretrained(target / "vision")
     text = Qwen2ForCausalLM(model.config.text_config)
     text.model, text.lm_head = model.model.language_model, model.lm_head
-    text.save_pretrained(target / "text")
+    text.bfloat16().save_pretrained(target / "text")
     processor.tokenizer.save_pretrained(target / "text")
 
 
+def test_what_was_trained_alone_holds_nobody_elses_weights_and_makes_the_same_model_again(
+    checkpoint, hub, tmp_path, unverified
+):
+    folder = trainable_of(checkpoint, tmp_path / "trained", hub)
+    publish(hub, folder, trainable_only=True)
+    files = hub.files(REPO)
+    pins = {part: json.loads(files["granulon_manifest.json"])[part]["revision"] for part in ("vision", "text")}
+    command = (
+        f"granulon-assemble --vision facebook/dinov2-base@{pins['vision']} --text Qwen/Qwen2.5-1.5B-Instruct@"
+        f"{pins['text']} --trained {REPO}@v0.1.0"
+    )
+    assert "model.safetensors" not in files and command in files["README.md"].decode()
+    (tmp_path / "fetched").mkdir()
+    for name in ("trainable.safetensors", "config.json", "processor_config.json"):
+        (tmp_path / "fetched" / name).write_bytes(files[name])
+    names = load_file(tmp_path / "fetched" / "trainable.safetensors").keys()
+    assert names and all("multi_modal_projector" in name or "granularity_controller" in name for name in names)
+    again = assemble(tmp_path / "vision", tmp_path / "text", tmp_path / "again", trained=tmp_path / "fetched")
+    before, after = (load_file(place / "model.safetensors") for place in (folder, again))
+    assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
+    before, after = (AutoProcessor.from_pretrained(place).image_processor.size for place in (folder, again))
+    assert before == after
+
+
+def test_what_was_trained_alone_is_put_together_in_a_fresh_process_before_it_is_published(checkpoint, hub, tmp_path):
+    folder = trainable_of(checkpoint, tmp_path / "trained", hub)
+    publish(hub, folder, trainable_only=True)
+    assert "trainable.safetensors" in hub.files(REPO, "v0.1.0")
+
+
+def test_what_nobody_could_put_together_is_not_published(checkpoint, hub, tmp_path):
+    folder = trainable_of(checkpoint, tmp_path / "trained", hub)
+    hub.repos["model", "facebook/dinov2-base"].gated = True
+    with pytest.raises(PublishError, match="cannot be put together with facebook/dinov2-base@.*main is untouched"):
+        publish(hub, folder, trainable_only=True)
+    assert set(hub.files(REPO)) == {".gitattributes"}
+
+
 def test_a_trained_language_model_is_not_left_out(checkpoint, hub, tmp_path):
-    folder = trainable_of(checkpoint, tmp_path / "trained")
+    folder = trainable_of(checkpoint, tmp_path / "trained", hub)
     manifest = json.loads((folder / "granulon_manifest.json").read_text())
     manifest["training"][0]["stage"] = "sft"
     (folder / "granulon_manifest.json").write_text(json.dumps(manifest))
