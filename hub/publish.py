@@ -137,23 +137,25 @@ def publish(
         PublishError: the Hub refuses or is not there, the published model is another, the tag names something else, or
             somebody else has committed in the meantime.
     """
+    if package.base:
+        with told(package.base[0]):
+            api.auth_check(package.base[0])
     with told(repo_id):
         start = _repository(repo_id, api, private)
-        if not create_pr:
-            tagged = _sha(api, repo_id, revision)
-            if tagged and not same_tree(package, repo_id, tagged, api):
-                raise PublishError(
-                    f"{repo_id} has a tag {revision} with other files, and what a tag names never changes: give "
-                    "another by --revision"
-                )
-        if same_tree(package, repo_id, start, api):
-            commit = start
-        elif create_pr:
-            return _pull_request(package, repo_id, start, api, folder)
-        else:
-            commit = _by_way_of_a_branch(package, repo_id, start, api, folder)
-        if not create_pr and tagged is None:
+        is_there = same_tree(package, repo_id, start, api)
+        if create_pr:
+            main = f"{api.endpoint}/{repo_id}/tree/main"
+            return main if is_there else _pull_request(package, repo_id, api, folder)
+        tagged = _sha(api, repo_id, revision)
+        if tagged and not same_tree(package, repo_id, tagged, api):
+            raise PublishError(
+                f"{repo_id} has a tag {revision} with other files, and what a tag names never changes: give "
+                "another by --revision"
+            )
+        commit = start if is_there else _by_way_of_a_branch(package, repo_id, start, api, folder)
+        if tagged is None:
             api.create_tag(repo_id, tag=revision, revision=commit)
+        _drop_branch(package, repo_id, api)
     return f"{api.endpoint}/{repo_id}/tree/{revision}"
 
 
@@ -179,19 +181,27 @@ def _stays_private(repo_id: str, found: ModelInfo | SpaceInfo, private: bool):
 
 
 def _by_way_of_a_branch(package: Package, repo_id: str, start: str, api: HfApi, folder: Path) -> str:
-    branch = f"publish-{package.sha[:12]}"
-    api.create_branch(repo_id, branch=branch, exist_ok=True)
-    staged = _commit(package, repo_id, api, revision=branch).oid
+    api.create_branch(repo_id, branch=_branch(package), exist_ok=True)
+    staged = _commit(package, repo_id, api, revision=_branch(package)).oid
     _check(package, repo_id, staged, api, folder)
     # The same files again, of which the Hub has all: one commit, and only if nobody else made one.
     commit = _commit(package, repo_id, api, revision="main", parent_commit=start).oid
     if not same_tree(package, repo_id, commit, api):
         raise PublishError(f"{repo_id} at {commit} is not what was committed; run the same command again")
-    api.delete_branch(repo_id, branch=branch)
     return commit
 
 
-def _pull_request(package: Package, repo_id: str, start: str, api: HfApi, folder: Path) -> str:
+def _branch(package: Package) -> str:
+    return f"publish-{package.sha[:12]}"
+
+
+def _drop_branch(package: Package, repo_id: str, api: HfApi):
+    """This run's, or that of an earlier one that failed just before this."""
+    if any(ref.name == _branch(package) for ref in api.list_repo_refs(repo_id).branches):
+        api.delete_branch(repo_id, branch=_branch(package))
+
+
+def _pull_request(package: Package, repo_id: str, api: HfApi, folder: Path) -> str:
     refs = api.list_repo_refs(repo_id, include_pull_requests=True)
     for ref in refs.pull_requests or []:
         if same_tree(package, repo_id, ref.target_commit, api):  # of an earlier run

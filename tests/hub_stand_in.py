@@ -81,7 +81,7 @@ class HubStandIn:
         self.blobs.mkdir(parents=True)
         self.repos, self.log, self.uploaded = {}, [], []
         self.parts = defaultdict(dict)
-        self.fail_at, self.fault, self.writes_only = None, None, False
+        self.fail_at, self.fault = None, None
         self.failed = None  # the request that was made to fail
         self.lock = threading.RLock()
         self.before = None  # called with (method, path) before each request, under the lock
@@ -139,15 +139,13 @@ class HubStandIn:
 
     def handle(self, request):
         path = urlsplit(request.path)
-        number = None
         with self.lock:
-            if not (self.writes_only and request.command in ("GET", "HEAD")):
-                number = len(self.log)
-                self.log.append((request.command, path.path))
+            number = len(self.log)
+            self.log.append((request.command, path.path))
             if self.before:
                 self.before(request.command, path.path)
         length = int(request.headers.get("Content-Length") or 0)
-        fault = self.fault if number is not None and number == self.fail_at else None
+        fault = self.fault if number == self.fail_at else None
         if fault is not None:
             self.failed = (request.command, path.path)
         if fault == "cut":  # half the body is read, then nothing more is heard of us
@@ -254,6 +252,9 @@ class HubStandIn:
             "id": name, "modelId": name, "sha": commit.oid, "private": repo.private, "siblings": siblings, "tags": [],
             "gated": repo.gated, "downloads": 0, "likes": 0, "lastModified": DATE, "createdAt": DATE,
         }  # fmt: skip
+
+    def auth_check(self, user, query, body, kind, name):
+        self._repo(kind, name, user)
 
     def refs(self, user, query, body, kind, name):
         repo = self._repo(kind, name, user)
@@ -431,6 +432,7 @@ ROUTES = [
     ("POST", "/api/validate-yaml", HubStandIn.validate),
     ("GET", f"/api/{KIND}/{NAME}", HubStandIn.info),
     ("GET", f"/api/{KIND}/{NAME}/revision/([^/]+)", HubStandIn.info),
+    ("GET", f"/api/{KIND}/{NAME}/auth-check", HubStandIn.auth_check),
     ("GET", f"/api/{KIND}/{NAME}/refs", HubStandIn.refs),
     ("GET", f"/api/{KIND}/{NAME}/tree/([^/]+)", HubStandIn.tree),
     ("POST", f"/api/{KIND}/{NAME}/paths-info/([^/]+)", HubStandIn.paths_info),

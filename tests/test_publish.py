@@ -162,20 +162,13 @@ def states(hub):
 FAULTS = ("cut", 400, "lost reply")
 
 
-def count_writes(hub, folder):
-    hub.log.clear()
-    hub.writes_only = True
-    publish(hub, folder, revision="v2")
-    return len(hub.log)
-
-
 def assert_whole_after_a_failure(checkpoint, newer, folder, fault, number):
     """The first state stays visible or the new one is; the same command then ends in the new one."""
     with HubStandIn(folder) as hub:
         publish(hub, checkpoint)
         old, new = hub.files(REPO), None
         hub.log.clear()
-        hub.writes_only, hub.fail_at, hub.fault = True, number, fault
+        hub.fail_at, hub.fault = number, fault
         try:
             publish(hub, newer, revision="v2")
         except PublishError as error:
@@ -200,10 +193,13 @@ def assert_whole_after_a_failure(checkpoint, newer, folder, fault, number):
 
 
 @pytest.fixture
-def writes(checkpoint, newer, tmp_path, unverified):
+def requests(checkpoint, newer, tmp_path, unverified):
+    """How many it takes to publish a new state over an old one."""
     with HubStandIn(tmp_path / "counted") as hub:
         publish(hub, checkpoint)
-        return count_writes(hub, newer)
+        hub.log.clear()
+        publish(hub, newer, revision="v2")
+        return len(hub.log)
 
 
 @pytest.fixture
@@ -215,23 +211,37 @@ def impatient(monkeypatch):
 
 
 def test_a_failure_in_the_middle_leaves_the_old_state_or_the_new(
-    checkpoint, newer, tmp_path, writes, unverified, impatient
+    checkpoint, newer, tmp_path, requests, unverified, impatient
 ):
-    for number in range(0, writes, 4):
-        fault = FAULTS[number // 4 % 3]
+    for number in range(0, requests, 5):
+        fault = FAULTS[number // 5 % 3]
         assert_whole_after_a_failure(checkpoint, newer, tmp_path / f"{number}", fault, number)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("fault", FAULTS)
 def test_whichever_request_fails_readers_see_the_old_state_or_the_new(
-    checkpoint, newer, tmp_path, writes, unverified, impatient, fault
+    checkpoint, newer, tmp_path, requests, unverified, impatient, fault
 ):
     failed = [
         assert_whole_after_a_failure(checkpoint, newer, tmp_path / f"{number}", fault, number)
-        for number in range(writes)
+        for number in range(requests)
     ]
-    assert {"POST", "PUT"} <= {method for method, _ in failed}
+    assert {"GET", "POST", "PUT", "DELETE"} <= {method for method, _ in failed}
+
+
+def test_a_branch_that_could_not_be_removed_is_removed_by_the_next_run(checkpoint, hub, unverified):
+    def fail_the_removal(method, path):
+        if method == "DELETE":
+            hub.before, hub.fault, hub.fail_at = None, 400, len(hub.log) - 1
+
+    hub.before = fail_the_removal
+    with pytest.raises(PublishError, match="400: made to fail"):
+        publish(hub, checkpoint)
+    repo = hub.repos["model", REPO]
+    assert any("publish-" in name for name in repo.refs)
+    publish(hub, checkpoint)
+    assert set(repo.refs) == {"refs/heads/main", "refs/tags/v0.1.0"}
 
 
 def test_what_loads_as_another_model_never_reaches_main(checkpoint, newer, hub, monkeypatch):
@@ -319,6 +329,13 @@ def test_a_repository_that_is_gated_is_told(checkpoint, hub):
     hub.make_repo(REPO, gated=True)
     with pytest.raises(PublishError, match="gated: accept its conditions"):
         publish(hub, checkpoint, token="hf_stranger")
+
+
+def test_an_adapter_whose_base_is_gated_is_told_before_anything_is_sent(adapter, hub):
+    hub.make_repo("stranger/base", gated=True)
+    with pytest.raises(PublishError, match="refuses stranger/base .*gated: accept its conditions"):
+        publish(hub, adapter, adapter=True, base_model="stranger/base@abc", repo_id="jinlab/adapter")
+    assert ("model", "jinlab/adapter") not in hub.repos
 
 
 def test_a_hub_that_is_not_there_is_told(checkpoint, tmp_path, impatient):
