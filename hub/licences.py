@@ -6,26 +6,34 @@ else what the publisher says (`--vision_licence`, `--text_licence`).
 """
 
 import json
+import re
 from dataclasses import dataclass
+from importlib.metadata import distribution
 from pathlib import Path
 
-from .assemble import LICENCE_FILES, MANIFEST
+from .assemble import MANIFEST
+from .provenance import ROOT
+
+LICENCE = "LICENSE.md"
 
 DINOV3, DINOV3_LINK = "dinov3-license", "https://ai.meta.com/resources/models-and-libraries/dinov3-license"
 LLAMA_NOTICE = (
-    "Llama {version} is licensed under the Llama {version} Community License, Copyright (c) Meta Platforms, Inc. All "
-    "Rights Reserved."
+    "{name} is licensed under the {name} Community License, Copyright (c) Meta Platforms, Inc. All Rights Reserved."
 )
 OPEN = ("apache-2.0", "mit", "bsd-3-clause", "bsd-2-clause")
+OPEN_DATA = (
+    *OPEN, "cc0-1.0", "pddl", "odc-by", "odbl", "cdla-permissive-1.0", "cdla-permissive-2.0",
+    *(f"cc-by{kind}-{version}" for kind in ("", "-sa") for version in ("2.0", "2.5", "3.0", "4.0")),
+)  # fmt: skip
 FAMILIES = {  # of a part whose card declares nothing: known names' beginnings to the licence of their weights
-    "facebook/dinov3": DINOV3,
     "facebook/dinov2": "apache-2.0",
     "openai/clip": "mit",
     "google/siglip": "apache-2.0",
-    "meta-llama/llama-3.2": "llama3.2",
-    "meta-llama/llama-3.1": "llama3.1",
     "qwen/qwen2.5-1.5b": "apache-2.0",
 }
+# Names that no statement changes, of a local copy too: "Llama-3.2-3B-tuned", but not "ollama/qwen".
+LLAMA = re.compile(r"(?<![a-z])llama(?:-?(\d(?:\.\d)?))?")
+AGREEMENT = "LICEN[CS]E*"
 
 
 class LicenceError(ValueError):
@@ -82,13 +90,13 @@ def terms(
     for part in parts:
         if part.licence not in OPEN:
             _need_agreement(part, folder)
-    teachers = sorted({*(outputs_of or []), *_annotators(folder)})
+    teachers = sorted({*(outputs_of or []), *_annotators(manifest, folder)})
     _need_llama_name(parts, teachers, repo_id)
     return Terms(
         metadata=_metadata(parts),
-        notices=[LLAMA_NOTICE.format(version=part.licence.removeprefix("llama")) for part in parts if part.is_llama],
+        notices=[LLAMA_NOTICE.format(name=_llama_name(part.licence)) for part in parts if part.is_llama],
         credits=_credits(parts, teachers),
-        warnings=_data_warnings(manifest, data_licences or {}),
+        warnings=_part_warnings(parts) + _data_warnings(manifest, data_licences or {}),
     )
 
 
@@ -109,7 +117,7 @@ def read_manifest(folder: Path) -> dict:
 def _part(name: str, manifest: dict, stated: dict[str, str]) -> Part:
     entry = manifest[name]
     source = entry.get("source") or "an unnamed model"
-    declared = entry.get("license")
+    declared = _by_name(source) or _strictest(entry.get("license"))
     if declared in ("other", "unknown"):
         declared = entry.get("license_name")
     if declared is None:
@@ -128,20 +136,36 @@ def _part(name: str, manifest: dict, stated: dict[str, str]) -> Part:
     return Part(name, source, entry.get("revision"), licence)
 
 
+def _by_name(source: str) -> str | None:
+    """The licence of DINOv3 and Llama weights, which their names tell wherever a copy of them lies."""
+    name = source.lower().rstrip("/").rpartition("/")[2]
+    if name.startswith("dinov3"):
+        return DINOV3
+    llama = LLAMA.search(name)
+    return f"llama{llama[1]}" if llama and llama[1] else None
+
+
+def _strictest(declared: str | list[str] | None) -> str | None:
+    """A card may declare several licences: the first that is not open."""
+    if isinstance(declared, list):
+        return next((licence for licence in declared if licence not in OPEN), *declared[:1] or [None])
+    return declared
+
+
 def _need_agreement(part: Part, folder: Path):
     """The DINOv3 and the Llama licence, among others, want a copy of the agreement to travel with the weights."""
-    places = [Path(folder) / "licences" / part.name, Path(folder)]
-    if not any(file.stat().st_size for place in places for pattern in LICENCE_FILES for file in place.glob(pattern)):
+    place = Path(folder) / "licences" / part.name
+    if not any(file.stat().st_size for file in place.glob(AGREEMENT)):
         raise LicenceError(
             f"the {part.name} part, {part.source}, stands under {part.licence}, which asks for a copy of the "
-            f"agreement beside the weights: put it into {places[0]}/LICENSE (its own repository has it)"
+            f"agreement beside the weights: put it into {place}/LICENSE (its own repository has it)"
         )
 
 
 def _need_llama_name(parts: list[Part], teachers: list[str], repo_id: str):
     """Llama's licence: what holds Llama, or was trained on what Llama said, has a name that begins with Llama."""
     reasons = [f"its language model is {part.source}" for part in parts if part.is_llama]
-    reasons += [f"it was trained on outputs of {name}" for name in teachers if "llama" in name.lower()]
+    reasons += [f"it was trained on outputs of {name}" for name in teachers if LLAMA.search(name.lower())]
     name = repo_id.rpartition("/")[2]
     if reasons and not name.startswith("Llama"):
         raise LicenceError(
@@ -159,12 +183,12 @@ def _metadata(parts: list[Part]) -> dict[str, str]:
         return {"license": "other", "license_name": DINOV3, "license_link": DINOV3_LINK}
     if len(strict) == 1 and strict[0].startswith("llama"):
         return {"license": strict[0]}
-    return {"license": "other", "license_name": "-and-".join(strict), "license_link": "NOTICE"}
+    return {"license": "other", "license_name": "-and-".join(strict), "license_link": LICENCE}
 
 
 def _credits(parts: list[Part], teachers: list[str]) -> list[str]:
     lines = [f"{part.name} part: {part.source}, under {part.licence}" for part in parts]
-    if any(part.is_llama for part in parts) or any("llama" in name.lower() for name in teachers):
+    if any(part.is_llama for part in parts) or any(LLAMA.search(name.lower()) for name in teachers):
         lines.append("**Built with Llama**")
     if any(part.licence == DINOV3 for part in parts):
         lines.append("built with DINOv3; what is made of it may be passed on under the DINOv3 licence alone")
@@ -172,15 +196,36 @@ def _credits(parts: list[Part], teachers: list[str]) -> list[str]:
 
 
 def _data_warnings(manifest: dict, data_licences: dict[str, str]) -> list[str]:
-    sources = {public_name(entry) for run in manifest.get("training", []) for entry in run["settings"].get("data", [])}
+    sources = {public_name(entry) for run in manifest.get("training", []) for entry in data_of(run)}
     warnings = []
     for source in sorted(sources):
-        licence = data_licences.get(source, "unknown").lower()
-        if licence == "unknown":
+        licence = data_licences.get(source, "").lower()
+        if licence in ("", "unknown", "other"):
             warnings.append(f"The licence of the training data `{source}` is not known.")
-        elif "-nc" in licence or "non-commercial" in licence:
+        elif _is_non_commercial(licence):
             warnings.append(f"The training data `{source}` are for non-commercial use ({licence}).")
+        elif licence not in OPEN_DATA:
+            warnings.append(f"The training data `{source}` stand under {licence}: see what it allows.")
     return warnings
+
+
+def _part_warnings(parts: list[Part]) -> list[str]:
+    return [
+        f"The {part.name} part, `{part.source}`, is for non-commercial use ({part.licence})."
+        for part in parts
+        if _is_non_commercial(part.licence)
+    ]
+
+
+def _is_non_commercial(licence: str) -> bool:
+    words = re.split(r"[^a-z]+", licence.lower())
+    return "nc" in words or "noncommercial" in words or "non commercial" in " ".join(words)
+
+
+def data_of(run: dict) -> list:
+    """The sources of a training as its manifest names them."""
+    data = run.get("settings", {}).get("data") or []
+    return [data] if isinstance(data, str | dict) else data
 
 
 def public_name(entry) -> str:
@@ -189,7 +234,29 @@ def public_name(entry) -> str:
     return Path(text).name if text.startswith(("/", "~", "./", "../")) else text
 
 
-def _annotators(folder: Path) -> list[str]:
-    """Models that labelled what the controller was trained on, as its report tells."""
+def _annotators(manifest: dict, folder: Path) -> set[str]:
+    """Models that labelled what the controller was trained on, as its training tells, or its report."""
     path = Path(folder) / "controller_report.json"
-    return json.loads(path.read_text()).get("annotators", []) if path.is_file() else []
+    told = [*manifest.get("training", []), json.loads(path.read_text()) if path.is_file() else {}]
+    return {name for entry in told for name in entry.get("annotators") or []}
+
+
+def _llama_name(licence: str) -> str:
+    """What Meta calls the model of a licence such as llama3.2 or llama-3.2-community-license."""
+    version = LLAMA.search(licence)[1] or ""
+    return {"3": "Meta Llama 3"}.get(version, f"Llama {version}".rstrip())
+
+
+def licence_text(terms: Terms, agreements: list[str]) -> str:
+    """
+    LICENSE.md of a package: the code under Apache-2.0, whose text it holds, and where the parts' agreements are.
+
+    Args:
+        agreements: paths in the package.
+    """
+    own = distribution("granulon").read_text("licenses/LICENSE") or (ROOT / "LICENSE").read_text(encoding="utf-8")
+    parts = [*(f"- {line}" for line in terms.credits), *(f"- agreement: [{path}]({path})" for path in agreements)]
+    return "\n".join(
+        ["# Licences", "", "The weights hold parts of others and stand under their licences:", "", *parts, ""]
+        + ["The code in this repository stands under the Apache License 2.0:", "", "```", own.rstrip(), "```", ""]
+    )

@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 
 from .assemble import LICENCE_FILES, MANIFEST, TRAINABLE, TRAINED
-from .licences import Terms, public_name, read_manifest
+from .licences import LICENCE, Terms, data_of, licence_text, public_name, read_manifest
 
 KINDS = ("model", "adapter", "trainable")
 CARD, NOTICE, INDEX = "README.md", "NOTICE", "model.safetensors.index.json"
@@ -94,6 +94,7 @@ def make_package(folder: str | Path, kind: str, terms: Terms, repo_id: str, revi
         files[NOTICE] = "\n".join(
             [*own.splitlines(), *(line for line in terms.notices if line not in own), ""]
         ).encode()
+    files[LICENCE] = licence_text(terms, [name for name in kept if name.startswith("licences/")]).encode()
     files[CARD] = card(folder, kind, terms, repo_id, revision, base).encode()
     return Package(kind, files, base)
 
@@ -138,7 +139,7 @@ def card(
 def _told(run: dict) -> dict:
     made = run.get("versions", {})
     return run | {
-        "data": ", ".join(map(public_name, run["settings"].get("data", []))),
+        "data": ", ".join(map(public_name, data_of(run))),
         "code": " ".join(filter(None, (made.get("granulon"), (made.get("granulon_commit") or "")[:12]))),
     }
 
@@ -207,7 +208,9 @@ def _check_code(folder: Path, kept: dict[str, Path], whole: bool = True):
 def _trained_weights(folder: Path) -> bytes:
     """Projector, gains and controller; for a model whose language model is its makers' still."""
     manifest = read_manifest(folder)
-    if changed := [run["stage"] for run in manifest.get("training", []) if run["stage"] != "align"]:
+    if changed := [
+        run["stage"] for run in manifest.get("training", []) if run["stage"] not in ("align", "controller")
+    ]:
         raise ValueError(
             f"the language model was trained too (stages {changed}): without its weights the rest is of no use; "
             "publish the whole model or an adapter"

@@ -188,6 +188,8 @@ def test_the_command_leaves_the_checkpoint_with_another_controller_and_nothing_e
     names = {file.name for file in checkpoint.iterdir()} - {"optimizer.pt"} | {REPORT, PICTURE}
     assert {file.name for file in output.iterdir()} == names
     assert json.loads((output / REPORT).read_text())["splits"]["test_questions"]["controller"]["accuracy"][0] > 0.9
+    told = json.loads((output / "granulon_manifest.json").read_text())["training"][-1]
+    assert told["stage"] == "controller" and told["rows"] and told["annotators"] == [] and told["versions"]["torch"]
     assert Image.open(output / PICTURE).width > 300
     model = AutoModelForImageTextToText.from_pretrained(output, trust_remote_code=True)
     asked = [row for row in make_corpus() if row["split"] == "test_questions"]

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from granulon.hub.licences import DINOV3_LINK, LicenceError, terms
+from granulon.hub.licences import DINOV3_LINK, LicenceError, licence_text, terms
 
 DINOV3 = {"source": "facebook/dinov3-vitl16-pretrain-lvd1689m", "revision": "a", "model_type": "dinov3_vit",
           "license": "other", "license_name": "dinov3-license"}  # fmt: skip
@@ -83,7 +83,7 @@ def test_what_llama_taught_has_a_name_that_begins_with_llama(checkpoint):
 def test_dinov3_with_llama_stands_under_both(checkpoint):
     found = terms(checkpoint(DINOV3, LLAMA), "me/Llama-granulon")
     assert found.metadata == {
-        "license": "other", "license_name": "dinov3-license-and-llama3.2", "license_link": "NOTICE"
+        "license": "other", "license_name": "dinov3-license-and-llama3.2", "license_link": "LICENSE.md"
     }  # fmt: skip
 
 
@@ -105,6 +105,89 @@ def test_known_names_have_known_licences_where_the_card_declares_none(checkpoint
     undeclared = {**DINOV3, "license": None, "license_name": None}
     with pytest.raises(LicenceError, match="dinov3-license, which asks for a copy"):
         terms(checkpoint(undeclared, QWEN, agreements=()), "me/granulon")
+
+
+@pytest.mark.parametrize("source", ["Llama-3.2-3B-Instruct", "models/Llama-3.2-3B", "someone/Llama-3.2-3B-tuned"])
+def test_a_copy_of_llama_is_llama_whatever_is_said_of_it(checkpoint, source):
+    for declared in (None, "apache-2.0", "llama3.2"):
+        folder = checkpoint(CLIP, {**LLAMA, "source": source, "license": declared})
+        with pytest.raises(LicenceError, match="must begin with Llama"):
+            terms(folder, "me/granulon")
+        assert terms(folder, "me/Llama-granulon").metadata == {"license": "llama3.2"}
+    with pytest.raises(LicenceError, match="stands under llama3.2"):
+        terms(folder, "me/Llama-granulon", stated={"text": "apache-2.0"})
+
+
+def test_a_copy_of_dinov3_is_dinov3_whatever_is_said_of_it(checkpoint):
+    part = {**OWN, "source": "weights/dinov3-vitl16-pretrain-lvd1689m", "license": "apache-2.0"}
+    assert terms(checkpoint(part, QWEN), "me/granulon").metadata["license_name"] == "dinov3-license"
+
+
+@pytest.mark.parametrize(
+    "declared, name",
+    [
+        ("llama3.2", "Llama 3.2"),
+        ("llama3", "Meta Llama 3"),
+        ("llama2", "Llama 2"),
+        ("llama-3.1-community", "Llama 3.1"),
+    ],
+)
+def test_the_notice_names_the_version(checkpoint, declared, name):
+    found = terms(checkpoint(CLIP, {**LLAMA, "source": "a/b", "license": declared}), "me/Llama-granulon")
+    assert found.notices[0].startswith(f"{name} is licensed under the {name} Community License, Copyright (c) Meta")
+
+
+@pytest.mark.parametrize("file", ["NOTICE", "LICENSE", "licences/vision/NOTICE", "licences/vision/USE_POLICY.md"])
+def test_what_is_no_copy_of_the_agreement_is_not_taken_for_one(checkpoint, file):
+    folder = checkpoint(DINOV3, QWEN, agreements=("text",))
+    (folder / file).parent.mkdir(parents=True, exist_ok=True)
+    (folder / file).write_text("something else")
+    with pytest.raises(LicenceError, match="copy of the agreement"):
+        terms(folder, "me/granulon")
+
+
+def test_an_annotator_is_remembered_by_the_stages_that_follow(checkpoint):
+    """The report stays behind when the next stage saves; what the manifest tells goes on."""
+    taught = {"stage": "controller", "annotators": ["meta-llama/Llama-3.3-70B-Instruct"], "settings": {"data": []}}
+    folder = checkpoint(CLIP, QWEN, training=[taught, {"stage": "sft", "settings": {"data": []}}])
+    with pytest.raises(LicenceError, match="trained on outputs of meta-llama/Llama-3.3-70B-Instruct"):
+        terms(folder, "me/granulon")
+    assert terms(checkpoint(CLIP, QWEN, training=[{"stage": "x", "annotators": None}]), "me/granulon")
+    assert terms(checkpoint(CLIP, QWEN, training=[{**taught, "annotators": ["ollama/qwen2.5"]}]), "me/granulon")
+
+
+def test_a_part_for_non_commercial_use_is_warned_of(checkpoint):
+    for licence in ("cc-by-nc-4.0", "CC BY NC 4.0", "noncommercial"):
+        found = terms(checkpoint({**CLIP, "source": "a/b", "license": licence}, QWEN), "me/granulon")
+        assert found.warnings == [f"The vision part, `a/b`, is for non-commercial use ({licence.lower()})."]
+
+
+def test_a_card_with_several_licences_counts_as_the_strictest(checkpoint):
+    part = {**CLIP, "source": "a/b", "license": ["mit", "cc-by-nc-4.0"]}
+    assert terms(checkpoint(part, QWEN), "me/granulon").metadata["license_name"] == "cc-by-nc-4.0"
+    part["license"] = ["mit", "apache-2.0"]
+    assert terms(checkpoint(part, QWEN), "me/granulon").metadata == {"license": "apache-2.0"}
+
+
+@pytest.mark.parametrize(
+    "licence, warned",
+    [
+        ("", "is not known"), ("other", "is not known"), ("CC BY NC 4.0", "non-commercial"),
+        ("noncommercial", "non-commercial"), ("my-own-terms", "see what it allows"), ("cc-by-4.0", None),
+        ("mit", None),
+    ],
+)  # fmt: skip
+def test_data_are_warned_of_unless_their_licence_is_known_to_be_open(checkpoint, licence, warned):
+    folder = checkpoint(CLIP, QWEN, training=[{"stage": "sft", "settings": {"data": "some/data"}}])
+    warnings = terms(folder, "me/granulon", data_licences={"some/data": licence}).warnings
+    assert len(warnings) == (warned is not None) and all(warned in line and "`some/data`" in line for line in warnings)
+
+
+def test_the_licence_file_tells_of_every_part_and_holds_that_of_the_code(checkpoint):
+    found = terms(checkpoint(DINOV3, LLAMA), "me/Llama-granulon")
+    text = licence_text(found, ["licences/vision/LICENSE.md"])
+    assert "facebook/dinov3-vitl16" in text and "meta-llama/Llama-3.2" in text
+    assert "(licences/vision/LICENSE.md)" in text and "Apache License" in text and "TERMS AND CONDITIONS" in text
 
 
 def test_data_that_are_unknown_or_non_commercial_are_warned_of(checkpoint):

@@ -119,7 +119,7 @@ def test_the_published_files_are_the_packages_and_the_checkpoints_and_nothing_of
     assert set(files) == {
         *CODE, ".gitattributes", "README.md", "config.json", "generation_config.json", "model.safetensors",
         "granulon_manifest.json", "processor_config.json", "tokenizer.json", "tokenizer_config.json",
-        "chat_template.jinja", ".eval_results/pope.yaml",
+        "chat_template.jinja", ".eval_results/pope.yaml", "LICENSE.md",
     }  # fmt: skip
     assert b"/home/me" not in b"".join(files.values())
     assert [name for name in hub.repos["model", REPO].refs if "publish-" in name] == [], "the branch is gone"

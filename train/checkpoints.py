@@ -169,6 +169,11 @@ def record_training(config, folder: Path, **told):
         told: what the entry says: stage, recipe, settings, rows, steps, seed, processes, base. Versions are added.
     """
     copy_documents(config, folder)
+    tell_training(folder, **told)
+
+
+def tell_training(folder: Path, **told):
+    """The entry alone, in the manifest that the folder has."""
     path = folder / MANIFEST
     manifest = json.loads(path.read_text()) if path.exists() else {}
     manifest["training"] = [*manifest.get("training", []), {**told, "versions": versions(*LIBRARIES)}]

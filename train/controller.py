@@ -26,9 +26,11 @@ from tqdm import tqdm
 from transformers import HfArgumentParser
 
 from granulon.hub.assemble import complete_or_absent
+from granulon.hub.licences import public_name
 from modeling_granulon import GranulonForConditionalGeneration, GranulonProcessor
 from modeling_granulon.granularity_controller import GranularityController, first_layer_states
 
+from .checkpoints import tell_training
 from .corpus import ANNOTATED, TEST, TRAIN, VALIDATION, check_rows, read_corpus
 from .level_scores import draw_confusions, scores
 from .measured import compare_levels
@@ -357,9 +359,26 @@ def save_with_controller(source: Path, controller: GranularityController, report
                 "save_pretrained first"
             )
         (folder / REPORT).write_text(json.dumps(report, indent=1) + "\n")
+        _tell(folder, report)
         if report["splits"]:
             confusions = {split: part["controller"]["confusion"] for split, part in report["splits"].items()}
             draw_confusions(confusions, report["levels"], folder / PICTURE)
+
+
+def _tell(folder: Path, report: dict):
+    """In the manifest, which later stages keep: what the controller was trained on, and who labelled it."""
+    corpus = report.get("corpus")
+    tell_training(
+        folder,
+        stage="controller",
+        recipe=corpus and public_name(corpus),
+        settings={"data": [corpus] if corpus not in (None, SEED_CORPUS) else []},
+        rows=sum(report["rows"].values()),
+        steps=f"{report['best_epoch']} epochs",
+        seed=report.get("seed"),
+        processes=1,
+        annotators=report["annotators"],
+    )
 
 
 def run(arguments: ControllerArguments) -> dict:
@@ -375,7 +394,7 @@ def run(arguments: ControllerArguments) -> dict:
     if torch.cuda.is_available():
         model = model.to("cuda")
     processor = load_processor(str(source), model.config)
-    report = {"model": arguments.model, "corpus": arguments.corpus} | train_controller(
+    report = {"model": arguments.model, "corpus": arguments.corpus, "seed": arguments.seed} | train_controller(
         model,
         processor,
         rows,
