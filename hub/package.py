@@ -9,11 +9,12 @@ from importlib.resources import files as package_files
 from pathlib import Path, PurePosixPath
 
 import yaml
-from huggingface_hub import ModelCard, ModelCardData, parse_eval_result_entries
+from huggingface_hub import EvalResultEntry, ModelCard, ModelCardData, parse_eval_result_entries
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 
 from .assemble import LICENCE_FILES, MANIFEST, TRAINABLE, TRAINED
+from .eval_results import eval_results
 from .licences import LICENCE, Terms, data_of, licence_text, public_name, read_manifest
 
 KINDS = ("model", "adapter", "trainable")
@@ -69,9 +70,15 @@ class Package:
         )
 
 
-def make_package(folder: str | Path, kind: str, terms: Terms, repo_id: str, revision: str, base=None) -> Package:
+def make_package(
+    folder: str | Path, kind: str, terms: Terms, repo_id: str, revision: str, base=None, results=None
+) -> Package:
     """
     The files of a checkpoint that go to the Hub, the card and the notices among them.
+
+    Args:
+        base: of an adapter, what it was trained on, OWNER/NAME@REVISION, where it does not say so itself.
+        results: folder of what granulon-evaluate found, to be told on the card.
 
     Raises:
         ValueError: a folder that is not what `kind` says, lacks files, or holds other code than this package.
@@ -83,7 +90,7 @@ def make_package(folder: str | Path, kind: str, terms: Terms, repo_id: str, revi
     {"model": _check_model, "adapter": _check_adapter, "trainable": _check_model}[kind](folder, kept)
     read_manifest(folder)  # which tells what is wrong with it
     hidden = {name: _public(path) for name, path in kept.items() if name.endswith(".json") and name not in TOKENS}
-    files = {**kept, **hidden}
+    files = {**kept, **hidden, **(eval_results(Path(results), folder) if results else {})}
     if kind == "trainable":
         files[TRAINABLE] = _trained_weights(folder)
     if kind == "adapter":
@@ -95,12 +102,18 @@ def make_package(folder: str | Path, kind: str, terms: Terms, repo_id: str, revi
             [*own.splitlines(), *(line for line in terms.notices if line not in own), ""]
         ).encode()
     files[LICENCE] = licence_text(terms, [name for name in kept if name.startswith("licences/")]).encode()
-    files[CARD] = card(folder, kind, terms, repo_id, revision, base).encode()
+    files[CARD] = card(folder, kind, terms, repo_id, revision, base, _results(files)).encode()
     return Package(kind, files, base)
 
 
 def card(
-    folder: Path, kind: str, terms: Terms, repo_id: str, revision: str, base: tuple[str, str] | None = None
+    folder: Path,
+    kind: str,
+    terms: Terms,
+    repo_id: str,
+    revision: str,
+    base: tuple[str, str] | None,
+    results: list[EvalResultEntry],
 ) -> str:
     """The model card, from the manifest and what the licences ask for."""
     manifest = read_manifest(folder)
@@ -129,7 +142,7 @@ def card(
             parts=[part | {"licence": lines[part["name"]]} for part in parts],
             granularities=config.get("granularities"),
             training=[_told(run) for run in manifest.get("training", [])],
-            results=_results(folder),
+            results=results,
             credits=terms.credits,
             warnings=terms.warnings,
         )
@@ -144,13 +157,14 @@ def _told(run: dict) -> dict:
     }
 
 
-def _results(folder: Path) -> list:
+def _results(files: dict[str, Path | bytes]) -> list[EvalResultEntry]:
     entries = []
-    for file in sorted((folder / ".eval_results").glob("*.yaml")):
+    for name in sorted(name for name in files if matches(name, [RESULTS])):
+        content = files[name] if isinstance(files[name], bytes) else files[name].read_bytes()
         try:
-            entries += parse_eval_result_entries(yaml.safe_load(file.read_text()))
+            entries += parse_eval_result_entries(yaml.safe_load(content))
         except (KeyError, TypeError, ValueError, yaml.YAMLError) as error:
-            raise ValueError(f"{file} does not hold evaluation results as the Hub reads them: {error!r}") from error
+            raise ValueError(f"{name} does not hold evaluation results as the Hub reads them: {error!r}") from error
     return entries
 
 

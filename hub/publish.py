@@ -53,6 +53,9 @@ class PublishArguments:
     space: str | None = field(
         default=None, metadata={"help": "also upload the Space, for this model, under this name"}
     )
+    results: str | None = field(
+        default=None, metadata={"help": "what granulon-evaluate --output wrote about this folder, for the card"}
+    )
     dry_run: bool = field(default=False, metadata={"help": "print what would go where; send nothing"})
     vision_licence: str | None = field(default=None, metadata={"help": "where the encoder declares none"})
     text_licence: str | None = field(default=None, metadata={"help": "where the language model declares none"})
@@ -92,7 +95,13 @@ def run(arguments: PublishArguments, api: HfApi):
         outputs_of=arguments.outputs_of,
     )
     package = make_package(
-        folder, arguments.kind, agreed, arguments.repo_id, arguments.revision, base=arguments.base_model
+        folder,
+        arguments.kind,
+        agreed,
+        arguments.repo_id,
+        arguments.revision,
+        base=arguments.base_model,
+        results=arguments.results,
     )
     for warning in [*agreed.warnings, *_space_warnings(arguments)]:
         print(f"warning: {warning}", file=sys.stderr)

@@ -20,6 +20,7 @@ from trl import ModelConfig
 import modeling_granulon
 from granulon.hub import publish as module
 from granulon.hub.assemble import assemble
+from granulon.hub.eval_results import weights_sha256
 from granulon.hub.package import make_package
 from granulon.hub.publish import PublishArguments, PublishError, run
 from granulon.hub.tiny import assemble_tiny
@@ -388,6 +389,25 @@ def test_the_card_tells_how_to_load_what_is_inside_and_validates(checkpoint):
     assert "| coarse | 4 | 6 | 5 |" in card.text and "2603.08800" in card.text
     assert "The licence of the training data" in card.text
     assert "{{" not in card.text and "{%" not in card.text
+
+
+def test_what_the_evaluation_found_stands_on_the_card_and_in_its_own_file(checkpoint, hub, tmp_path, unverified):
+    cell = {
+        "row": {"granularity": None, "view": "full", "overrides": {}},
+        "task": {"name": "mmvp", "config": {"dataset_path": "lmms-lab-encoder/MMVP"}},
+        "settings": {"limit": None, "sample_rows": False},
+        "model": {"sha256": weights_sha256(checkpoint)},
+        "metrics": {"pairs": {"value": 0.25, "low": 0.2, "high": 0.3, "n": 150}},
+        "not_computed": {},
+        "finished_at": "2026-01-02T03:04:05+00:00",
+    }
+    (tmp_path / "results" / "cells" / "mmvp").mkdir(parents=True)
+    (tmp_path / "results" / "cells" / "mmvp" / "result.json").write_text(json.dumps(cell))
+    publish(hub, checkpoint, results=str(tmp_path / "results"))
+    files = hub.files(REPO)
+    assert b"lmms-lab-encoder/MMVP" in files[".eval_results/mmvp.yaml"] and ".eval_results/pope.yaml" in files
+    row = "| lmms-lab-encoder/MMVP | mmvp.pairs | 0.25 | 95% interval 0.2000 to 0.3000, n = 150 |"
+    assert row in files["README.md"].decode()
 
 
 def test_llama_and_dinov3_are_named_and_their_papers_travel(checkpoint, tmp_path, hub, unverified):
