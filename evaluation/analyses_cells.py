@@ -4,7 +4,6 @@ Nothing is run again: all of it is read from the samples, each of which carries 
 were read for it.
 """
 
-import json
 import re
 from collections import Counter, defaultdict
 from collections.abc import Sequence
@@ -19,7 +18,7 @@ from modeling_granulon.configuration_granulon import DEFAULT_GRANULARITIES
 
 from .analyses_files import COLOURS, FAINT, INK, LEVEL_COLOURS, MARKS, ranged, table
 from .bootstrap import percentiles, resampled
-from .cells import read_results, read_samples
+from .cells import fullest_cells, read_results, read_samples
 
 KNOWN_LEVELS = [entry["name"] for entry in DEFAULT_GRANULARITIES]
 # Columns that say what kind of question it is, the most telling first.
@@ -32,7 +31,7 @@ OTHER, ALL = "other", "all"
 
 def finished_cells(output: str | Path, only: Sequence[str] = ()) -> list[dict]:
     """
-    The newest finished cell of each row (as it is called and asked) and task, with its `samples_read`.
+    The finished cell of most samples of each row (as it is called and asked) and task, with its `samples_read`.
 
     Args:
         only: rows of these names; all by default.
@@ -40,16 +39,14 @@ def finished_cells(output: str | Path, only: Sequence[str] = ()) -> list[dict]:
     Raises:
         ValueError: there is none, or no row of a name.
     """
-    newest = {}
-    for result in read_results(Path(output)):
-        newest[result["row"]["name"], json.dumps([result["row"], result["task"]["name"]], sort_keys=True)] = result
-    if not newest:
+    found = fullest_cells(read_results(Path(output)))
+    if not found:
         raise ValueError(f"{output} has no finished cells; run granulon-evaluate --output {output} first")
-    rows = {row for row, _ in newest}
+    rows = {result["row"]["name"] for result in found}
     if missing := set(only) - rows:
         raise ValueError(f"{output} has no finished cell of the row {sorted(missing)}; it has {sorted(rows)}")
-    newest = {key: result for key, result in newest.items() if not only or key[0] in only}
-    return [result | {"samples_read": read_samples(Path(result["folder"]))} for result in newest.values()]
+    wanted = [result for result in found if not only or result["row"]["name"] in only]
+    return [result | {"samples_read": read_samples(Path(result["folder"]))} for result in wanted]
 
 
 def accuracy_against_tokens(cells: list[dict], metrics: dict[str, str] | None = None, seed: int = 0) -> dict:

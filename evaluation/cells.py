@@ -1,7 +1,8 @@
 """Cells of a matrix: one row (a model and how it is asked) and one task, known by what they hold.
 
-A cell's key is the hash of everything that decides its figures, so that a finished one is found again whatever the
-matrix around it looks like, and never taken for another.
+A cell's key is the hash of everything that decides its answers, so that a finished one is found again whatever the
+matrix around it looks like and wherever the model lies, and never taken for another. Rows that are called otherwise
+and are the same cell share it: each leaves its name there.
 """
 
 import hashlib
@@ -24,6 +25,7 @@ RESULT, SAMPLES, ANSWERS = "result.json", "samples.jsonl", "answers.jsonl"
 LIBRARIES = ("granulon", "lmms_eval", "transformers", "torch", "datasets", "sacrebleu", "torchmetrics", "numpy")
 WEIGHTS = ("*.safetensors", "config.json", "tokenizer.json", "chat_template.jinja", "processor_config.json")
 MANIFEST = "granulon_manifest.json"
+SCORING = ("bertscore_model", "bertscore_layer")  # settings that decide no answer
 
 
 @dataclass(frozen=True)
@@ -54,7 +56,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Settings:
-    """What all cells of a run share and what decides their figures."""
+    """What all cells of a run share and what decides their figures; BERTScore's part in it is `SCORING`."""
 
     limit: int | None = None
     seed: int = 0
@@ -140,22 +142,54 @@ def cell_key(row: Row, identity: dict, task: dict, settings: Settings) -> str:
     """The key of a cell: its row without names, what the model is, what the task is, and the settings."""
     told = {name: value for name, value in asdict(row).items() if name in ("granularity", "view", "overrides")}
     model = {name: value for name, value in identity.items() if name != "manifest"}
-    content = json.dumps([told, model, task, asdict(settings)], sort_keys=True, default=str)
+    asked = {name: value for name, value in asdict(settings).items() if name not in SCORING}
+    content = json.dumps([told, model, task, asked], sort_keys=True, default=str)
     return hashlib.sha256(content.encode()).hexdigest()[:16]
 
 
+def own_overrides(row: Row) -> dict:
+    """A row's changes of the configuration without those that the checkpoint has itself; a folder's alone is read."""
+    config = Path(row.model, "config.json")
+    own = json.loads(config.read_text()) if config.is_file() else {}
+    return {name: value for name, value in row.overrides.items() if name not in own or own[name] != value}
+
+
 def cell_folder(output: Path, cell: Cell, key: str) -> Path:
+    """Where a cell is, under whatever name it was begun, or else where it is to be."""
+    for folder in (output / "cells").glob(f"*-{key}"):
+        return folder
     slug = re.sub(r"[^\w.]+", "-", f"{cell.row.group} {cell.row.name} {cell.task}").strip("-").lower()
     return output / "cells" / f"{slug[:80]}-{key}"
 
 
+def tell_row(folder: Path, row: Row):
+    """Leave a row's name with a cell that another row has done."""
+    told = asdict(row)
+    if told != asdict(Row(**json.loads((folder / RESULT).read_text())["row"])):
+        name = hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:8]
+        write_whole(folder / f"row-{name}.json", json.dumps(told, indent=1))
+
+
 def read_results(output: Path) -> list[dict]:
-    """Every finished cell under an output folder, the newest last, with what each judge has added under `judges`."""
+    """Every finished cell under an output folder, the newest last, with all `rows` that it is the cell of, and what
+    each judge has added under `judges`."""
     results = []
     for file in sorted((output / "cells").glob(f"*/{RESULT}")):
         judges = {more.stem: json.loads(more.read_text()) for more in sorted(file.parent.glob("judge-*.json"))}
-        results.append(json.loads(file.read_text()) | {"folder": str(file.parent), "judges": judges})
+        rows = [json.loads(more.read_text()) for more in sorted(file.parent.glob("row-*.json"))]
+        result = json.loads(file.read_text())
+        results.append(result | {"folder": str(file.parent), "judges": judges, "rows": [result["row"], *rows]})
     return sorted(results, key=lambda result: result["finished_at"])
+
+
+def fullest_cells(results: list[dict]) -> list[dict]:
+    """Of each row and task the cell of most samples, the newest of several: not a short try in place of the whole."""
+    found = {}
+    for result in results:
+        key = json.dumps([result["row"], result["task"]["name"]], sort_keys=True)
+        if key not in found or result.get("samples", 0) >= found[key].get("samples", 0):
+            found[key] = result
+    return list(found.values())
 
 
 def read_samples(folder: Path) -> list[dict]:

@@ -5,6 +5,8 @@ known here keeps its own aggregation, and has a value but no interval.
 """
 
 import difflib
+import hashlib
+import json
 import sys
 from argparse import Namespace
 from functools import lru_cache
@@ -177,6 +179,14 @@ def score(
     return ours, failed, unscored
 
 
+def waiting_for_bertscore(samples: list[dict]) -> list[dict]:
+    """The samples of a finished cell as they were before BERTScore was computed."""
+    for sample in samples:
+        if UNSCORED not in sample:
+            sample["statistics"][BATCHED] = {"answer": sample["answer"], "references": sample["references"]}
+    return samples
+
+
 @lru_cache
 def _own_tasks() -> TaskManager:
     return TaskManager("ERROR", include_path=str(TASKS), include_defaults=False, model_name=MODEL_NAME)
@@ -206,8 +216,9 @@ def _sample(logged: dict, names: list[str]) -> dict:
         "statistics": statistics,
         **({"groups": groups} if groups else {}),
         **({UNSCORED: logged[UNSCORED]} if UNSCORED in logged else {}),
-        "doc": _plain(logged["doc"]),
-        "doc_sha256": logged["doc_hash"],
+        "doc": (doc := _plain(logged["doc"])),
+        # lmms-eval's own hash is that of the task's name alone.
+        "doc_sha256": hashlib.sha256(json.dumps(doc, sort_keys=True).encode()).hexdigest(),
     }
 
 

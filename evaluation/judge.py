@@ -26,7 +26,7 @@ from transformers import HfArgumentParser
 
 from granulon.train.journal import Endpoint, Journal, Prices, Request, StopRun, ask_with_bar, call_key
 
-from .cells import read_results, read_samples, write_whole
+from .cells import fullest_cells, read_results, read_samples, write_whole
 from .disagreements import write_report
 from .judge_form import Verdict, cut_words, no_answer, segments, statistics_of
 from .scoring import figures
@@ -145,8 +145,8 @@ def judge(arguments: JudgeArguments):
 
 
 def wanted(arguments: JudgeArguments) -> list[dict]:
-    """The finished cells whose answers are to be judged."""
-    every = read_results(Path(arguments.results))
+    """The finished cells whose answers are to be judged; those that others have taken the place of cost nothing."""
+    every = fullest_cells(read_results(Path(arguments.results)))
     chosen = [
         result
         for result in every

@@ -52,13 +52,13 @@ class Metric:
         statistics: of an answer and its references: S numbers. None where they come from something else than texts
             alone: a choice, a truth, a batch (BERTScore).
         value: of sums (R,S): (R,), nan where nothing was counted.
-        higher_is_better: for the tables' bold figure.
+        higher_is_better: for the tables' bold figure; None where neither is.
         proportion: the statistics are (0 or 1, 1), so that McNemar's test fits.
     """
 
     statistics: Callable[[str, Sequence[str]], Sequence[float]] | None
     value: Callable[[np.ndarray], np.ndarray]
-    higher_is_better: bool = True
+    higher_is_better: bool | None = True
     proportion: bool = False
 
 
@@ -305,8 +305,8 @@ METRICS = {
     "yes_no_f1": Metric(None, _f1),
     "yes_no_precision": Metric(None, _share(3, 1)),
     "yes_no_recall": Metric(None, _share(3, 2)),
-    "yes_no_yes_rate": Metric(None, _share(1, 5)),
-    "yes_no_always_yes": Metric(None, _share(2, 5)),
+    "yes_no_yes_rate": Metric(None, _share(1, 5), higher_is_better=None),
+    "yes_no_always_yes": Metric(None, _share(2, 5), higher_is_better=None),
     "yes_no_unclear": Metric(None, _share(4, 5), higher_is_better=False),
     "chair_i": Metric(None, _share(0, 1), higher_is_better=False),
     "chair_s": Metric(None, _share(2, 3), higher_is_better=False),

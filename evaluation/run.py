@@ -16,7 +16,7 @@ import sys
 import time
 import traceback
 from collections import Counter
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -29,6 +29,7 @@ from .cells import (
     ANSWERS,
     RESULT,
     SAMPLES,
+    SCORING,
     Cell,
     Matrix,
     Row,
@@ -36,11 +37,14 @@ from .cells import (
     cell_folder,
     cell_key,
     model_identity,
+    own_overrides,
     read_matrix,
+    read_samples,
+    tell_row,
     used_versions,
     write_whole,
 )
-from .tables import UNDEFINED, Figure, Results, write_tables
+from .tables import BERTSCORE, UNDEFINED, Figure, Results, write_tables
 
 ERROR = "error.txt"
 
@@ -85,11 +89,12 @@ class EvaluateArguments:
 
 @dataclass
 class Outcome:
-    """What became of the cells of a run, by name."""
+    """What became of the cells of a run, by name; and figures that could not be computed."""
 
     done: list[str] = field(default_factory=list)
     earlier: list[str] = field(default_factory=list)
     failed: dict[str, str] = field(default_factory=dict)
+    unscored: list[str] = field(default_factory=list)
 
 
 def main(argv: list[str] | None = None):
@@ -99,16 +104,22 @@ def main(argv: list[str] | None = None):
         _run(_matrix(arguments), arguments)
     except ValueError as error:
         sys.exit(f"granulon-evaluate: {error}")
+    except KeyboardInterrupt:
+        sys.exit("granulon-evaluate: stopped; the same command goes on where it was")
 
 
 def _run(matrix: Matrix, arguments: EvaluateArguments):
-    outcome = Outcome() if arguments.tables_only else evaluate(matrix, arguments)
+    outcome = Outcome() if arguments.tables_only else evaluate(_wanted(matrix, arguments), arguments)
     if PartialState().is_main_process:
         tables(matrix, arguments)
         for name, reason in outcome.failed.items():
             print(f"failed: {name}: {reason}", file=sys.stderr)
     if outcome.failed:
-        sys.exit(f"granulon-evaluate: {len(outcome.failed)} of {len(matrix.cells)} cells failed; run again to retry")
+        every = len(outcome.done) + len(outcome.earlier) + len(outcome.failed)
+        sys.exit(f"granulon-evaluate: {len(outcome.failed)} of {every} cells failed; run again to retry")
+    if outcome.unscored:
+        print("not all figures were computed:", *outcome.unscored, sep="\n  ", file=sys.stderr)
+        sys.exit(2)
 
 
 def tables(matrix: Matrix, arguments: EvaluateArguments):
@@ -126,7 +137,7 @@ def evaluate(matrix: Matrix, arguments: EvaluateArguments) -> Outcome:
         from .engine import quiet  # seconds of imports, which --help and --tables_only need not wait for
     except ModuleNotFoundError as error:
         raise ValueError(
-            f"{error.name} is not installed: pip install 'granulon[evaluation]', then "
+            f"{error.name} is not installed: pip install '.[evaluation]' in a clone of the repository, then "
             "pip install --no-deps 'lmms-eval<0.8'"
         ) from error
     quiet()
@@ -145,6 +156,7 @@ def evaluate(matrix: Matrix, arguments: EvaluateArguments) -> Outcome:
         (outcome.done if fresh else outcome.earlier).append(cell.name)
         left = (time.monotonic() - begun) / len(outcome.done) * (len(cells) - number) if outcome.done else 0
         say(f"{where}: {'done' if fresh else 'was done'}" + (f", about {_span(left)} left" if left else ""))
+    outcome.unscored = runner.unscored
     return outcome
 
 
@@ -159,13 +171,15 @@ class Runner:
         self.arguments, self.settings = arguments, settings(arguments)
         self.output, self.state = Path(arguments.output), PartialState()
         self.row, self.adapter = None, None
+        self.unscored = []
 
     def run(self, cell: Cell) -> bool:
         """Whether there was anything to do. Raises `Unusable`, or whatever goes wrong while answering."""
         config, identity, task = self._alike(lambda: self._identify(cell))
-        folder = cell_folder(self.output, cell, cell_key(cell.row, identity, task, self.settings))
-        if self._on_main(lambda: _is_done(folder)):
-            return False
+        asked = replace(cell.row, overrides=own_overrides(cell.row))
+        folder = cell_folder(self.output, cell, cell_key(asked, identity, task, self.settings))
+        if self._on_main((folder / RESULT).is_file):
+            return self._on_main(lambda: self._take(cell, folder))
         begun = time.monotonic()
         loaded = self._alike(lambda: self._prepare(cell, config, folder))
         from .engine import answer
@@ -174,6 +188,22 @@ class Runner:
         if answered is not None:
             self._write(cell, folder, identity, task, *answered, begun)
         self.state.wait_for_everyone()
+        return True
+
+    def _take(self, cell: Cell, folder: Path) -> bool:
+        """A finished cell also counts for this row; whether its answers had to be scored again."""
+        tell_row(folder, cell.row)
+        result = json.loads((folder / RESULT).read_text())
+        own = {name: getattr(self.settings, name) for name in SCORING}
+        scored = BERTSCORE in result["metrics"] and all(result["settings"][name] == own[name] for name in SCORING)
+        if scored or BERTSCORE not in {**result["metrics"], **result["not_computed"]}:
+            return False
+        from .engine import waiting_for_bertscore
+
+        samples = waiting_for_bertscore(read_samples(folder))
+        theirs = {name: entry["value"] for name, entry in result["metrics"].items() if name != BERTSCORE}
+        told = {**result, "settings": {**result["settings"], **own}, "versions": used_versions()}
+        self._score(cell, folder, samples, theirs, told)
         return True
 
     def failed(self, cell: Cell, error: Exception) -> str:
@@ -232,24 +262,13 @@ class Runner:
         }
 
     def _write(self, cell: Cell, folder: Path, identity: dict, task: dict, samples: list, theirs: dict, begun: float):
-        """Samples first, then the result, which says that the cell is done."""
-        from .engine import score
-
-        options = self.settings
-        found, failed, unscored = score(
-            samples, theirs, options.seed, options.bertscore_model, options.bertscore_layer, str(self.adapter.device)
-        )
-        folder.mkdir(parents=True, exist_ok=True)
-        write_whole(folder / SAMPLES, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in samples))
-        result = {
+        """What is told of a cell once it is answered."""
+        told = {
             "cell": cell.name,
             "row": asdict(cell.row),
             "task": task,
-            "settings": asdict(options),
+            "settings": asdict(self.settings),
             "model": identity,
-            "metrics": found,
-            "not_computed": failed,
-            "unscored": unscored,
             "samples": len(samples),
             "seen": _seen(samples),
             "seconds": round(time.monotonic() - begun, 1),
@@ -258,21 +277,36 @@ class Runner:
             "batch_size": self.arguments.batch_size,
             "attn_implementation": self.arguments.attn_implementation,
             "versions": used_versions(),
-            "finished_at": datetime.now(UTC).isoformat(timespec="seconds"),
         }
+        self._score(cell, folder, samples, theirs, told)
+        for file in folder.glob(f"{ANSWERS}.*-of-*"):
+            file.unlink()
+
+    def _score(self, cell: Cell, folder: Path, samples: list, theirs: dict, told: dict):
+        """Samples first, then the result, which says that the cell is done."""
+        from .engine import score
+
+        options, device = self.settings, str(self.adapter.device) if self.adapter else None
+        found, failed, unscored = score(
+            samples, theirs, options.seed, options.bertscore_model, options.bertscore_layer, device
+        )
+        folder.mkdir(parents=True, exist_ok=True)
+        write_whole(folder / SAMPLES, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in samples))
+        finished = datetime.now(UTC).isoformat(timespec="seconds")
+        result = {
+            **told, "metrics": found, "not_computed": failed, "unscored": unscored, "finished_at": finished
+        }  # fmt: skip
         write_whole(folder / RESULT, json.dumps(result, indent=1, ensure_ascii=False) + "\n")
-        told = [
+        figures = [
             f"{name} {Figure(entry['value'], entry['low'], entry['high'], missing=UNDEFINED)}"
             for name, entry in found.items()
         ]
-        say(f"  {cell.name}: {', '.join(told)}")
+        say(f"  {cell.name}: {', '.join(figures)}")
         for name, reason in failed.items():
+            self.unscored.append(f"{cell.name}: {name}")
             say(f"  {cell.name}: {name} was not computed: {reason}; the answers are kept, run again to score them")
         for reason, number in unscored.items():
             say(f"  {cell.name}: {number} of {len(samples)} samples have no score: {reason}")
-        if not failed:
-            for file in folder.glob(f"{ANSWERS}.*-of-*"):
-                file.unlink()
 
     def _alike(self, action):
         """Do something on all processes; where it fails on one, it fails on all."""
@@ -342,21 +376,19 @@ def _matrix(arguments: EvaluateArguments) -> Matrix:
             overrides=overrides,
         )
         return Matrix([row], arguments.tasks, [])
-    matrix = read_matrix(arguments.matrix)
+    return read_matrix(arguments.matrix)
+
+
+def _wanted(matrix: Matrix, arguments: EvaluateArguments) -> Matrix:
+    """The part of a matrix that is to be run; its tables are of all of it."""
     rows = [row for row in matrix.rows if not arguments.only or row.name in arguments.only]
     if missing := set(arguments.only) - {row.name for row in rows}:
         raise ValueError(
             f"{arguments.matrix} has no row {sorted(missing)}; it has {[row.name for row in matrix.rows]}"
         )
     if arguments.tasks:
-        rows = [Row(**{**vars(row), "tasks": None}) for row in rows]
+        rows = [replace(row, tasks=None) for row in rows]
     return Matrix(rows, arguments.tasks or matrix.tasks, matrix.tables)
-
-
-def _is_done(folder: Path) -> bool:
-    """A result is there, and nothing of it waits to be computed."""
-    result = folder / RESULT
-    return result.is_file() and not json.loads(result.read_text())["not_computed"]
 
 
 def _seen(samples: list[dict]) -> dict:

@@ -17,15 +17,19 @@ import numpy as np
 import yaml
 
 from .bootstrap import holm, mcnemar, paired, percentiles, resampled
-from .cells import Matrix, Row, Settings, read_results, read_samples, write_whole
+from .cells import SCORING, Matrix, Row, Settings, read_results, read_samples, write_whole
 from .metrics import JUDGED, METRICS
 from .plots import draw_table
 from .scoring import metric_of, units
 
 PAPER = Path(__file__).with_name("paper_tables.yaml")
+BERTSCORE = "bertscore"
 UNDEFINED = "undefined"  # such as the precision of a model that never says yes
 NOT_RUN, NOT_COMPUTED, NOT_JUDGED, NO_SUCH = "not run", "not computed", "not judged", "no such figure"
-LATEX = str.maketrans({character: f"\\{character}" for character in "&%$#_{}"})
+LATEX = str.maketrans(
+    {character: f"\\{character}" for character in "&%$#_{}"}
+    | {"\\": r"\textbackslash{}", "^": r"\textasciicircum{}", "~": r"\textasciitilde{}", "λ": r"$\lambda$"}
+)
 
 
 @dataclass(frozen=True)
@@ -77,11 +81,13 @@ class Results:
     def __init__(self, output: Path, settings: Settings, judge: str | None = None):
         self.cells, self.others, wanted = {}, Counter(), _plain(asdict(settings))
         for result in read_results(output):
-            different = tuple(name for name in wanted if result["settings"].get(name) != wanted[name])
+            own = [name for name in wanted if name not in SCORING or BERTSCORE in result["metrics"]]
+            different = tuple(name for name in own if result["settings"].get(name) != wanted[name])
             if different:
                 self.others[different] += 1
-            else:
-                self.cells[_row_key(result["row"]), result["task"]["name"]] = result
+                continue
+            for row in result["rows"]:
+                self.cells[_row_key(row), result["task"]["name"]] = result
         judged = [told for result in self.cells.values() for told in result["judges"].values()]
         number = Counter(told["judge"] for told in judged)
         if judge is not None and judge not in number:
@@ -136,6 +142,8 @@ class Results:
                 f"{len(found[0].keys() & found[1].keys())} of them the same; run both on the same"
             )
             return {**told, "not_tested": reason}
+        if other := self._other_rows(*pair):
+            return {**told, "not_tested": f"sample {other} is not the same in both: the data have changed in between"}
         metric = METRICS[metric_of(figure)]
         ours_NS, theirs_NS = (np.array([own[unit] for unit in found[0]], dtype=float) for own in found)
         test = paired(metric.value, ours_NS, theirs_NS, seed=pair[0]["settings"]["seed"])
@@ -148,6 +156,12 @@ class Results:
         if is_judged(figure):
             return units(result["judges"][self.judge]["samples"], figure)
         return units(_samples(result["folder"]), figure)
+
+    @staticmethod
+    def _other_rows(one: dict, other: dict) -> str | None:
+        """A sample of which two cells have read different rows of the data."""
+        hashes = [{str(s["id"]): s.get("doc_sha256") for s in _samples(result["folder"])} for result in (one, other)]
+        return next((name for name in hashes[0].keys() & hashes[1].keys() if hashes[0][name] != hashes[1][name]), None)
 
     def _draws(self, result: dict, figure: str, place: int) -> np.ndarray | None:
         own = self.units(result, figure)
@@ -293,6 +307,8 @@ def _with_best(figures: list[list[Figure]], columns: list[dict]) -> list[tuple[F
         if len(set(values)) < 2:
             continue
         higher = METRICS[metric_of(column["cells"][0][1])].higher_is_better
+        if higher is None:
+            continue
         best = max(values) if higher else min(values)
         for row in figures:
             row[place] = replace(row[place], best=row[place].value == best)

@@ -284,7 +284,7 @@ def test_every_override_of_the_ablations_fits_a_model_of_three_levels(tiny):
         for name, value in overrides.items():
             if name == "granularities":
                 assert [level["keep"] for level in config.granularities] == [level["keep"] for level in value]
-                assert config.max_semantic_tokens == value[0]["keep"]
+                assert config.max_semantic_tokens == max(level["keep"] for level in value)
             else:
                 assert getattr(config, name) == value
     one = {"granularities": [{"name": "only", "stride": 1, "clusters": 6, "keep": 5}]}
@@ -311,13 +311,60 @@ def test_a_figure_that_could_not_be_computed_is_told_and_its_answers_are_kept(
 ):
     monkeypatch.setattr(lmms_adapter, "_cut", lambda text, until: "a grasper")
     missing = str(tmp_path / "no-bert")
-    found = evaluate("--tasks", "granulon_surgvlm_phase", "--limit", "2", "--bertscore_model", missing)
-    result = found["granulon_surgvlm_phase"]
+    with pytest.raises(SystemExit) as ended:
+        evaluate("--tasks", "granulon_surgvlm_phase", "--limit", "2", "--bertscore_model", missing)
+    assert ended.value.code == 2
+    (result,) = read_results(tmp_path / "results")
     assert "cannot be had" in result["not_computed"]["bertscore"] and set(result["metrics"]) == {"recall"}
-    assert "the answers are kept, run again to score them" in capsys.readouterr().out
+    said = capsys.readouterr()
+    assert "the answers are kept, run again to score them" in said.out and "not all figures were computed" in said.err
     Path(missing).symlink_to(bert)
     again = evaluate("--tasks", "granulon_surgvlm_phase", "--limit", "2", "--bertscore_model", missing)
     assert "bertscore" in again["granulon_surgvlm_phase"]["metrics"] and len(answered) == 2
+
+
+def test_other_settings_of_bertscore_ask_no_question_again(evaluate, answered, monkeypatch):
+    monkeypatch.setattr(lmms_adapter, "_cut", lambda text, until: "a grasper and a hook")
+    tasks = ("--tasks", "granulon_surgvlm_phase", "pope", "--limit", "3")
+    first = evaluate(*tasks)
+    asked = len(answered)
+    again = evaluate(*tasks, "--bertscore_layer", "1")
+    assert len(answered) == asked
+    name = "granulon_surgvlm_phase"
+    values = [found[name]["metrics"]["bertscore"]["value"] for found in (first, again)]
+    assert values[0] != values[1] and first[name]["metrics"]["recall"] == again[name]["metrics"]["recall"]
+    assert first["pope"]["finished_at"] == again["pope"]["finished_at"]
+    assert evaluate(*tasks)[name]["metrics"] == first[name]["metrics"] and len(answered) == asked
+
+
+def test_the_same_weights_elsewhere_and_rows_called_otherwise_are_one_cell(evaluate, answered, tiny, tmp_path):
+    """Each of the rows has its figures in the tables; the questions are asked once."""
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.symlink_to(tiny)
+    own = json.loads(Path(tiny, "config.json").read_text())["relation_weight"]
+    rows = [
+        {"name": "one", "model": tiny},
+        {"name": "other", "model": str(elsewhere)},
+        {"name": "said", "group": "again", "model": tiny, "overrides": {"relation_weight": own}},
+    ]
+    matrix = tmp_path / "matrix.yaml"
+    matrix.write_text(yaml.safe_dump({"rows": rows, "tasks": ["granulon_aokvqa_choice"]}))
+    evaluate("--matrix", str(matrix), "--limit", "2", model=None)
+    assert len(answered) == 2
+    table = (tmp_path / "results" / "tables" / "results.md").read_text()
+    assert all(name in table for name in ("one", "other", "said")) and "not run" not in table
+    rows[0]["name"] = "renamed"
+    matrix.write_text(yaml.safe_dump({"rows": rows, "tasks": ["granulon_aokvqa_choice"]}))
+    evaluate("--matrix", str(matrix), "--limit", "2", "--only", "renamed", model=None)
+    table = (tmp_path / "results" / "tables" / "results.md").read_text()
+    assert len(answered) == 2 and "not run" not in table
+    assert all(name in table for name in ("renamed", "other", "said")), "tables are of the whole matrix"
+
+
+def test_every_row_of_the_data_has_a_hash_of_its_own(evaluate):
+    (result,) = evaluate("--tasks", "granulon_aokvqa_choice", "--limit", "3").values()
+    hashes = [sample["doc_sha256"] for sample in read_samples(Path(result["folder"]))]
+    assert len(set(hashes)) == 3
 
 
 def test_a_cell_that_fails_does_not_end_the_others(evaluate, tiny, tmp_path, capsys):

@@ -33,7 +33,7 @@ SETTINGS = Settings()
 
 def make_cell(output, row, task, samples, finished_at="2026-01-01T00:00:00+00:00", settings=SETTINGS, **more):
     """A finished cell as granulon-evaluate leaves it."""
-    key = cell_key(row, {"sha256": "0"}, {"name": task}, settings)
+    key = cell_key(row, {"sha256": row.model}, {"name": task}, settings)
     folder = cell_folder(output, Cell(row, task), f"{key}-{finished_at}")  # several of one key, to choose from
     folder.mkdir(parents=True)
     (folder / "samples.jsonl").write_text("".join(json.dumps(sample) + "\n" for sample in samples))
@@ -68,6 +68,7 @@ def test_a_cells_key_follows_from_all_that_decides_its_figures_and_from_nothing_
     same = [
         (replace(row, name="b", group="g", model="elsewhere", tasks=("x",), made_by="it"), model, task, SETTINGS),
         (row, {"sha256": "1", "manifest": None}, task, SETTINGS),
+        (row, model, task, replace(SETTINGS, bertscore_model="other", bertscore_layer=None)),
     ]
     other = [
         (replace(row, granularity="fine"), model, task, SETTINGS),
@@ -77,7 +78,6 @@ def test_a_cells_key_follows_from_all_that_decides_its_figures_and_from_nothing_
         (row, model, {"name": "t", "config": {"a": 2}}, SETTINGS),
         (row, model, task, replace(SETTINGS, limit=5)),
         (row, model, task, replace(SETTINGS, seed=1)),
-        (row, model, task, replace(SETTINGS, bertscore_model="other")),
     ]
     assert {cell_key(*one) for one in same} == {key}
     assert len({key, *(cell_key(*one) for one in other)}) == 1 + len(other)
@@ -184,6 +184,27 @@ def test_the_ablations_cover_each_of_the_papers_and_ours():
     assert clustered == {"features": 0.0, "attention": 1e6, "both": None}
 
 
+def test_rows_of_an_ablation_differ_and_those_that_are_the_whole_model_are_known():
+    """Rows that ask one model in one way are one cell; these are the trained model as it is, on purpose."""
+    found = {}
+    for row in read_matrix("ablations").rows:
+        key = json.dumps([row.model, row.granularity, row.view, row.overrides], sort_keys=True)
+        found.setdefault(key, []).append((row.group, row.name))
+    same = sorted(name for names in found.values() if len(names) > 1 for name in names)
+    assert same == [
+        ("Attention term", "λ_f = 0.0"), ("Controller", "controller"), ("Joint objective", "λ_d = 0.5, λ_t = 0.5"),
+        ("Parts", "both"), ("View", "full"), ("What is clustered", "both"), ("What is clustered", "features"),
+    ]  # fmt: skip
+    auto = next(row for row in read_matrix("ablations").rows if row.view == "auto")
+    assert {level["view"] for level in auto.overrides["granularities"]} == {"semantic", "full"}
+
+
+def test_all_that_the_judge_scores_stands_in_a_table():
+    columns = [column for table in read_matrix("matrix").tables for column in table["columns"]]
+    shown = {figure for column in columns for _, figure in column["cells"]}
+    assert {name for name in METRICS if name.startswith(("gptscore", "gpt_"))} <= shown
+
+
 def test_without_any_result_every_table_is_there_and_says_what_was_not_run(tmp_path):
     matrix = read_matrix("matrix")
     written = write(tmp_path, matrix)
@@ -268,6 +289,32 @@ def test_rows_are_tested_in_pairs_and_unequal_samples_are_told(filled):
     assert tests[0]["test"] == "McNemar" and tests[0]["p"] == pytest.approx(2 * 0.5**9)
     assert tests[0]["p_corrected"] == pytest.approx(tests[0]["p"]), "one test could be made"
     assert "ours has 11 samples and plain & simple 10, 10 of them the same; run both on the same" in written["t.md"]
+
+
+def test_rows_of_changed_data_are_not_paired(tmp_path):
+    for place, row in enumerate(ROWS[:2]):
+        samples = make_samples("choice_accuracy", [1, 0, 1])
+        for number, sample in enumerate(samples):
+            sample["doc_sha256"] = f"{number} {place if number == 2 else ''}"
+        make_cell(tmp_path, row, "one", samples)
+    text = write(tmp_path, Matrix(ROWS, ["one", "two"], [TABLE]))["t.md"]
+    assert "sample 2 is not the same in both: the data have changed" in text
+
+
+def test_how_often_a_model_says_yes_is_neither_good_nor_bad(tmp_path):
+    for row, yes in zip(ROWS[:2], (0, 1)):
+        statistics = {"yes_no_yes_rate": [1.0, yes, 1.0, 0.0, 0.0, 2.0]}
+        make_cell(tmp_path, row, "pope", [{"id": 0, "statistics": statistics}])
+    table = {"name": "t", "title": "", "columns": [{"title": "yes", "cells": [["pope", "yes_no_yes_rate"]]}]}
+    text = write(tmp_path, Matrix(ROWS[:2], ["pope"], [table]))["t.md"]
+    assert "50.00" in text and "**50.00" not in text
+
+
+def test_figures_without_bertscore_do_not_depend_on_its_settings(tmp_path):
+    make_cell(tmp_path, ROWS[0], "one", make_samples("choice_accuracy", [1]))
+    assert Results(tmp_path, replace(SETTINGS, bertscore_model="other")).of(ROWS[0], "one")
+    make_cell(tmp_path, ROWS[0], "two", make_samples("bertscore", [1]))
+    assert not Results(tmp_path, replace(SETTINGS, bertscore_model="other")).of(ROWS[0], "two")
 
 
 def test_latex_escapes_and_plots_are_pictures(filled):
