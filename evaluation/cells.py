@@ -18,13 +18,14 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
+from granulon.hub.eval_results import weights_sha256
 from granulon.hub.provenance import versions
 
 MATRICES = Path(__file__).parent
 RESULT, SAMPLES, ANSWERS = "result.json", "samples.jsonl", "answers.jsonl"
 LIBRARIES = ("granulon", "lmms_eval", "transformers", "torch", "datasets", "sacrebleu", "torchmetrics", "numpy")
-WEIGHTS = ("*.safetensors", "config.json", "tokenizer.json", "chat_template.jinja", "processor_config.json")
 MANIFEST = "granulon_manifest.json"
+_weights_sha256 = lru_cache(weights_sha256)  # a matrix asks for each model once a task
 SCORING = ("bertscore_model", "bertscore_layer")  # settings that decide no answer
 
 
@@ -122,7 +123,7 @@ def model_identity(model: str, revision: str) -> dict:
     """
     folder = Path(model)
     if folder.is_dir():
-        identity = {"sha256": _folder_sha256(folder)}
+        identity = {"sha256": _weights_sha256(folder)}
     else:
         try:
             validate_repo_id(model)
@@ -221,13 +222,3 @@ def _row(path: Path, number: int, entry: dict) -> Row:
     if entry.get("tasks") is not None:
         entry["tasks"] = tuple(entry["tasks"])
     return Row(**entry)
-
-
-@lru_cache
-def _folder_sha256(folder: Path) -> str:
-    """One hash of the files that decide what a model answers."""
-    whole = hashlib.sha256()
-    for file in sorted({file for pattern in WEIGHTS for file in folder.glob(pattern)}):
-        with open(file, "rb") as content:
-            whole.update(f"{file.name} {hashlib.file_digest(content, 'sha256').hexdigest()}\n".encode())
-    return whole.hexdigest()
