@@ -1,5 +1,7 @@
 """Small random models, a byte-level tokenizer with real chat tokens, and images, made here and in no time."""
 
+import signal
+
 import numpy as np
 import pytest
 import torch
@@ -153,3 +155,11 @@ def processor():
 @pytest.fixture
 def model():
     return make_model()
+
+
+@pytest.fixture
+def interruptible():
+    """SIGINT interrupts, as in a terminal; a shell lets what it starts in the background ignore it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)

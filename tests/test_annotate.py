@@ -196,7 +196,9 @@ def test_a_wrong_key_stops_at_once_with_what_to_look_at(command, server, tmp_pat
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_interrupted_it_says_how_to_go_on_and_a_rerun_repeats_no_journalled_call(command, server, tmp_path, number):
+def test_interrupted_it_says_how_to_go_on_and_a_rerun_repeats_no_journalled_call(
+    command, server, tmp_path, number, interruptible
+):
     server.hold = 0.01
     server.arrived = lambda count: os.kill(os.getpid(), number) if count == 20 else None
     before = signal.getsignal(number)

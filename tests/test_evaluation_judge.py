@@ -254,7 +254,7 @@ def test_nobody_at_the_address_is_told(judge):
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_interrupted_it_says_how_to_go_on(judge, server, number):
+def test_interrupted_it_says_how_to_go_on(judge, server, number, interruptible):
     server.hold = 0.01
     server.arrived = lambda count: os.kill(os.getpid(), number) if count == 8 else None
     with pytest.raises(SystemExit, match="stopped; the same command goes on from here"):
