@@ -68,13 +68,21 @@ def untouched(image):
             return None
         if (payload.url or "").startswith("data:"):
             return io.BytesIO(_decoded(payload.url))
-        uploads = Path(image.GRADIO_CACHE).resolve()
-        if not payload.path or not Path(payload.path).resolve().is_relative_to(uploads):
+        if not _is_upload(payload.path, image.GRADIO_CACHE):
             raise gr.Error("The image is none that was uploaded here; upload it first.", title="Cannot be asked")
         return payload.path
 
     image.preprocess = preprocess
     return image
+
+
+def _is_upload(path, folder):
+    """Whether a visitor's path is a file among the uploads; of files elsewhere it is not even asked if they exist."""
+    try:
+        path = Path(path or "").resolve()
+        return path.is_relative_to(Path(folder).resolve()) and path.is_file()
+    except ValueError:  # a path that no system takes
+        return False
 
 
 def _decoded(url):
@@ -85,7 +93,7 @@ def _decoded(url):
             raise ValueError(f"it has more than {MAX_MEGABYTES} MB")
         return base64.b64decode(text, validate=True)
     except ValueError as error:
-        raise gr.Error(f"The image cannot be read: {error}.", title="Cannot be asked") from error
+        raise gr.Error(f"This image cannot be read: {error}.", title="Cannot be asked") from error
 
 
 class Granulon:
@@ -120,7 +128,7 @@ class Granulon:
             image = self.load_rgb(path, max_pixels=MAX_PIXELS)
         except ValueError as error:
             # The path is the server's own and says nothing to the user.
-            raise ValueError(str(error).replace(f"image {path}", "this image")) from None
+            raise ValueError("this " + str(error).replace(f"image {path}", "image")) from None
         return image, {
             "question": question,
             "level": None if level == BY_QUESTION else level,

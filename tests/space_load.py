@@ -7,6 +7,7 @@ come back within 10 % of what it was after warming up. All traffic goes to an ap
 """
 
 import argparse
+import base64
 import gc
 import io
 import os
@@ -91,6 +92,38 @@ def bad_files(good):
     }
 
 
+def data_url(data):
+    return "data:image/png;base64," + base64.b64encode(data).decode()
+
+
+def bad_requests():
+    """What a client of a visitor's own writing may send as an image: nothing was uploaded for it."""
+    return [
+        {"path": "x.png", "url": data_url(png_bomb())},
+        {"path": "x.png", "url": "data:image/png;base64,@@@"},
+        {"path": str(ROOT / "docs" / "demo.png")},
+        {"path": "/no/such/file.png"},
+    ]
+
+
+@contextmanager
+def peak_memory(process):
+    """Yields a function that tells the most memory the process has had since, in bytes."""
+    seen, over = [process.memory_info().rss], threading.Event()
+
+    def watch():
+        while not over.wait(0.01):
+            seen[0] = max(seen[0], process.memory_info().rss)
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    try:
+        yield lambda: seen[0]
+    finally:
+        over.set()
+        watcher.join()
+
+
 def good_picture(seed=0, size=(160, 120)):
     random, buffer = Random(seed), io.BytesIO()
     image = Image.effect_noise(size, 60).convert("RGB")
@@ -100,15 +133,15 @@ def good_picture(seed=0, size=(160, 120)):
 
 
 def ask_as_user(address, number, until, files, counts, waits):
-    """Ask again and again; count what came back, by kind of upload."""
+    """Ask again and again; count what came back, by kind of upload. `files` are the good images and the bad ones."""
     random, client = Random(number), Client(address, verbose=False)
     good, bad = files
     while time.time() < until:
         is_bad = random.random() < 0.3
-        file, start = random.choice(bad if is_bad else good), time.time()
+        image, start = random.choice(bad if is_bad else good), time.time()
         try:
             values = ("What is it?", random.choice(LEVELS), "full", 8, 0, number)
-            result = client.predict(handle_file(str(file)), *values, api_name="/answer")
+            result = client.predict(image, *values, api_name="/answer")
             outcome = "answered" if result["answer"] is not None else "nothing"
         except AppError as error:
             busy = "queue" in str(error).lower()
@@ -134,7 +167,8 @@ def main():
         for path, data in zip(bad, bad_files(good[0].read_bytes()).values()):
             path.write_bytes(data)
         with running_space(Path(arguments.model).resolve(), folder) as (address, process):
-            sys.exit(load(address, process, arguments, (good, bad)))
+            uploads = [[handle_file(str(path)) for path in paths] for paths in (good, bad)]
+            sys.exit(load(address, process, arguments, (uploads[0], uploads[1] + bad_requests())))
 
 
 def load(address, process, arguments, files):
@@ -148,11 +182,10 @@ def load(address, process, arguments, files):
         ]
         for thread in threads:
             thread.start()
-        peak = 0
-        while any(thread.is_alive() for thread in threads):
-            peak = max(peak, process.memory_info().rss)
-            time.sleep(0.5)
-        return peak
+        with peak_memory(process) as peak:
+            for thread in threads:
+                thread.join()
+            return peak()
 
     run(arguments.users, 20)  # warms up: allocator, thread pools, compiled regular expressions
     gc.collect()

@@ -1,6 +1,5 @@
 """granulon-serve: the openai client gets streamed, correct answers about images; levels, views, refusals."""
 
-import base64
 import os
 import socket
 import subprocess
@@ -9,7 +8,7 @@ import time
 from types import SimpleNamespace
 
 import pytest
-from space_load import bad_files, good_picture
+from space_load import bad_files, data_url, good_picture
 
 from granulon.hub.ask import load_model
 from granulon.hub.tiny import assemble_tiny
@@ -70,12 +69,8 @@ def expected(server):
     return answer
 
 
-def data_url(data=None):
-    return "data:image/png;base64," + base64.b64encode(data or good_picture()).decode()
-
-
 def ask(server, image=None, **settings):
-    url = {"type": "image_url", "image_url": {"url": image or data_url()}}
+    url = {"type": "image_url", "image_url": {"url": image or data_url(good_picture())}}
     message = {"role": "user", "content": [url, {"type": "text", "text": QUESTION}]}
     return server.client.chat.completions.create(
         **{"model": server.model, "messages": [message], "temperature": 0, "max_tokens": 12} | settings
@@ -124,7 +119,7 @@ def test_a_question_without_an_image_is_answered(server, expected):
             for part in (
                 "a",
                 {"type": "text"},
-                {"type": "image", "image": data_url()},
+                {"type": "image", "image": data_url(good_picture())},
                 {"type": "image_url"},
                 {"type": "input_audio", "input_audio": {"data": "", "format": "wav"}},
                 {"type": "video_url", "video_url": {"url": "http://127.0.0.1:9/x.mp4"}},
