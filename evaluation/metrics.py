@@ -53,7 +53,7 @@ class Metric:
             alone: a choice, a truth, a batch (BERTScore).
         value: of sums (R,S): (R,), nan where nothing was counted.
         higher_is_better: for the tables' bold figure; None where neither is.
-        proportion: the statistics are (0 or 1, 1), so that McNemar's test fits.
+        proportion: the first statistic is 0 or 1 and the value its share, so that McNemar's test fits.
     """
 
     statistics: Callable[[str, Sequence[str]], Sequence[float]] | None
@@ -94,27 +94,19 @@ def read_choice(answer: str, choices: Sequence[str]) -> int | None:
     Which of the choices an answer names, or None where it names none or more than one.
 
     Read in this order: the answer is a choice's words; it begins with a letter that stands alone ("B", "(b)", "B.
-    tennis"); it says "answer is B", "option B" or "(B)"; a single choice's words stand in it.
+    tennis"); it says "answer is B", "option B" or "(B)"; a single choice's words stand in it; one capital letter
+    stands alone in it. "B or C" names two.
     """
     content = _content(answer)
     matches = [index for index, choice in enumerate(choices) if _content(choice) == content]
     if content and len(matches) == 1:
         return matches[0]
-    begins, says = _letter_patterns(len(choices))
-    for named in (begins.findall(answer)[:1], says.findall(answer)):
-        letters = {"".join(groups).upper() for groups in named}
-        if len(letters) == 1:
-            return LETTERS.index(letters.pop())
-    inside = [index for index, choice in enumerate(choices) if _contains(content, _content(choice))]
-    # "tennis racket" contains "tennis": the longer choice is meant.
-    parts = {
-        index
-        for index in inside
-        for other in inside
-        if _contains(_content(choices[other]), _content(choices[index])) and other != index
-    }
-    inside = [index for index in inside if index not in parts]
-    return inside[0] if len(inside) == 1 else None
+    begins, says, stands = _letter_patterns(len(choices))
+    for pattern in (begins, says):
+        if (named := _single_letter(pattern, answer)) is not None:
+            return named
+    inside = _choices_inside(content, choices)
+    return inside[0] if len(inside) == 1 else _single_letter(stands, answer)
 
 
 def read_yes_no(answer: str) -> bool | None:
@@ -265,13 +257,38 @@ def _bleu():
 
 
 @lru_cache
-def _letter_patterns(choices: int) -> tuple[re.Pattern, re.Pattern]:
-    """What finds a choice's letter at the start of an answer, and behind "answer is", "option" or a bracket."""
-    capital, small = LETTERS[:choices], LETTERS[:choices].lower()
+def _letter_patterns(choices: int) -> tuple[re.Pattern, re.Pattern, re.Pattern]:
+    """What finds a choice's letter: at the start of an answer; behind "answer is", "option" or a bracket; anywhere."""
+    letters = LETTERS[:choices]
     # "A dog" and "I see" begin with a word; a small letter needs a mark behind it, or nothing.
-    letter = rf"(?:([{capital}])(?![\w'’])(?!(?<=[AI])\s+(?!because|since)[a-z])|([{small}])(?=\s*(?:[).:,]|$)))"
+    capital = rf"([{letters}])(?![\w'’])(?!(?<=[AI])\s+(?!because|since|and|or)[a-z])"
+    letter = rf"(?:{capital}|([{letters.lower()}])(?=\s*(?:[).:,]|$)))"
+    not_several = rf"(?!\W+(?:and|or)\W+[{letters}]\b)"
     behind = r"(?i:\b(?:answer|option|choice)(?:\s+(?:is|was))?\s*:?\s*)[(\"'“]?"
-    return re.compile(rf"\A\W*{letter}"), re.compile(rf"(?:{behind}|\()(?:{letter})")
+    return (
+        re.compile(rf"\A\W*{letter}{not_several}"),
+        re.compile(rf"{behind}{letter}{not_several}|\({letter}"),
+        re.compile(rf"(?<![\w'’.-]){capital}(?![.-]\w)"),  # not of "D.C." or "D-sized"
+    )
+
+
+def _single_letter(pattern: re.Pattern, answer: str) -> int | None:
+    """Index of the letter that the pattern finds, if it is the only one."""
+    letters = {match[match.lastindex].upper() for match in pattern.finditer(answer)}
+    return LETTERS.index(letters.pop()) if len(letters) == 1 else None
+
+
+def _choices_inside(content: list[str], choices: Sequence[str]) -> list[int]:
+    """The choices whose words stand in an answer's."""
+    inside = [index for index, choice in enumerate(choices) if _contains(content, _content(choice))]
+    # "tennis racket" contains "tennis": the longer choice is meant.
+    parts = {
+        index
+        for index in inside
+        for other in inside
+        if _contains(_content(choices[other]), _content(choices[index])) and other != index
+    }
+    return [index for index in inside if index not in parts]
 
 
 def _content(text: str) -> list[str]:
@@ -301,7 +318,7 @@ METRICS = {
     "bertscore": Metric(None, _share(0, 1)),
     "choice_accuracy": Metric(None, _share(0, 1), proportion=True),
     "choice_unclear": Metric(None, _share(0, 1), higher_is_better=False, proportion=True),
-    "yes_no_accuracy": Metric(None, _share(0, 5)),
+    "yes_no_accuracy": Metric(None, _share(0, 5), proportion=True),
     "yes_no_f1": Metric(None, _f1),
     "yes_no_precision": Metric(None, _share(3, 1)),
     "yes_no_recall": Metric(None, _share(3, 2)),

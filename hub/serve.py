@@ -24,6 +24,7 @@ from modeling_granulon import GranulonForConditionalGeneration, load_rgb
 
 from .ask import open_image
 
+ROLES = ("system", "developer", "user", "assistant", "tool")
 TEXTS, IMAGES = ("text", "input_text", "output_text"), ("image_url", "input_image")  # parts of a message
 VIEWS = ("full", "pixel", "semantic", "auto")
 ASKED = ContextVar("asked")  # level and view of the request that this task answers
@@ -71,11 +72,15 @@ class GranulonChatHandler(chat_completion.ChatCompletionHandler):
 
 def processor_inputs(messages, modality):
     """As upstream, with every image opened through the one door for untrusted images."""
-    conversation = upstream_inputs(messages, modality)
+    messages = _with_images(messages)
+    try:
+        conversation = upstream_inputs(messages, modality)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:  # all else has been checked
+        raise HTTPException(400, f"tool_calls: these cannot be read, {type(error).__name__}: {error}") from error
     for message in conversation:
         for part in message["content"] if isinstance(message["content"], list) else []:
             if part["type"] == "image":
-                part["image"] = open_part(part.pop("url"))
+                part["image"] = part.pop("url")
     return conversation
 
 
@@ -99,23 +104,24 @@ def open_part(source):
 
 
 def _with_images(messages):
-    """The messages with their images opened, in a list of its own."""
+    """The messages with their images opened, in a list of its own; opened ones stay as they are."""
     if not isinstance(messages, list) or not messages or not all(map(_is_message, messages)):
-        raise HTTPException(400, "messages: a list of at least one object with role and content is needed")
+        raise HTTPException(
+            400, f"messages: a list of at least one object with content and a role of {', '.join(ROLES)} is needed"
+        )
     return [
         {**message, "content": [_opened(part) for part in message["content"]]}
-        if isinstance(message["content"], list)
+        if isinstance(message.get("content"), list)
         else message
         for message in messages
     ]
 
 
 def _is_message(message):
-    return (
-        isinstance(message, dict)
-        and isinstance(message.get("role"), str)
-        and isinstance(message.get("content"), (str, list))
-    )
+    if not isinstance(message, dict) or message.get("role") not in ROLES:  # or a role might forge turns
+        return False
+    content = message.get("content")
+    return isinstance(content, (str, list)) or (content is None and "tool_calls" in message)
 
 
 def _opened(part):
@@ -142,11 +148,13 @@ def _check(asked, config):
         raise HTTPException(400, f"visual_view: {asked['visual_view']!r} is none of {', '.join(VIEWS)}")
 
 
-def cached_models(cache_dir=None):
-    """As upstream; a machine that has cached nothing yet has no models, which is no error."""
+def listed_models(manager, cache_dir=None):
+    """The model that the server was started with, as it answers for no other; without one, what upstream finds."""
+    if manager.force_model is not None:
+        return [{"id": manager.force_model, "object": "model", "created": 0, "owned_by": ""}]
     try:
         return upstream_models(cache_dir)
-    except CacheNotFound:
+    except CacheNotFound:  # nothing has been cached yet
         return []
 
 
@@ -157,7 +165,7 @@ def register():
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES["granulon"] = name
     chat_completion.ChatCompletionHandler = GranulonChatHandler
     utils.BaseHandler.get_processor_inputs_from_messages = staticmethod(processor_inputs)
-    model_manager.ModelManager.get_gen_models = staticmethod(cached_models)
+    model_manager.ModelManager.get_gen_models = listed_models
 
 
 def make_command():

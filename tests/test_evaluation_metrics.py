@@ -150,16 +150,44 @@ def test_the_first_yes_or_no_counts_and_anything_else_is_unclear_and_wrong(answe
         ("A dog is here", 2), ("tennis", 0), ("It is a tennis racket.", 1), ("The answer is a dog", 2),
         ("red or tennis", None), ("", None), ("Dogs", None), ("A or B? (A) or (B)", None), ("E", None),
         ("I see red", 3), ("B\nbecause red", 1),
+        ("I think it is B", 1), ("Answer: **B**", 1), ("I would say C.", 2), ("It is A, I think", 0),
+        ("It must be D because A is wrong", 3), ("It is either B or C", None), ("B and C", None), ("(A) or (B)", None),
+        ("B and a dog", 1), ("A man. A woman too.", None), ("a T-shirt, D-sized", None),
+        ("The answer is B or C", None),
+        ("The answer is A or B.", None), ("A or B", None), ("Answer: B. A and C are wrong.", 1),
+        ("from Washington D.C.", None), ("it is b", None), ("the letter E", None),
     ],
 )  # fmt: skip
 def test_a_choice_is_read_by_letter_or_by_words(answer, read):
     assert read_choice(answer, BOATS) == read
 
 
+def test_the_pronoun_i_is_no_letter_of_nine_choices():
+    choices = [f"thing {number}" for number in range(9)]
+    assert read_choice("Well, I think so", choices) is None and read_choice("I'd say so", choices) is None
+    assert read_choice("Well, I think it is B", choices) == 1 and read_choice("It must be I.", choices) == 8
+
+
 def test_an_answer_without_a_single_choice_is_wrong_and_counted_as_unclear():
     found = scored_choice("red or tennis", BOATS, 3)
     assert found == {"choice_accuracy": [0.0, 1.0], "choice_unclear": [1.0, 1.0]}
     assert "unscored" in scored_choice("B", BOATS, 4) and "unscored" in scored_choice("B", BOATS, None)
+
+
+def test_figures_of_right_or_wrong_are_the_share_of_ones_among_their_first_statistics():
+    """McNemar's test reads those."""
+    of_pope = [yes_no_statistics(answer, truth) for answer, truth in (("yes", True), ("no", True), ("maybe", False))]
+    pairs = [[1.0, 1.0], [0.0, 1.0], [0.0, 1.0]]
+    found = {name for name, metric in METRICS.items() if metric.proportion}
+    assert found == {"exact_match", "choice_accuracy", "choice_unclear", "yes_no_accuracy", "accuracy"}
+    for name in found:
+        assert value(name, of_pope if name == "yes_no_accuracy" else pairs) == pytest.approx(100 / 3)
+    assert [right for right, *_ in of_pope] == [1, 0, 0]
+
+
+def test_to_say_yes_more_often_is_neither_better_nor_worse():
+    neither = {name for name, metric in METRICS.items() if metric.higher_is_better is None}
+    assert neither == {"yes_no_yes_rate", "yes_no_always_yes"}
 
 
 def test_direct_answers_get_a_third_for_each_annotator_and_no_more_than_one():
