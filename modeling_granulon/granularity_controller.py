@@ -10,10 +10,11 @@ from transformers.masking_utils import create_causal_mask
 
 
 class GranularityController(nn.Module):
-    """Logits over the candidates g_1..g_G from the question's first-layer states (Eq. 2, 3).
+    """Logits over the candidates g_1..g_G from the states of the question's tokens (Eq. 2, 3).
 
-    The mean runs over the question's own tokens and in fp32; sigma is the projector's activation (our choice, the
-    paper leaves it open).
+    The mean runs over the question's own tokens and in fp32, and is standardised before the activation, since hidden
+    states differ in scale between language models and layers (ours). The activation is the projector's (our choice,
+    the paper leaves it open).
     """
 
     def __init__(self, text_width: int, hidden_size: int, num_granularities: int, activation: str):
@@ -25,51 +26,62 @@ class GranularityController(nn.Module):
 
     def forward(self, states_BTE: torch.Tensor, mask_BT: torch.Tensor) -> torch.Tensor:
         """states (B,T,E) and mask (B,T), 1 on question tokens, give logits (B,G); a row without tokens sees a zero."""
+        return self.classify(self.pool(states_BTE, mask_BT))
+
+    def pool(self, states_BTE: torch.Tensor, mask_BT: torch.Tensor) -> torch.Tensor:
+        """The standardised mean over the question's tokens, (B,E) fp32; it has no weights and can be computed once."""
         weights_BT1 = mask_BT.to(torch.float32).unsqueeze(-1)
         count_B1 = weights_BT1.sum(1).clamp_min(1)
         mean_BE = (states_BTE.float() * weights_BT1).sum(1) / count_B1
+        return nn.functional.layer_norm(mean_BE, mean_BE.shape[-1:])
+
+    def classify(self, pooled_BE: torch.Tensor) -> torch.Tensor:
+        """Logits (B,G) of pooled questions (B,E)."""
         # Eq. 2: h = W_p sigma(mean_i L1(T_e)_i)
-        descriptor_BC = self.projection(self.act(mean_BE.to(self.projection.weight.dtype)))
+        descriptor_BC = self.projection(self.act(pooled_BE.to(self.projection.weight.dtype)))
         # Eq. 3: logits = MLP(h)
         return self.linear_2(self.act(self.linear_1(descriptor_BC)))
 
 
-def first_layer_states(language_model: nn.Module, input_ids: torch.Tensor, mask_BT: torch.Tensor) -> torch.Tensor:
-    """L1(T_e) of Eq. 2: the decoder's own first layer over the embedded question, alone: (B,T) ids give (B,T,E)."""
-    embeds_BTE = language_model.embed_tokens(input_ids)
+def question_states(
+    language_model: nn.Module, input_ids: torch.Tensor, mask_BT: torch.Tensor, layers: int
+) -> torch.Tensor:
+    """The states that the decoder's own first `layers` layers give of the question alone: (B,T) ids give (B,T,E).
+
+    One layer is L1(T_e) of Eq. 2. The layers are called one by one, as the decoder's forward does: hooks, sharding
+    and checkpointing that wrap a layer stay in force, and no other layer runs. Holds for decoders with full attention
+    whose layers share one rotary embedding, which the configuration checks. Whether gradients flow is the caller's
+    choice.
+    """
+    states_BTE = language_model.embed_tokens(input_ids)
     position_ids = (mask_BT.long().cumsum(-1) - 1).clamp_min(0)
     causal_mask = create_causal_mask(
         config=language_model.config,
-        inputs_embeds=embeds_BTE,
+        inputs_embeds=states_BTE,
         attention_mask=mask_BT,
         past_key_values=None,
         position_ids=position_ids,
     )
-    states = language_model.layers[0](
-        embeds_BTE,
-        attention_mask=causal_mask,
-        position_ids=position_ids,
-        position_embeddings=language_model.rotary_emb(embeds_BTE, position_ids),
-    )
-    return states[0] if isinstance(states, tuple) else states
+    position_embeddings = language_model.rotary_emb(states_BTE, position_ids)
+    for layer in language_model.layers[:layers]:
+        states_BTE = layer(
+            states_BTE,
+            attention_mask=causal_mask,
+            position_ids=position_ids,
+            position_embeddings=position_embeddings,
+        )
+    return states_BTE
 
 
-def choose_granularity(
-    logits_BG: torch.Tensor, fixed_B: torch.Tensor | None = None
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """The level that acts, g* = argmax p, and the weights of the soft gains (Eq. 3).
+def first_layer_states(language_model, input_ids, mask_BT):
+    return question_states(language_model, input_ids, mask_BT, 1)
 
-    Args:
-        logits_BG: the controller's logits.
-        fixed_B: long, the level of each row whose level is given (forced, default, random) and -1 elsewhere.
 
-    Returns:
-        index (B,) long and weights (B,G): p where the controller decides, one-hot where the level is given.
-    """
+def choose_granularity(logits_BG, fixed_B=None):
     weights_BG = logits_BG.float().softmax(-1)
     index_B = weights_BG.argmax(-1)
     if fixed_B is None:
         return index_B, weights_BG
-    given_B = fixed_B >= 0
     one_hot_BG = nn.functional.one_hot(fixed_B.clamp_min(0), logits_BG.shape[-1]).to(weights_BG.dtype)
+    given_B = fixed_B >= 0
     return torch.where(given_B, fixed_B, index_B), torch.where(given_B.unsqueeze(-1), one_hot_BG, weights_BG)

@@ -28,7 +28,8 @@ from transformers import HfArgumentParser
 from granulon.hub.assemble import complete_or_absent
 from granulon.hub.licences import public_name
 from modeling_granulon import GranulonForConditionalGeneration, GranulonProcessor
-from modeling_granulon.granularity_controller import GranularityController, first_layer_states
+from modeling_granulon.granularity_controller import GranularityController
+from modeling_granulon.granularity_controller import question_states as read_questions
 
 from .checkpoints import tell_training
 from .corpus import ANNOTATED, TEST, TRAIN, VALIDATION, check_rows, read_corpus
@@ -157,9 +158,9 @@ def question_states(model, processor, questions: list[str], batch_size: int = 64
         inputs = processor.tokenizer(
             texts, padding=True, padding_side="right", add_special_tokens=False, return_tensors="pt"
         ).to(base.device)
-        states_BTE = first_layer_states(base.language_model, inputs["input_ids"], inputs["attention_mask"])
-        mask_BT1 = inputs["attention_mask"].unsqueeze(-1).float()
-        means.append(((states_BTE.float() * mask_BT1).sum(1) / mask_BT1.sum(1).clamp_min(1)).cpu())
+        layers = getattr(model.config, "controller_layers", 1)
+        states_BTE = read_questions(base.language_model, inputs["input_ids"], inputs["attention_mask"], layers)
+        means.append(base.granularity_controller.pool(states_BTE, inputs["attention_mask"]).cpu())
     return torch.cat(means)
 
 
@@ -170,9 +171,8 @@ def as_asked(processor: GranulonProcessor, question: str) -> str:
 
 
 def controller_logits(controller: GranularityController, states_BE: torch.Tensor) -> torch.Tensor:
-    """(B,G) fp32; a mean is handed over as a question of one token, whose mean it is."""
-    states_B1E = states_BE.to(controller.projection.weight.device).unsqueeze(1)
-    return controller(states_B1E, torch.ones_like(states_B1E[..., 0])).float().cpu()
+    """Logits (B,G) fp32 of pooled questions."""
+    return controller.classify(states_BE.to(controller.projection.weight.device)).float().cpu()
 
 
 def _fit(model, states_QE, data: Labelled, epochs, lr, batch_size, seed, patience):
