@@ -1,7 +1,7 @@
 """Patch features and a relation map from any supported vision tower, which stays as it is.
 
 The towers run their fast attention, which keeps no attention map. The map of the last layer is computed again from its
-queries and keys, and pooled while it is computed, so that an image of many patches never needs it whole.
+queries and keys, in bands whose columns are summed at once, so that an image of many patches never needs it whole.
 
 Shapes by suffix: I images, H x W patch grid, N = H * W patches, T tokens (prefix tokens, then patches), M pooled
 patches, A attention heads, D vision width, C width of a head, R patches of a few rows of the grid.
@@ -15,8 +15,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.utils import ModelOutput
-
-from .adaptive_token_aggregation import pool_features
 
 CONVNEXT = "dinov3_convnext"
 SIGLIP2 = "siglip2_vision_model"
@@ -89,34 +87,34 @@ class RelationMap:
         directions_IAND = F.normalize(features.float(), dim=-1)[:, None]
         return cls(directions_IAND, directions_IAND, 1.0, grid)
 
-    def pooled(self, stride: int, images: Tensor | None = None) -> Tensor:
-        """Eq. 4: K' A K with the averaging matrix K of the stride, for all images or those that `images` (i,) names.
+    def profiles(self, column_stride: int = 1, images: Tensor | None = None) -> Tensor:
+        """The rows of the map (I, N, C) fp32 for all images or those that `images` (i,) names; rows sum to 1.
 
-        (I, M, M) fp32, M = ceil(H / stride) * ceil(W / stride). It is made in bands of whole rows of cells and, in a
-        band, from a few heads at a time.
+        Columns are summed over cells of column_stride x column_stride patches, so that C = ceil(H / column_stride) *
+        ceil(W / column_stride). The map is made in bands of patches and, in a band, from a few heads at a time.
         """
         query_IANC, key_IATC = (x if images is None else x[images] for x in (self.query, self.key))
         device = query_IANC.device
         with torch.autocast(device.type, enabled=False) if device.type != "meta" else nullcontext():
             query_IANC, key_IATC = self.scale * query_IANC.float(), key_IATC.float()
             scratch = SCRATCH.get(device.type, SCRATCH["other"]) // (len(key_IATC) * key_IATC.shape[2])
-            cells = stride * self.grid[1]  # patches in one row of cells
-            patches = min(cells * max(1, scratch // cells), query_IANC.shape[2])
+            patches = min(max(1, scratch), query_IANC.shape[2])
             heads = max(1, scratch // patches)
             bands = query_IANC.split(patches, dim=2)
-            return torch.cat([self._pooled_band(band, key_IATC, stride, heads) for band in bands], dim=1)
+            return torch.cat([self._band(band, key_IATC, column_stride, heads) for band in bands], dim=1)
 
-    def _pooled_band(self, query_IARC: Tensor, key_IATC: Tensor, stride: int, heads: int) -> Tensor:
-        """Rows of cells (I, m, M) from the scaled queries of their patches, some heads at a time."""
+    def _band(self, query_IARC: Tensor, key_IATC: Tensor, column_stride: int, heads: int) -> Tensor:
+        """Rows (I, R, C) of the scaled queries of R patches, some heads at a time."""
         height, width = self.grid
         attention_IRN = 0
         for query, key in zip(query_IARC.split(heads, dim=1), key_IATC.split(heads, dim=1), strict=True):
             weights_IART = (query @ key.mT).softmax(-1)
             attention_IRN = attention_IRN + weights_IART[..., -height * width :].sum(1)
+        if column_stride > 1:
+            map_IRHW = attention_IRN.unflatten(2, self.grid)  # (I,R,N) -> (I,R,H,W)
+            attention_IRN = F.avg_pool2d(map_IRHW, column_stride, ceil_mode=True, divisor_override=1).flatten(2)
         # The sum over heads stands for their mean: renormalising removes the factor.
-        attention_IRN = attention_IRN / attention_IRN.sum(-1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
-        columns_IMR = pool_features(attention_IRN.mT, self.grid, stride)
-        return pool_features(columns_IMR.mT, (query_IARC.shape[2] // width, width), stride)
+        return attention_IRN / attention_IRN.sum(-1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
 
 
 @dataclass

@@ -140,42 +140,36 @@ def test_relation_equals_the_eager_attention(name, attention, grid):
     expected = eager.mean(1)[:, -patches:, -patches:]
     expected = expected / expected.sum(-1, keepdim=True)
     assert expected.max() > 3 / patches
-    relation = vision_features(make_tower(name, attention), pixels).relation.pooled(1)
+    relation = vision_features(make_tower(name, attention), pixels).relation.profiles()
     torch.testing.assert_close(relation, expected, rtol=0, atol=1e-6)
 
 
 def test_relation_without_attention_is_the_softmax_of_the_cosine():
     seen = vision_features(make_tower("dinov3_convnext"), make_images("dinov3_convnext", (2, 3)))
     cosine = F.cosine_similarity(seen.features[:, :, None], seen.features[:, None], dim=-1)
-    torch.testing.assert_close(seen.relation.pooled(1), cosine.softmax(-1), rtol=0, atol=1e-6)
+    torch.testing.assert_close(seen.relation.profiles(), cosine.softmax(-1), rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("scratch", [1, 500, 2**20])
 @pytest.mark.parametrize("stride", [1, 2, 3, 4, 5, 7])
-def test_pooled_relation_is_pooled_attention_however_it_is_cut(stride, scratch, monkeypatch):
+def test_profiles_are_the_attention_summed_over_columns_however_it_is_cut(stride, scratch, monkeypatch):
     relation = make_relation()
     weights = (relation.scale * relation.query @ relation.key.mT).softmax(-1).mean(1)[..., 2:]
     weights = weights / weights.sum(-1, keepdim=True)
-    average = averaging_matrix(relation.grid, stride)
+    sums = (averaging_matrix(relation.grid, stride) > 0).float()
     monkeypatch.setitem(module.SCRATCH, "cpu", scratch)
-    pooled = relation.pooled(stride)
-    assert pooled.dtype == torch.float32
-    torch.testing.assert_close(pooled, average.T @ weights @ average, rtol=0, atol=1e-6)
-
-
-@pytest.mark.parametrize("stride", [1, 2])
-def test_rows_sum_to_one_also_when_cells_are_weighed_by_their_size(stride):
-    relation = make_relation(grid=(5, 5))
-    sizes = 1 / averaging_matrix((5, 5), stride).amax(0)
-    torch.testing.assert_close((relation.pooled(stride) * sizes).sum(-1), torch.ones(3, len(sizes)))
+    profiles = relation.profiles(stride)
+    assert profiles.dtype == torch.float32
+    torch.testing.assert_close(profiles, weights @ sums, rtol=0, atol=1e-6)
+    torch.testing.assert_close(profiles.sum(-1), torch.ones(3, 30))
 
 
 def test_only_the_images_asked_for_in_the_order_asked_for():
     relation = make_relation()
-    torch.testing.assert_close(relation.pooled(2, torch.tensor([2, 0])), relation.pooled(2)[[2, 0]])
+    torch.testing.assert_close(relation.profiles(2, torch.tensor([2, 0])), relation.profiles(2)[[2, 0]])
 
 
-def test_the_whole_map_is_never_held_when_it_is_pooled(monkeypatch):
+def test_the_whole_map_is_never_held_when_its_columns_are_summed(monkeypatch):
     largest = 0
 
     class Watch(TorchDispatchMode):
@@ -189,15 +183,15 @@ def test_the_whole_map_is_never_held_when_it_is_pooled(monkeypatch):
     relation = make_relation(grid=(32, 32), images=1)
     monkeypatch.setitem(module.SCRATCH, "cpu", 2**17)
     with Watch():
-        relation.pooled(2)
-    assert 0 < largest <= 2**18  # a quarter of N x N: the pooled map itself, or the weights held at a time
+        relation.profiles(2)
+    assert 0 < largest <= 2**18  # a quarter of N x N: the profiles themselves, or the weights held at a time
 
 
 def test_attention_that_goes_to_registers_alone_leaves_no_nan():
     relation = make_relation()
     relation.key[:, :, :2] = 1e4 * relation.key[:, :, :2].abs()
     relation.query.abs_()
-    assert relation.pooled(2).isfinite().all()
+    assert relation.profiles(2).isfinite().all()
 
 
 @every_tower
@@ -206,16 +200,16 @@ def test_half_precision_towers_take_full_precision_images(name, dtype):
     pixels = make_images(name, (4, 9))
     half, full = vision_features(make_tower(name, dtype=dtype), pixels), vision_features(make_tower(name), pixels)
     assert half.features.dtype == dtype
-    assert half.relation.pooled(2).dtype == torch.float32
+    assert half.relation.profiles(2).dtype == torch.float32
     assert F.cosine_similarity(half.features.float(), full.features, dim=-1).mean() > 0.99
-    torch.testing.assert_close(half.relation.pooled(1).sum(-1), torch.ones(2, 36))
+    torch.testing.assert_close(half.relation.profiles().sum(-1), torch.ones(2, 36))
 
 
 def test_autocast_does_not_reach_the_relation():
     relation = make_relation()
     with torch.autocast("cpu", torch.bfloat16):
-        inside = relation.pooled(2)
-    assert inside.equal(relation.pooled(2))
+        inside = relation.profiles(2)
+    assert inside.equal(relation.profiles(2))
 
 
 @pytest.mark.parametrize("name", ATTENTIVE)
@@ -226,7 +220,7 @@ def test_other_layers_give_features_of_the_hidden_states_and_the_same_relation(n
     hidden = run_alone(name, tower, pixels, grid=(6, 6), output_hidden_states=True).hidden_states
     assert len(hidden) == 4
     torch.testing.assert_close(seen.features, hidden[layer][:, -36:], rtol=0, atol=1e-6)
-    torch.testing.assert_close(seen.relation.pooled(1), vision_features(tower, pixels).relation.pooled(1))
+    torch.testing.assert_close(seen.relation.profiles(), vision_features(tower, pixels).relation.profiles())
 
 
 @every_tower
@@ -236,7 +230,9 @@ def test_an_image_does_not_depend_on_its_batch(name):
     for index in range(3):
         alone = vision_features(tower, pixels[index : index + 1])
         torch.testing.assert_close(alone.features[0], together.features[index], rtol=0, atol=1e-5)
-        torch.testing.assert_close(alone.relation.pooled(2)[0], together.relation.pooled(2)[index], rtol=0, atol=1e-6)
+        torch.testing.assert_close(
+            alone.relation.profiles(2)[0], together.relation.profiles(2)[index], rtol=0, atol=1e-6
+        )
 
 
 @every_tower
@@ -257,7 +253,7 @@ def test_the_tower_is_left_as_it_was(name):
 def test_threads_that_share_a_tower_get_their_own_relation():
     tower = make_tower("dinov3_vit")
     images = [make_images("dinov3_vit", grid, seed=seed) for seed, grid in enumerate([(6, 6), (4, 9)])]
-    expected = [vision_features(tower, pixels).relation.pooled(1) for pixels in images]
+    expected = [vision_features(tower, pixels).relation.profiles() for pixels in images]
     meeting = threading.Barrier(2, timeout=20)
 
     def meet(*_):
@@ -271,7 +267,7 @@ def test_threads_that_share_a_tower_get_their_own_relation():
 
     def work(index):
         with torch.no_grad():
-            found[index] = vision_features(tower, images[index]).relation.pooled(1)
+            found[index] = vision_features(tower, images[index]).relation.profiles()
 
     threads = [threading.Thread(target=work, args=(index,)) for index in range(2)]
     for thread in threads:
@@ -289,17 +285,17 @@ def test_a_compiled_tower_gives_the_same_relation_each_time():
     for seed in range(3):
         pixels = make_images("dinov3_vit", (3, 4), seed=seed)
         seen, expected = vision_features(compiled, pixels), vision_features(plain, pixels)
-        torch.testing.assert_close(seen.relation.pooled(2), expected.relation.pooled(2))
+        torch.testing.assert_close(seen.relation.profiles(2), expected.relation.profiles(2))
 
 
 @pytest.mark.filterwarnings("ignore:.gradient_checkpointing_enable:FutureWarning")
 def test_gradient_checkpointing_changes_nothing():
     tower, pixels = make_tower("dinov2"), make_images("dinov2", (3, 4))
-    expected = vision_features(tower, pixels).relation.pooled(1)
+    expected = vision_features(tower, pixels).relation.profiles()
     tower.gradient_checkpointing_enable()
     with torch.enable_grad():
         tower.train()
-        assert vision_features(tower, pixels).relation.pooled(1).equal(expected)
+        assert vision_features(tower, pixels).relation.profiles().equal(expected)
 
 
 @pytest.mark.parametrize(
