@@ -107,8 +107,8 @@ def test_rows_of_attention_are_rescaled_to_one():
 def test_attention_may_come_summed_over_groups_of_columns():
     features, attention = draw()
     groups = attention.unflatten(2, (-1, 4)).sum(-1)
-    result = AdaptiveTokenAggregation(5.0, 2, 80)(features, groups, 2, 8, (12, 16), 8)
-    distance = deviations(points_of(features, groups, 5.0), result.assignment, 8)
+    result = AdaptiveTokenAggregation(4.0, 2, 60)(features, groups, 2, 8, (12, 16), 8)
+    distance = deviations(points_of(features, groups, 4.0), result.assignment, 8)
     own = distance.gather(2, result.assignment.flatten(1)[..., None])[..., 0]
     assert (own <= distance.amin(-1) + 1e-5).all()
 
