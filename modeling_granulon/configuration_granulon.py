@@ -1,13 +1,15 @@
 """Configuration of Granulon: one vision tower, one language model, and the levels of granularity between them."""
 
+from numbers import Integral
+
 from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, PreTrainedConfig
 
+from .image_tokens import VIEWS
 from .vision_features import check_tower
 
-VIEWS = ("full", "pixel", "semantic")
-# Decoders whose first layer can be run on its own (Eq. 1) and whose masks can be packed (Eq. 10); each is tested.
-TEXT_MODELS = ("llama", "mistral", "qwen2", "qwen3")
+# Decoders whose first layers can be run on their own (Eq. 2) and whose masks can be packed (Eq. 10); each is tested.
+TEXT_MODELS = ("llama", "mistral", "olmo2", "phi3", "qwen2", "qwen3", "smollm3")
 DEFAULT_GRANULARITIES = (
     {"name": "coarse", "stride": 4, "clusters": 6, "keep": 5, "view": "full"},
     {"name": "medium", "stride": 2, "clusters": 12, "keep": 10, "view": "full"},
@@ -36,12 +38,15 @@ class GranulonConfig(PreTrainedConfig):
         default_granularity (`str` or `int`): the level of an image without a question; the middle one by default.
         controller (`str`): `"learned"`, or for ablations `"random"` or the name of a fixed level.
         max_semantic_tokens (`int`): K_max, the semantic slots reserved for an image; the largest `keep` by default.
-        cluster_iterations (`int`): rounds of the relation-aware k-means (Eq. 5), the seeding included.
+        cluster_iterations (`int`): rounds of the relation-aware k-means on pooled cells (Eq. 5), seeding included.
+        refinement_iterations (`int`): further rounds in which every patch joins its nearest centre.
         relation_weight (`float`): lambda_f of Eq. 5.
         score_weights (`list[float]`): eta_1, eta_2, eta_3 of Eq. 6 (size, coherence, dispersion).
         vision_feature_layer (`int`): the tower's hidden state that holds the patch features; -1 is its normed output.
+            By default -2 for CLIP, as in Llava, and -1 for the others.
         projector_hidden_act, multimodal_projector_bias: the two-layer projector, as in Llava.
         controller_hidden_size (`int`): width of the question descriptor h (Eq. 2).
+        controller_layers (`int`): decoder layers that the controller reads the question through; 1 in the paper.
 
     Raises:
         ValueError: on an unsupported tower or decoder, or on candidates that contradict each other.
@@ -58,17 +63,21 @@ class GranulonConfig(PreTrainedConfig):
     controller: str = "learned"
     max_semantic_tokens: int | None = None
     cluster_iterations: int = 2
-    relation_weight: float = 0.1
+    refinement_iterations: int = 2
+    relation_weight: float = 3.0
     score_weights: list | tuple = (1.0, 1.0, 1.0)
-    vision_feature_layer: int = -1
+    vision_feature_layer: int | None = None
     projector_hidden_act: str = "gelu"
     multimodal_projector_bias: bool = True
     controller_hidden_size: int = 256
+    controller_layers: int = 1
     tie_word_embeddings: bool = False
 
     def __post_init__(self, **kwargs):
         self.vision_config = _sub_config(self.vision_config, "dinov3_vit")
         self.text_config = _sub_config(self.text_config, "qwen2")
+        if self.vision_feature_layer is None:
+            self.vision_feature_layer = -2 if self.vision_config.model_type == "clip_vision_model" else -1
         self.tie_word_embeddings = self.tie_word_embeddings or self.text_config.tie_word_embeddings
         self.granularities = [_candidate(entry) for entry in _or_default(self.granularities, DEFAULT_GRANULARITIES)]
         if self.default_granularity is None and self.granularities:
@@ -94,8 +103,9 @@ class GranulonConfig(PreTrainedConfig):
         names = self.granularity_names
         if isinstance(granularity, str) and granularity in names:
             return names.index(granularity)
-        if isinstance(granularity, int) and not isinstance(granularity, bool) and 0 <= granularity < len(names):
-            return granularity
+        is_number = isinstance(granularity, Integral) and not isinstance(granularity, bool)
+        if is_number and 0 <= granularity < len(names):
+            return int(granularity)
         raise ValueError(f"unknown granularity {granularity!r}: choose one of {names} or an index below {len(names)}")
 
     def _check(self):
@@ -117,12 +127,17 @@ class GranulonConfig(PreTrainedConfig):
         if self.controller not in ("learned", "random", *names):
             raise ValueError(f"controller is {self.controller!r}; choose 'learned', 'random' or one of {names}")
         keep = max((entry["keep"] for entry in self.granularities), default=0)
-        if self.max_semantic_tokens < keep:
-            raise ValueError(f"max_semantic_tokens is {self.max_semantic_tokens} but a level keeps {keep} tokens")
-        if self.cluster_iterations < 1 or self.relation_weight < 0 or self.controller_hidden_size < 1:
+        if self.max_semantic_tokens < keep or (self.max_semantic_tokens and not names):
+            raise ValueError(f"max_semantic_tokens is {self.max_semantic_tokens} but the levels keep {keep} at most")
+        smallest = {"cluster_iterations": 1, "refinement_iterations": 0, "controller_hidden_size": 1}
+        smallest |= {"controller_layers": 1, "relation_weight": 0}
+        for name, least in smallest.items():
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} must be at least {least}, found {getattr(self, name)}")
+        if self.controller_layers > self.text_config.num_hidden_layers:
             raise ValueError(
-                "cluster_iterations and controller_hidden_size must be at least 1, relation_weight at least 0; found "
-                f"{self.cluster_iterations}, {self.controller_hidden_size} and {self.relation_weight}"
+                f"controller_layers is {self.controller_layers}, but the language model has "
+                f"{self.text_config.num_hidden_layers} layers"
             )
         if len(self.score_weights) != 3 or min(self.score_weights) < 0:
             raise ValueError(f"score_weights must be three non-negative numbers, found {self.score_weights}")

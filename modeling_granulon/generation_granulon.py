@@ -3,11 +3,15 @@
 import torch
 from transformers.generation import GenerationMixin
 
-from .joint_views import compact, gather_slots, hide_slots, refuse_lone_placeholders, take
+from .image_tokens import check_images_present, compact, hide_slots, insert_slots, take
 
 
 class GranulonGenerationMixin(GenerationMixin):
-    """`generate` in all modes of transformers, for a head whose `model` is a `GranulonModel`."""
+    """`generate` in all modes of transformers, for a head whose `model` is a `GranulonModel`.
+
+    transformers' own `mm_encoder_outputs` runs after masks and positions are made. Here the level decides which places
+    of the prompt are seen, so the images are encoded before.
+    """
 
     def prepare_inputs_for_generation(
         self, input_ids, image_embeds=None, inputs_embeds=None, is_first_iteration=False, **kwargs
@@ -21,69 +25,80 @@ class GranulonGenerationMixin(GenerationMixin):
         return model_inputs
 
     def _get_candidate_generator(self, *, model_kwargs, **kwargs):
-        """An assistant has no use for this model's image tokens: it drafts from the text, and drafts are verified."""
+        """An assistant cannot use this model's image tokens: it drafts from the text, and drafts are verified."""
         model_kwargs = {name: value for name, value in model_kwargs.items() if name != "image_embeds"}
         return super()._get_candidate_generator(model_kwargs=model_kwargs, **kwargs)
 
     @torch.no_grad()
-    def generate(self, inputs: torch.LongTensor | None = None, visual_view: str | None = None, **kwargs):
+    def generate(self, inputs: torch.LongTensor | None = None, visual=None, visual_view: str | None = None, **kwargs):
         """Generate answers; the images are encoded once, whatever the decoding mode.
 
         Args:
             inputs: (B,T) prompt ids, also as `input_ids`; or `inputs_embeds` (B,T,E).
-            pixel_values, question_input_ids, question_attention_mask, granularity: as in `forward`.
+            visual: what `encode` returned for these prompts, in place of the pixel values.
             visual_view: "full", "pixel", "semantic" or "auto" (each row as its level's `view` says). A full prompt is
                 shortened before it is read; what is returned still starts with the prompt that was passed.
-            kwargs: everything that `GenerationMixin.generate` takes, except `prefill_chunk_size`.
+            kwargs: `pixel_values`, `question_input_ids`, `question_attention_mask` and `granularity` as in `forward`,
+                and everything that `GenerationMixin.generate` takes, except `prefill_chunk_size`.
 
-        Padding may stand on either side of the prompt. An `assistant_model` drafts from the text alone.
+        Padding may stand on either side of the prompt; without an attention mask, padding tokens are left out. An
+        `assistant_model` drafts from the text alone. With `return_dict_in_generate=True` the output has `visual`.
 
         Raises:
             ValueError: as `forward`; `prefill_chunk_size`; a cache that already holds a prompt, together with images.
         """
-        pixel_values = kwargs.pop("pixel_values", None)
-        question = {
-            name: kwargs.pop(name, None) for name in ("question_input_ids", "question_attention_mask", "granularity")
-        }
         input_ids = inputs if inputs is not None else kwargs.pop("input_ids", None)
-        if pixel_values is None:
-            drafts = getattr(kwargs.get("generation_config"), "is_assistant", False)
-            if input_ids is not None and kwargs.get("image_embeds") is None and not drafts:
-                refuse_lone_placeholders(self.model.placeholders(input_ids, None))
+        question = [
+            kwargs.pop(name, None) for name in ("question_input_ids", "question_attention_mask", "granularity")
+        ]
+        pixel_values = kwargs.pop("pixel_values", None)
+        if pixel_values is None and visual is None:
+            is_draft = getattr(kwargs.get("generation_config"), "is_assistant", False)
+            if input_ids is not None and kwargs.get("image_embeds") is None and not is_draft:
+                check_images_present(self.model.placeholders(input_ids, None))
             return super().generate(inputs=input_ids, **kwargs)
-        _refuse_unsafe_generation(kwargs, self.generation_config)
+        _check_generation(kwargs, self.generation_config)
 
         inputs_embeds = kwargs.pop("inputs_embeds", None)
         placeholder_BT = self.model.placeholders(input_ids, inputs_embeds)
-        _, image_embeds, visible_BR, _ = self.model.place_images(placeholder_BT, pixel_values, visual_view, **question)
-        mask_BT = hide_slots(kwargs.pop("attention_mask", None), placeholder_BT, visible_BR)
-        if inputs_embeds is not None:
-            slots_BTE = gather_slots(placeholder_BT, image_embeds.to(inputs_embeds))
-            inputs_embeds = torch.where(placeholder_BT.unsqueeze(-1), slots_BTE, inputs_embeds)
-        prompt_ids, length = input_ids, placeholder_BT.shape[1]
-        if visual_view is not None or not mask_BT[:, -1].all():
-            # Only what is seen moves on: the prompt is shorter, and padding stands at its left.
-            index_BL, mask_BT = compact(mask_BT.bool(), pad_left=True)
-            if prompt_ids is not None:
-                prompt_ids = take(prompt_ids, index_BL).masked_fill(~mask_BT, self._padding_id())
-            if inputs_embeds is not None:
-                inputs_embeds = take(inputs_embeds, index_BL)
-            image_embeds = take(image_embeds, compact(visible_BR)[0])
-            _lower_length_limits(kwargs, self.generation_config, length - mask_BT.shape[1])
+        layout = self.model.layout(placeholder_BT, pixel_values, visual, visual_view)
+        if visual is None:
+            visual = self.model._encode(pixel_values, layout.images_per_row, *question, every_level=False)
+        placed = visual.place(layout, visual_view)
+        mask_BT = kwargs.pop("attention_mask", None)
+        mask_BT = self._padding_mask(input_ids) if mask_BT is None else mask_BT
+        mask_BT = hide_slots(mask_BT, placeholder_BT, placed.visible_BR)
+
+        # Only what is seen is read: the prompt gets shorter, and padding stands at its left.
+        index_BL, mask_BT = compact(mask_BT.bool(), pad_left=True)
+        removed = placeholder_BT.shape[1] - index_BL.shape[1]
+        prompt_ids = None if input_ids is None else take(input_ids, index_BL).masked_fill(~mask_BT, self._padding_id())
         if inputs_embeds is None:
-            kwargs["image_embeds"] = image_embeds
+            kwargs["image_embeds"] = take(placed.embeds_BRE, compact(placed.visible_BR)[0])
         else:
-            kwargs["inputs_embeds"] = inputs_embeds
+            kwargs["inputs_embeds"] = take(insert_slots(inputs_embeds, placeholder_BT, placed.embeds_BRE), index_BL)
+        _lower_length_limits(kwargs, self.generation_config, removed)
         output = super().generate(inputs=prompt_ids, attention_mask=mask_BT.long(), **kwargs)
-        return output if input_ids is None else _with_prompt(output, input_ids, mask_BT.shape[1])
+        return _complete(output, input_ids, mask_BT.shape[1], visual)
 
     def _padding_id(self) -> int:
         """A token id for masked places that is no image placeholder."""
         pad = self.generation_config.pad_token_id
         return pad if pad is not None and pad != self.config.image_token_id else int(self.config.image_token_id == 0)
 
+    def _padding_mask(self, input_ids: torch.LongTensor | None) -> torch.Tensor | None:
+        """The mask of a prompt without one: no padding tokens; of a token that also ends turns, those at the left."""
+        pad, eos = self.generation_config.pad_token_id, self.generation_config.eos_token_id
+        if input_ids is None or pad is None:
+            return None
+        padding_BT = input_ids == pad
+        if pad in (eos if isinstance(eos, (list, tuple)) else [eos]):
+            padding_BT = padding_BT.long().cumprod(-1).bool()
+        return (~padding_BT).long()
 
-def _refuse_unsafe_generation(kwargs: dict, generation_config):
+
+def _check_generation(kwargs: dict, generation_config):
+    """Raises ValueError for what would silently place image tokens wrongly."""
     generation_config = kwargs.get("generation_config") or generation_config
     if kwargs.get("prefill_chunk_size") or generation_config.prefill_chunk_size:
         raise ValueError("prefill_chunk_size would place image tokens wrongly; leave it unset for prompts with images")
@@ -97,18 +112,22 @@ def _refuse_unsafe_generation(kwargs: dict, generation_config):
 
 def _lower_length_limits(kwargs: dict, generation_config, removed: int):
     """max_length and min_length count the prompt that was passed, not the shorter one that is read."""
-    for name in ("max_length", "min_length"):
+    for name in ("max_length", "min_length") if removed else ():
         limit = kwargs.get(name) or getattr(kwargs.get("generation_config") or generation_config, name, None)
         if limit:
             kwargs[name] = max(limit - removed, 0)
 
 
-def _with_prompt(output, input_ids: torch.Tensor, read_length: int):
-    """The generated sequences behind the prompt that was passed, whatever part of it was read."""
-    sequences = output if isinstance(output, torch.Tensor) else output.sequences
-    prompts = input_ids.repeat_interleave(len(sequences) // len(input_ids), dim=0).to(sequences.device)
-    sequences = torch.cat([prompts, sequences[:, read_length:]], dim=1)
-    if isinstance(output, torch.Tensor):
-        return sequences
-    output.sequences = sequences
+def _complete(output, input_ids: torch.Tensor | None, read_length: int, visual):
+    """The output of upstream's generate, with the prompt that was passed in front and what was seen beside it."""
+    is_tensor = isinstance(output, torch.Tensor)
+    if input_ids is not None:
+        sequences = output if is_tensor else output.sequences
+        prompts = input_ids.repeat_interleave(len(sequences) // len(input_ids), dim=0).to(sequences.device)
+        sequences = torch.cat([prompts, sequences[:, read_length:]], dim=1)
+        if is_tensor:
+            return sequences
+        output.sequences = sequences
+    if not is_tensor:
+        output.visual = visual
     return output

@@ -1,117 +1,50 @@
 """Granulon: a frozen pixel-level tower, a question that picks the granularity, and one language-model pass.
 
 Equations are those of docs/method.md. Shapes: B rows of text, T tokens, I images, H x W patch grid, N = H * W patches,
-K semantic slots (K_max), R image slots of a row, D vision width, E text width, G granularities.
+K semantic slots (K_max), R image slots of a row, D vision width, E text width, G granularities, V packed views.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import nn
 from transformers import AutoModel, PreTrainedModel
 from transformers import initialization as init
-from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache
-from transformers.modeling_outputs import (
-    BaseModelOutputWithPast,
-    BaseModelOutputWithPooling,
-    CausalLMOutputWithPast,
-)
+from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.processing_utils import Unpack
-from transformers.utils import ModelOutput, TransformersKwargs
+from transformers.utils import TransformersKwargs
 from transformers.utils.generic import can_return_tuple
 
-from .adaptive_token_aggregation import AdaptiveTokenAggregation
-from .configuration_granulon import VIEWS, GranulonConfig
+from .adaptive_token_aggregation import AdaptiveTokenAggregation, AggregationOutput, kept_tokens
+from .configuration_granulon import GranulonConfig
 from .generation_granulon import GranulonGenerationMixin
-from .granularity_controller import GranularityController, choose_granularity, first_layer_states
-from .joint_views import (
-    FULL,
+from .granularity_controller import GranularityController, choose_granularity, question_states
+from .image_tokens import (
+    HIDDEN_ROLE,
     PIXEL,
     SEMANTIC,
-    PackedViews,
-    gather_slots,
-    hide_slots,
-    kept_last,
-    pack_views,
+    PlacedImages,
+    Prompt,
+    SlotLayout,
+    check_images_present,
     positions,
-    refuse_lone_placeholders,
     slot_layout,
     slot_roles,
     take,
-    visible_roles,
 )
-from .vision_features import feature_width_of, patch_grid, vision_features
-
-
-@dataclass
-class GranulonVisualOutput(ModelOutput):
-    """What the model chose and saw, without a language-model pass.
-
-    image_hidden_states (I,N+K,E): projected pixel tokens, then semantic slots in the order of the prompt: empty slots
-        first, so that text follows a real token.
-    semantic_mask (I,K) bool: which clusters were kept, best score first.
-    granularity_logits (B,G) or None: the controller's logits; None without controller or question.
-    granularity_index (B,) long or None: the level of each row; None without levels.
-    cluster_map (I,H,W) long: for each patch the kept cluster it belongs to, or -1.
-    cluster_scores (I,K) fp32: quality of the kept clusters (Eq. 6).
-    """
-
-    image_hidden_states: torch.FloatTensor | None = None
-    semantic_mask: torch.BoolTensor | None = None
-    granularity_logits: torch.FloatTensor | None = None
-    granularity_index: torch.LongTensor | None = None
-    cluster_map: torch.LongTensor | None = None
-    cluster_scores: torch.FloatTensor | None = None
-
-
-@dataclass
-class GranulonModelOutputWithPast(GranulonVisualOutput, BaseModelOutputWithPast):
-    """The decoder's outputs and the visual ones.
-
-    With `joint_views=True`, `last_hidden_state` is (B,P,E) over the packed sequence, and `packed_views` says what each
-    of its tokens copies, in which view it stands and which labels count.
-    """
-
-    packed_views: PackedViews | None = None
-
-
-@dataclass
-class GranulonCausalLMOutputWithPast(GranulonVisualOutput, CausalLMOutputWithPast):
-    """The head's outputs (`loss` is a mean over next tokens, `logits` are (B,T,vocab)) and the visual ones."""
-
-    packed_views: PackedViews | None = None
-
-
-class GranulonMultiModalProjector(nn.Module):
-    """Llava's two-layer projector, and the gains of each level (Eq. 8): one for pixel, one for semantic tokens."""
-
-    def __init__(self, config: GranulonConfig):
-        super().__init__()
-        vision_width, text_width = feature_width_of(config.vision_config), config.text_config.hidden_size
-        self.linear_1 = nn.Linear(vision_width, text_width, bias=config.multimodal_projector_bias)
-        self.act = ACT2FN[config.projector_hidden_act]
-        self.linear_2 = nn.Linear(text_width, text_width, bias=config.multimodal_projector_bias)
-        self.gains = nn.Parameter(torch.ones(len(config.granularities), 2)) if config.granularities else None
-
-    def forward(
-        self,
-        patches_IND: torch.Tensor,
-        semantic_IKD: torch.Tensor | None = None,
-        weights_IG: torch.Tensor | None = None,
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Patches (I,N,D) and cluster means (I,K,D) become tokens of text width, times the gains of their level."""
-        pixel_INE = self._project(patches_IND)
-        if self.gains is None:
-            return pixel_INE, None
-        # Eq. 8: Phi_gamma with gamma = sum_k p_k gamma_k
-        gains_I2 = (weights_IG.to(self.gains.dtype) @ self.gains).to(pixel_INE.dtype)
-        semantic_IKE = self._project(semantic_IKD)
-        return pixel_INE * gains_I2[:, :1, None], semantic_IKE * gains_I2[:, 1:, None]
-
-    def _project(self, features: torch.Tensor) -> torch.Tensor:
-        return self.linear_2(self.act(self.linear_1(features.to(self.linear_1.weight.dtype))))
+from .joint_views import PackedViews, PartialView, pack_views
+from .multi_modal_projector import GEOMETRY, GranulonMultiModalProjector
+from .vision_features import VisionFeatures, feature_width_of, patch_grid, vision_features
+from .visual_output import (
+    CONTROLLER,
+    DEFAULT,
+    REQUEST,
+    SETTING,
+    GranulonCausalLMOutputWithPast,
+    GranulonModelOutputWithPast,
+    GranulonVisualOutput,
+)
 
 
 class GranulonPreTrainedModel(PreTrainedModel):
@@ -126,24 +59,52 @@ class GranulonPreTrainedModel(PreTrainedModel):
     _supports_attention_backend = True
     _can_compile_fullgraph = True
 
+    @classmethod
+    def from_pretrained(cls, *args, **kwargs):
+        """As in transformers; the vision tower comes frozen. Unfreeze it afterwards to train it."""
+        loaded = super().from_pretrained(*args, **kwargs)
+        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        model.base_model.vision_tower.requires_grad_(False)
+        return loaded
+
     @torch.no_grad()
     def _init_weights(self, module):
         super()._init_weights(module)
-        if isinstance(module, GranulonMultiModalProjector) and module.gains is not None:
-            init.ones_(module.gains)
+        if isinstance(module, GranulonMultiModalProjector) and module.has_levels:
+            for parameter in (module.gain_offsets, module.level_embedding, module.cluster_embedding):
+                init.zeros_(parameter)
 
 
 class GranulonModel(GranulonPreTrainedModel):
     """Tower, controller, aggregation, projector and decoder, without a head.
 
     Build it with `GranulonConfig`; load it with `AutoModel.from_pretrained(..., trust_remote_code=True)`.
+
+    Arguments of `forward`:
+        input_ids, attention_mask: (B,T), with the processor's placeholders. Padding may stand on either side.
+        position_ids: (B,T); by default they skip padding and empty slots.
+        pixel_values: (I,3,h,w), the images of all rows in the order of their placeholders.
+        visual: what `encode` returned for these rows, in place of pixel_values.
+        image_embeds: (B,R,E), image tokens already in the order of the placeholders (what `generate` passes); the
+            attention mask then has to hide the empty slots.
+        question_input_ids, question_attention_mask: (B,Tq), the question alone, right-padded.
+        granularity: a level's name or index, for all rows or one per row, instead of the controller's choice.
+        visual_view: "full", "pixel", "semantic" or "auto": masks the other slots of a full prompt. A prompt that the
+            processor made for one view is read as such without it.
+        joint_views: partial views that follow the full one in one packed sequence (Eq. 9, 10): "pixel", "semantic"
+            (the semantic tokens of the acting level), or the name of a level (its semantic tokens). True stands for
+            "pixel" and every level.
+        predict: (B,L) long, places of prompt tokens: `last_hidden_state` is then (B,V*L,E), the states that predict
+            these tokens, view after view, for a head that needs no others.
+
+    Who continues from `past_key_values` by hand passes the attention mask that hides the empty slots; `generate` does.
     """
 
     _keys_to_ignore_on_load_unexpected = [r"^lm_head\."]
 
     def __init__(self, config: GranulonConfig):
         super().__init__(config)
-        self.vision_tower = AutoModel.from_config(config.vision_config)
+        self.vision_tower = AutoModel.from_config(config.vision_config).requires_grad_(False)
         self.multi_modal_projector = GranulonMultiModalProjector(config)
         self.language_model = AutoModel.from_config(config.text_config)
         levels = len(config.granularities)
@@ -157,15 +118,16 @@ class GranulonModel(GranulonPreTrainedModel):
         self.aggregation = AdaptiveTokenAggregation(
             relation_weight=config.relation_weight,
             iterations=config.cluster_iterations,
+            refinement_iterations=config.refinement_iterations,
             score_weights=tuple(config.score_weights),
         )
         self.post_init()
         self.train(self.training)
 
     def train(self, mode: bool = True):
-        """The tower stays frozen and in eval mode: DINOv3 jitters its position embedding in train mode."""
+        """As in torch, but the tower stays in eval mode: DINOv3 jitters its position embedding in train mode."""
         super().train(mode)
-        self.vision_tower.eval().requires_grad_(False)
+        self.vision_tower.eval()
         return self
 
     def get_input_embeddings(self):
@@ -178,194 +140,205 @@ class GranulonModel(GranulonPreTrainedModel):
     def get_image_features(self, pixel_values: torch.FloatTensor, **kwargs) -> BaseModelOutputWithPooling:
         """Image tokens at the default granularity, for callers that have no question.
 
-        `pooler_output` is a list with one (N+K,E) tensor per image; the other fields are the tower's.
+        `pooler_output` is a list with one (N + K_level, E) tensor per image, which holds no empty slot; the other
+        fields are the tower's. Reads no value on the host, so that `torch.export` can trace it.
         """
         kwargs.pop("return_dict", None)
-        visual, tower_outputs = self.encode_images(pixel_values, [1] * len(pixel_values), **kwargs)
+        vision = self._vision(pixel_values, **kwargs)
+        if not self.config.granularities:
+            tokens_ISE = self.multi_modal_projector(vision.features)
+        else:
+            level = self.config.granularity_index(self.config.default_granularity)
+            level_I = torch.full_like(pixel_values[:, 0, 0, 0], level, dtype=torch.long)
+            semantic_IKE, _ = self._semantic_tokens(vision, self._relation(vision), level)
+            tokens_ISE = torch.cat([self.multi_modal_projector(vision.features, level_I), semantic_IKE], dim=1)
         return BaseModelOutputWithPooling(
-            last_hidden_state=tower_outputs.last_hidden_state,
-            pooler_output=list(visual.image_hidden_states),
-            hidden_states=tower_outputs.get("hidden_states"),
-            attentions=tower_outputs.get("attentions"),
+            last_hidden_state=vision.outputs.last_hidden_state,
+            pooler_output=list(tokens_ISE),
+            hidden_states=vision.outputs.get("hidden_states"),
+            attentions=vision.outputs.get("attentions"),
         )
 
-    def encode_images(
+    def encode(
         self,
         pixel_values: torch.FloatTensor,
-        images_per_row: list[int],
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
         question_input_ids: torch.LongTensor | None = None,
         question_attention_mask: torch.Tensor | None = None,
         granularity: str | int | Sequence | torch.Tensor | None = None,
-        **tower_kwargs,
-    ) -> tuple[GranulonVisualOutput, ModelOutput]:
+        every_level: bool = False,
+    ) -> GranulonVisualOutput:
         """Images and the questions of their rows become image tokens: Eq. 1-8 up to the language model.
+
+        Takes the processor's output as it is. Pass the result as `visual` to `forward` or `generate`, as often as you
+        like: tower, controller, aggregation and projector do not run again.
 
         Args:
             pixel_values: (I,3,h,w), h and w multiples of the patch size, the images of all rows in order.
-            images_per_row: how many of them belong to each of the B rows.
-            question_input_ids, question_attention_mask: (B,T), 1 on question tokens; a row without any takes the
+            input_ids: (B,T), which says how many images each row has; without it every image is a row of its own.
+            attention_mask: not used.
+            question_input_ids, question_attention_mask: (B,Tq), 1 on question tokens; a row without any takes the
                 default granularity.
-            granularity: name or index for all rows, or one per row, instead of the controller's choice.
+            granularity: name or index for all rows, or one per row, instead of the controller's choice; None leaves
+                the choice to the controller.
+            every_level: also compute the semantic tokens of the levels that were not chosen (`level_hidden_states`).
 
-        Returns:
-            the visual output and the tower's own output.
+        Raises:
+            ValueError: placeholders and images that do not fit, an unknown level, features that are not finite.
         """
-        with torch.no_grad():
-            vision = vision_features(
-                self.vision_tower, pixel_values, layer=self.config.vision_feature_layer, **tower_kwargs
-            )
-        finite_I = vision.features.isfinite().flatten(1).all(-1).tolist()
-        if not all(finite_I):
-            raise ValueError(
-                f"image {finite_I.index(False)} has features that are not finite; check its pixel_values for NaN "
-                "or infinity, and use bfloat16 instead of float16 if the tower overflows"
-            )
-        if not self.config.granularities:
-            pixel_INE, _ = self.multi_modal_projector(vision.features)
-            return GranulonVisualOutput(image_hidden_states=pixel_INE), vision.outputs
+        if input_ids is None:
+            images_per_row = [1] * len(pixel_values)
+        else:
+            images_per_row = self.layout(input_ids == self.config.image_token_id, pixel_values).images_per_row
+        return self._encode(
+            pixel_values, images_per_row, question_input_ids, question_attention_mask, granularity, every_level
+        )
 
-        logits_BG, index_B, weights_BG = self.choose_level(
+    @torch.no_grad()
+    def explain(self, pixel_values: torch.FloatTensor, **inputs) -> GranulonVisualOutput:
+        """`encode` without gradients: levels, clusters and their scores, nothing generated."""
+        return self.encode(pixel_values, **inputs)
+
+    def _encode(
+        self, pixel_values, images_per_row, question_input_ids, question_attention_mask, granularity, every_level
+    ) -> GranulonVisualOutput:
+        vision = self._vision(pixel_values)
+        count_B = torch.tensor(images_per_row, device=vision.features.device)
+        finite_I = vision.features.isfinite().flatten(1).all(-1)
+        if not self.config.granularities:
+            _check_finite(finite_I.tolist())
+            tokens_ISE = self.multi_modal_projector(vision.features)
+            return GranulonVisualOutput.of(self.config, image_hidden_states=tokens_ISE, images_per_row=count_B)
+
+        logits_BG, index_B, chosen_B = self._choose_levels(
             len(images_per_row), question_input_ids, question_attention_mask, granularity
         )
-        row_I = torch.arange(len(images_per_row)).repeat_interleave(torch.tensor(images_per_row)).to(index_B.device)
-        tokens_IKD, mask_IK, map_IHW, scores_IK = self._aggregate(vision, index_B[row_I].tolist())
-        pixel_INE, semantic_IKE = self.multi_modal_projector(vision.features, tokens_IKD, weights_BG[row_I])
-        # The kept tokens move to the end of the slots, so that whatever follows an image follows a real token.
-        order_IK = kept_last(mask_IK).to(semantic_IKE.device)
-        semantic_IKE = semantic_IKE.gather(1, order_IK.unsqueeze(-1).expand_as(semantic_IKE))
-        visual = GranulonVisualOutput(
-            image_hidden_states=torch.cat([pixel_INE, semantic_IKE], dim=1),
-            semantic_mask=mask_IK,
+        level_I = index_B.to(count_B.device).repeat_interleave(count_B, output_size=len(pixel_values))
+        # The level decides how many tokens there are, so it is read on the host, here and once.
+        levels, finite = torch.stack([level_I, finite_I.long()]).tolist()
+        _check_finite(finite)
+        pixel_INE = self.multi_modal_projector(vision.features, level_I)
+        return GranulonVisualOutput.of(
+            self.config,
+            **self._semantic_slots(vision, pixel_INE, levels, every_level),
             granularity_logits=logits_BG,
             granularity_index=index_B,
-            cluster_map=map_IHW,
-            cluster_scores=scores_IK,
+            chosen_by=chosen_B,
+            images_per_row=count_B,
         )
-        return visual, vision.outputs
 
-    def choose_level(self, num_rows, question_input_ids=None, question_attention_mask=None, granularity=None):
-        """The level of each row (Eq. 1-3): forced, or the controller's, or the default where there is no question.
+    def _vision(self, pixel_values: torch.FloatTensor, **tower_kwargs) -> VisionFeatures:
+        """Patch features and relation map; without gradients as long as the tower is frozen."""
+        trains = any(parameter.requires_grad for parameter in self.vision_tower.parameters())
+        with torch.set_grad_enabled(torch.is_grad_enabled() and trains):
+            return vision_features(
+                self.vision_tower, pixel_values, layer=self.config.vision_feature_layer, **tower_kwargs
+            )
+
+    def _relation(self, vision: VisionFeatures) -> torch.Tensor | None:
+        return vision.relation.profiles() if self.config.relation_weight > 0 else None
+
+    def _semantic_tokens(
+        self,
+        vision: VisionFeatures,
+        relation: torch.Tensor | None,
+        level: int,
+        images: torch.Tensor | slice = slice(None),
+    ) -> tuple[torch.Tensor, AggregationOutput]:
+        """Eq. 4-8 for the named images at one level: projected tokens (i,K_level,E), and what they were made from."""
+        candidate = self.config.granularities[level]
+        clusters = self.aggregation(
+            vision.features[images],
+            None if relation is None else relation[images],
+            candidate["stride"],
+            candidate["clusters"],
+            grid=vision.grid,
+            top_k=candidate["keep"],
+        )
+        used = kept_tokens(vision.grid, candidate["stride"], candidate["clusters"], candidate["keep"])
+        level_I = torch.full((len(clusters.tokens),), level, device=clusters.tokens.device)
+        tokens_IKE = self.multi_modal_projector(clusters.tokens[:, :used], level_I, clusters.geometry[:, :used])
+        return tokens_IKE, clusters
+
+    def _semantic_slots(self, vision: VisionFeatures, pixel_INE: torch.Tensor, levels: list[int], every_level: bool):
+        """Image tokens at each image's own level, and, if asked for, the semantic tokens of every level."""
+        images, slots, device = len(levels), self.config.max_semantic_tokens, pixel_INE.device
+        semantic_IKE = pixel_INE.new_zeros(images, slots, pixel_INE.shape[-1])
+        mask_IK = torch.zeros(images, slots, dtype=torch.bool, device=device)
+        map_IHW = torch.zeros(images, *vision.grid, dtype=torch.long, device=device)
+        scores_IK = torch.zeros(images, slots, device=device)
+        relation, every = self._relation(vision), []
+        for level in range(len(self.config.granularities)) if every_level else sorted(set(levels)):
+            own = [number for number, chosen in enumerate(levels) if chosen == level]
+            own_I = torch.tensor(own, dtype=torch.long, device=device)
+            tokens_IKE, clusters = self._semantic_tokens(
+                vision, relation, level, slice(None) if every_level else own_I
+            )
+            used = tokens_IKE.shape[1]
+            if every_level:
+                every.append(nn.functional.pad(tokens_IKE, (0, 0, slots - used, 0)))
+                tokens_IKE, clusters = tokens_IKE[own_I], AggregationOutput(*(field[own_I] for field in clusters))
+            # Used slots stand last, so that whatever follows an image follows a real token.
+            semantic_IKE[own_I, slots - used :] = tokens_IKE.to(semantic_IKE.dtype)
+            mask_IK[own_I, :used] = True
+            map_IHW[own_I] = clusters.assignment
+            scores_IK[own_I, : clusters.scores.shape[1]] = clusters.scores
+        return {
+            "image_hidden_states": torch.cat([pixel_INE, semantic_IKE], dim=1),
+            "semantic_mask": mask_IK,
+            "cluster_map": map_IHW,
+            "cluster_scores": scores_IK,
+            "level_hidden_states": torch.stack(every, dim=1) if every_level else None,
+        }
+
+    def question_logits(self, input_ids: torch.LongTensor, attention_mask: torch.Tensor | None = None) -> torch.Tensor:
+        """The controller's logits (B,G) of questions (B,T) (Eq. 2, 3).
+
+        The decoder's layers are read without gradients: what trains the controller does not pull them.
+        """
+        attention_mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        with torch.no_grad():
+            states_BTE = question_states(self.language_model, input_ids, attention_mask, self.config.controller_layers)
+        return self.granularity_controller(states_BTE, attention_mask.to(states_BTE.device))
+
+    def _choose_levels(self, num_rows, question_input_ids, question_attention_mask, granularity):
+        """The level of each row (Eq. 1-3): the request's, else the controller's, else the default.
 
         Returns:
-            logits (B,G) or None, index (B,) long, weights (B,G) of the gains.
+            logits (B,G) or None, index (B,) long, and who chose it (B,) long, one of visual_output's codes.
         """
-        names = self.config.granularity_names
-        fixed_B = self._fixed_levels(num_rows, granularity)
-        logits_BG = None
+        config, logits_BG = self.config, None
+        requested_B = self._requested_levels(num_rows, granularity)
+        if config.controller == "random":
+            fallback_B, source = torch.randint(len(config.granularities), (num_rows,)), SETTING
+        else:
+            learned = config.controller == "learned"
+            name, source = (config.default_granularity, DEFAULT) if learned else (config.controller, SETTING)
+            fallback_B = torch.full((num_rows,), config.granularity_index(name))
+        index_B = torch.where(requested_B >= 0, requested_B, fallback_B)
+        chosen_B = torch.where(requested_B >= 0, REQUEST, source)
         if self.granularity_controller is not None and question_input_ids is not None:
             if len(question_input_ids) != num_rows:
                 raise ValueError(f"{len(question_input_ids)} questions for {num_rows} prompts; pass one per prompt")
             if question_attention_mask is None:
                 question_attention_mask = torch.ones_like(question_input_ids)
-            states_BTE = first_layer_states(self.language_model, question_input_ids, question_attention_mask)
-            logits_BG = self.granularity_controller(states_BTE, question_attention_mask.to(states_BTE.device))
-            if granularity is None:
-                asked_B = question_attention_mask.any(-1).to(logits_BG.device)
-                fixed_B = torch.where(asked_B, -1, fixed_B.to(logits_BG.device))
-        base_BG = torch.zeros(num_rows, len(names), device=self.device) if logits_BG is None else logits_BG
-        return logits_BG, *choose_granularity(base_BG, fixed_B.to(base_BG.device))
+            logits_BG = self.question_logits(question_input_ids, question_attention_mask)
+            device = logits_BG.device
+            decides_B = question_attention_mask.any(-1).to(device) & (requested_B < 0).to(device)
+            index_B = choose_granularity(logits_BG, torch.where(decides_B, -1, index_B.to(device)))
+            chosen_B = torch.where(decides_B, CONTROLLER, chosen_B.to(device))
+        return logits_BG, index_B.to(self.device), chosen_B.to(self.device)
 
-    def _fixed_levels(self, num_rows: int, granularity) -> torch.Tensor:
-        """Levels that need no question: as asked for, else the ablation's, else the default, (B,) long."""
-        config = self.config
-        if granularity is None:
-            if config.controller == "random":
-                return torch.randint(len(config.granularities), (num_rows,))
-            granularity = config.default_granularity if config.controller == "learned" else config.controller
+    def _requested_levels(self, num_rows: int, granularity) -> torch.Tensor:
+        """(B,) long, -1 where the request names no level."""
         if isinstance(granularity, torch.Tensor):
             granularity = granularity.tolist()
-        if isinstance(granularity, (str, int)):
+        if granularity is None or isinstance(granularity, str) or not hasattr(granularity, "__len__"):
             granularity = [granularity] * num_rows
         if len(granularity) != num_rows:
             raise ValueError(f"{len(granularity)} granularities for {num_rows} rows; pass one, or one per row")
-        return torch.tensor([config.granularity_index(level) for level in granularity])
-
-    def _aggregate(self, vision, level_I: list[int]):
-        """Eq. 4-7, one call per level that occurs; tokens (I,K,D), mask (I,K), map (I,H,W) and scores (I,K)."""
-        features, slots = vision.features, self.config.max_semantic_tokens
-        tokens = features.new_zeros(len(features), slots, features.shape[-1])
-        mask = torch.zeros(len(features), slots, dtype=torch.bool, device=features.device)
-        cluster_map = torch.full((len(features), *vision.grid), -1, device=features.device)
-        scores = torch.zeros(len(features), slots, device=features.device)
-        for level in sorted(set(level_I)):
-            candidate = self.config.granularities[level]
-            images = torch.tensor([i for i, own in enumerate(level_I) if own == level], device=features.device)
-            use_relation = self.config.relation_weight > 0
-            kept = self.aggregation(
-                features[images],
-                vision.relation.pooled(candidate["stride"], images) if use_relation else None,
-                candidate["stride"],
-                candidate["clusters"],
-                grid=vision.grid,
-                top_k=candidate["keep"],
-            )
-            tokens[images, : candidate["keep"]] = kept.tokens
-            mask[images, : candidate["keep"]] = kept.mask
-            cluster_map[images] = kept.assignment
-            scores[images, : candidate["keep"]] = kept.scores
-        return tokens, mask, cluster_map, scores
-
-    @torch.no_grad()
-    def explain(
-        self,
-        pixel_values: torch.FloatTensor,
-        input_ids: torch.LongTensor | None = None,
-        question_input_ids: torch.LongTensor | None = None,
-        question_attention_mask: torch.Tensor | None = None,
-        granularity: str | int | Sequence | torch.Tensor | None = None,
-        **kwargs: Unpack[TransformersKwargs],
-    ) -> GranulonVisualOutput:
-        """What would be chosen and seen, without generating: levels, clusters and their scores.
-
-        Takes the processor's output as it is; without `input_ids` every image is a row of its own.
-        """
-        if input_ids is None:
-            images_per_row = [1] * len(pixel_values)
-        else:
-            images_per_row = self._layout(input_ids == self.config.image_token_id, pixel_values).images_per_row
-        return self.encode_images(
-            pixel_values, images_per_row, question_input_ids, question_attention_mask, granularity
-        )[0]
-
-    def _layout(self, placeholder_BT: torch.Tensor, pixel_values: torch.Tensor, view: str | None = None):
-        height, width = patch_grid(self.config.vision_config, pixel_values)
-        return slot_layout(placeholder_BT, len(pixel_values), height * width, self.config.max_semantic_tokens, view)
-
-    def place_images(
-        self, placeholder_BT: torch.Tensor, pixel_values: torch.FloatTensor, visual_view=None, **question
-    ) -> tuple[GranulonVisualOutput, torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Image tokens in the order of each row's placeholders.
-
-        Returns:
-            the visual output, image_embeds (B,R,E), visible (B,R) bool, which is False on empty slots and on those
-            that `visual_view` hides, and role (B,R).
-        """
-        if visual_view is not None and visual_view not in (*VIEWS, "auto"):
-            raise ValueError(f"visual_view is {visual_view!r}; choose one of {(*VIEWS, 'auto')}")
-        layout = self._layout(placeholder_BT, pixel_values, visual_view)
-        visual, _ = self.encode_images(pixel_values, layout.images_per_row, **question)
-        tokens_INE = visual.image_hidden_states
-        used_INK = torch.ones(tokens_INE.shape[:2], dtype=torch.bool, device=tokens_INE.device)
-        if visual.semantic_mask is not None:
-            slots = visual.semantic_mask.shape[1]
-            mask_IK = visual.semantic_mask.to(tokens_INE.device)
-            used_INK[:, used_INK.shape[1] - slots :] = mask_IK.gather(1, kept_last(mask_IK))
-        index_BR, role_BR = layout.index_BR.to(tokens_INE.device), layout.role_BR.to(tokens_INE.device)
-        visible_BR = used_INK.flatten()[index_BR] & (role_BR > 0)
-        if visual_view is not None:
-            visible_BR &= visible_roles(role_BR, self._views(visual_view, visual.granularity_index, len(role_BR)))
-            if (visible_BR.any(-1) < (role_BR > 0).any(-1)).any():
-                raise ValueError(
-                    f"visual_view={visual_view!r} shows no image token of some row, whose prompt was made for another "
-                    "view; call the processor without visual_view, or with the same one"
-                )
-        return visual, tokens_INE.flatten(0, 1)[index_BR], visible_BR, role_BR
-
-    def _views(self, visual_view: str, index_B: torch.Tensor | None, num_rows: int) -> list[str]:
-        """The view of each row; `"auto"` follows the chosen level's own."""
-        if visual_view != "auto" or index_B is None:
-            return [FULL if visual_view == "auto" else visual_view] * num_rows
-        return [self.config.granularities[level]["view"] for level in index_B.tolist()]
+        return torch.tensor([-1 if level is None else self.config.granularity_index(level) for level in granularity])
 
     def placeholders(self, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None) -> torch.Tensor:
         """Where the prompt holds image slots, (B,T) bool; embeddings are compared with the placeholder's own."""
@@ -373,6 +346,18 @@ class GranulonModel(GranulonPreTrainedModel):
             return input_ids == self.config.image_token_id
         token = torch.tensor(self.config.image_token_id, device=inputs_embeds.device)
         return (inputs_embeds == self.get_input_embeddings()(token)).all(-1)
+
+    def layout(
+        self, placeholder_BT: torch.Tensor, pixel_values=None, visual=None, visual_view: str | None = None
+    ) -> SlotLayout:
+        """Which placeholder takes which image token, for images that are given as pixels or already encoded."""
+        slots = self.config.max_semantic_tokens
+        if visual is not None:
+            images, num_pixel = visual.image_hidden_states.shape[0], visual.image_hidden_states.shape[1] - slots
+        else:
+            height, width = patch_grid(self.config.vision_config, pixel_values)
+            images, num_pixel = len(pixel_values), height * width
+        return slot_layout(placeholder_BT, images, num_pixel, slots, visual_view)
 
     @can_return_tuple
     def forward(
@@ -383,6 +368,7 @@ class GranulonModel(GranulonPreTrainedModel):
         past_key_values: Cache | None = None,
         inputs_embeds: torch.FloatTensor | None = None,
         pixel_values: torch.FloatTensor | None = None,
+        visual: GranulonVisualOutput | None = None,
         image_embeds: torch.FloatTensor | None = None,
         question_input_ids: torch.LongTensor | None = None,
         question_attention_mask: torch.Tensor | None = None,
@@ -392,114 +378,105 @@ class GranulonModel(GranulonPreTrainedModel):
         predict: torch.LongTensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> GranulonModelOutputWithPast:
-        """One pass over `[text before | N pixel | K semantic | text after]` (Eq. 8).
-
-        Args:
-            input_ids, attention_mask: (B,T), with the processor's placeholders. Padding may stand on either side.
-            position_ids: (B,T); by default they skip padding and empty slots.
-            pixel_values: (I,3,h,w), the images of all rows in the order of their placeholders.
-            image_embeds: (B,R,E), image tokens already in the order of the placeholders (what `generate` passes); the
-                attention mask then has to hide the empty slots.
-            question_input_ids, question_attention_mask: (B,Tq), the question alone, right-padded.
-            granularity: a level's name or index, for all rows or one per row, instead of the controller's choice.
-            visual_view: "full", "pixel", "semantic" or "auto": masks the other slots of a full prompt. A prompt that
-                the processor made for one view is read as such without it.
-            joint_views: run the full, the pixel-only and the semantic-only prompt as one packed sequence (Eq. 9, 10);
-                or the partial views that follow the full one, such as `("semantic",)`.
-            predict: (B,L) long, places of prompt tokens: `last_hidden_state` is then (B,V*L,E), the states that
-                predict these tokens, view after view, for a head that needs no others.
-
-        When continuing from `past_key_values` by hand, pass the attention mask that hides the empty slots; `generate`
-        does.
+        """One pass over `[text before | N pixel | K semantic | text after]` (Eq. 8); arguments as the class says.
 
         Raises:
             ValueError: placeholders and images that do not fit, an unknown level or view, non-finite features.
         """
-        if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("pass exactly one of input_ids and inputs_embeds")
-        if pixel_values is not None and image_embeds is not None:
-            raise ValueError("pass pixel_values or image_embeds, not both")
-        implementation = self.config.text_config._attn_implementation
-        if joint_views and implementation not in ("sdpa", "eager"):
-            raise ValueError(
-                f"joint_views needs a block mask, which {implementation!r} attention does not take; run one pass per "
-                "visual_view instead, or load the model with attn_implementation='sdpa'"
-            )
+        views = self._partial_views(joint_views, visual_view)
+        _check_inputs((input_ids, inputs_embeds), (pixel_values, visual, image_embeds))
         placeholder_BT = self.placeholders(input_ids, inputs_embeds)
-        if inputs_embeds is None:
-            inputs_embeds = self.get_input_embeddings()(input_ids)
+        text_BTE = self.get_input_embeddings()(input_ids) if inputs_embeds is None else inputs_embeds
 
-        visual, role_BT = GranulonVisualOutput(), torch.zeros_like(placeholder_BT, dtype=torch.long)
-        if pixel_values is not None:
-            visual, image_embeds, visible_BR, role_BR = self.place_images(
-                placeholder_BT,
-                pixel_values,
-                visual_view,
-                question_input_ids=question_input_ids,
-                question_attention_mask=question_attention_mask,
-                granularity=granularity,
-            )
-            attention_mask = hide_slots(attention_mask, placeholder_BT, visible_BR)
-            role_BT = slot_roles(placeholder_BT, role_BR.to(placeholder_BT.device))
+        layout, placed = None, PlacedImages(image_embeds)
+        if pixel_values is not None or visual is not None:
+            layout = self.layout(placeholder_BT, pixel_values, visual, visual_view)
+            if visual is None:
+                question = question_input_ids, question_attention_mask, granularity
+                every_level = any(view in self.config.granularity_names for view in views)
+                visual = self._encode(pixel_values, layout.images_per_row, *question, every_level)
+            placed = visual.place(layout, visual_view)
         elif image_embeds is None and past_key_values is None:
-            refuse_lone_placeholders(placeholder_BT)
-            if self.training:
-                inputs_embeds = inputs_embeds + self._idle_parts()
-        if image_embeds is not None:
-            image_embeds = image_embeds.to(inputs_embeds.device, inputs_embeds.dtype)
-            inputs_embeds = torch.where(
-                placeholder_BT.unsqueeze(-1), gather_slots(placeholder_BT, image_embeds), inputs_embeds
-            )
+            check_images_present(placeholder_BT)
+            text_BTE = text_BTE + self._zero_loss_for_ddp() if self.training else text_BTE
 
-        packed, partial_views = None, (PIXEL, SEMANTIC) if joint_views is True else tuple(joint_views or ())
-        if partial_views:
-            seen_BT = torch.ones_like(role_BT) if attention_mask is None else attention_mask
-            packed = pack_views(role_BT, seen_BT, partial_views)
-            inputs_embeds = take(inputs_embeds, packed.source_BP)
-            attention_mask = self._packed_mask(packed.mask_BPP, inputs_embeds.dtype)
-            position_ids = packed.position_ids_BP
-        elif position_ids is None and attention_mask is not None and attention_mask.dim() == 2:
-            position_ids = positions(attention_mask)[:, -inputs_embeds.shape[1] :]
-
+        prompt = Prompt(placeholder_BT, text_BTE, attention_mask)
+        if views:
+            packed, embeds, attention_mask, position_ids = self._pack(views, prompt, visual, layout, placed)
+        else:
+            packed, embeds, attention_mask = None, *prompt.insert(placed)
+            if position_ids is None and attention_mask is not None and attention_mask.dim() == 2:
+                position_ids = positions(attention_mask)[:, -embeds.shape[1] :]
         outputs = self.language_model(
-            inputs_embeds=inputs_embeds,
+            inputs_embeds=embeds,
             attention_mask=attention_mask,
             position_ids=position_ids,
             past_key_values=past_key_values,
             **kwargs,
         )
-        states = outputs.last_hidden_state
-        if predict is not None:
-            views = (FULL, *partial_views)
-            before_BL = (predict - 1).clamp_min(0)
-            places = [before_BL] if packed is None else [packed.predictors(predict, view) for view in views]
-            states = take(states, torch.cat(places, dim=1).to(states.device))
         return GranulonModelOutputWithPast(
-            last_hidden_state=states,
+            last_hidden_state=_predicting_states(outputs.last_hidden_state, predict, packed),
             past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
             packed_views=packed,
-            **visual,
+            **(visual or {}),
         )
 
-    def _idle_parts(self) -> torch.Tensor:
-        """Zero, by way of controller and projector: without images, a process reduces the gradients that others do."""
-        zeros_11D = torch.zeros(1, 1, feature_width_of(self.config.vision_config), device=self.device)
-        weights_1G = torch.ones(1, len(self.config.granularities), device=self.device)
-        if self.granularity_controller is not None:
-            ids_11 = torch.zeros(1, 1, dtype=torch.long, device=self.device)
-            states_11E = first_layer_states(self.language_model, ids_11, torch.ones_like(ids_11))
-            weights_1G = self.granularity_controller(states_11E, torch.ones_like(ids_11)).softmax(-1)
-        tokens = self.multi_modal_projector(zeros_11D, zeros_11D, weights_1G)
-        return 0 * sum(group.sum() for group in tokens if group is not None)
+    def _partial_views(self, joint_views: bool | Sequence[str], visual_view: str | None) -> tuple[str, ...]:
+        """The partial views of a packed pass, by name; raises ValueError for those that cannot be packed."""
+        known = PIXEL, SEMANTIC, *self.config.granularity_names
+        views = known[:1] + known[2:] if joint_views is True else tuple(joint_views or ())
+        if not views:
+            return views
+        if set(views) - set(known) or visual_view is not None:
+            raise ValueError(
+                f"joint_views is {joint_views!r} and visual_view {visual_view!r}; joint_views takes names of {known} "
+                "and goes without visual_view"
+            )
+        implementation = self.config.text_config._attn_implementation
+        if implementation not in ("sdpa", "eager"):
+            raise ValueError(
+                f"joint_views needs a block mask, which {implementation!r} attention does not take; run one pass per "
+                "visual_view instead, or load the model with attn_implementation='sdpa'"
+            )
+        return views
 
-    def _packed_mask(self, mask_BPP: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        """The packed sequence's mask in the form the language model's attention takes, (B,1,P,P)."""
-        mask = mask_BPP.unsqueeze(1)
-        if self.config.text_config._attn_implementation == "sdpa":
-            return mask
-        return torch.zeros_like(mask, dtype=dtype).masked_fill(~mask, torch.finfo(dtype).min)
+    def _pack(self, views: tuple[str, ...], prompt: Prompt, visual, layout, placed: PlacedImages):
+        """One sequence of the full prompts and their partial views: layout, embeddings, mask and positions."""
+        embeds, mask_BT = prompt.insert(placed)
+        role_BT, sources, partial = torch.zeros_like(prompt.placeholder_BT, dtype=torch.long), [embeds], []
+        if layout is not None:
+            role_BT = slot_roles(prompt.placeholder_BT, layout.role_BR.to(prompt.placeholder_BT.device))
+        for view in views:
+            view_embeds, view_mask_BT = embeds, mask_BT
+            if visual is not None and view not in (PIXEL, SEMANTIC):
+                level = self.config.granularity_index(view)
+                view_embeds, view_mask_BT = prompt.insert(visual.at_level(level).place(layout))
+            sources.append(view_embeds)
+            partial.append(
+                PartialView(HIDDEN_ROLE[PIXEL if view == PIXEL else SEMANTIC], _seen(view_mask_BT, role_BT))
+            )
+        packed = pack_views(role_BT, _seen(mask_BT, role_BT), partial)
+        embeds = packed.embed(sources)
+        mask = packed.mask_BPP.unsqueeze(1)
+        if self.config.text_config._attn_implementation != "sdpa":  # eager attention adds the mask
+            mask = torch.zeros_like(mask, dtype=embeds.dtype).masked_fill(~mask, torch.finfo(embeds.dtype).min)
+        return packed, embeds, mask, packed.position_ids_BP
+
+    def _zero_loss_for_ddp(self) -> torch.Tensor:
+        """A zero that depends on projector and controller, so that a process without images
+        reduces their gradients too."""
+        zeros_11D = torch.zeros(1, 1, feature_width_of(self.config.vision_config), device=self.device)
+        if not self.config.granularities:
+            return 0 * self.multi_modal_projector(zeros_11D).sum()
+        level_1 = torch.zeros(1, dtype=torch.long, device=self.device)
+        geometry_115 = zeros_11D.new_zeros(1, 1, GEOMETRY)
+        total = self.multi_modal_projector(zeros_11D, level_1).sum()
+        total = total + self.multi_modal_projector(zeros_11D, level_1, geometry_115).sum()
+        if self.granularity_controller is not None:
+            total = total + self.question_logits(level_1.unsqueeze(0)).sum()
+        return 0 * total
 
 
 class GranulonForConditionalGeneration(GranulonPreTrainedModel, GranulonGenerationMixin):
@@ -527,6 +504,10 @@ class GranulonForConditionalGeneration(GranulonPreTrainedModel, GranulonGenerati
         """See `GranulonModel.get_image_features`."""
         return self.model.get_image_features(pixel_values, **kwargs)
 
+    def encode(self, pixel_values: torch.FloatTensor, **inputs) -> GranulonVisualOutput:
+        """See `GranulonModel.encode`."""
+        return self.model.encode(pixel_values, **inputs)
+
     def explain(self, pixel_values: torch.FloatTensor, **inputs) -> GranulonVisualOutput:
         """See `GranulonModel.explain`."""
         return self.model.explain(pixel_values, **inputs)
@@ -540,16 +521,22 @@ class GranulonForConditionalGeneration(GranulonPreTrainedModel, GranulonGenerati
         past_key_values: Cache | None = None,
         inputs_embeds: torch.FloatTensor | None = None,
         pixel_values: torch.FloatTensor | None = None,
-        image_embeds: torch.FloatTensor | None = None,
-        question_input_ids: torch.LongTensor | None = None,
-        question_attention_mask: torch.Tensor | None = None,
-        granularity: str | int | Sequence | torch.Tensor | None = None,
-        visual_view: str | None = None,
         labels: torch.LongTensor | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         **kwargs: Unpack[TransformersKwargs],
     ) -> GranulonCausalLMOutputWithPast:
-        """As `GranulonModel.forward`, with logits and, given `labels` (B,T; -100 is ignored), the next-token loss."""
+        """As `GranulonModel.forward`, whose arguments it takes, with logits and, given `labels`, the next-token loss.
+
+        Args:
+            labels: (B,T) long; -100 is ignored. Not with `joint_views`, whose objective needs weights that the
+                trainer has.
+            logits_to_keep: logits of the last so many places, or of the named ones; 0 stands for all.
+
+        Raises:
+            ValueError: as `GranulonModel.forward`; labels together with `joint_views`.
+        """
+        if labels is not None and kwargs.get("joint_views"):
+            raise ValueError("labels and joint_views do not go together; GranulonTrainer computes the joint objective")
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -557,24 +544,46 @@ class GranulonForConditionalGeneration(GranulonPreTrainedModel, GranulonGenerati
             past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             pixel_values=pixel_values,
-            image_embeds=image_embeds,
-            question_input_ids=question_input_ids,
-            question_attention_mask=question_attention_mask,
-            granularity=granularity,
-            visual_view=visual_view,
             **kwargs,
         )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.lm_head(outputs.last_hidden_state[:, kept])
         loss = None
         if labels is not None:
-            if outputs.packed_views is not None:
-                labels = outputs.packed_views.labels(labels)
             loss = self.loss_function(
                 logits=logits, labels=labels, vocab_size=self.config.text_config.vocab_size, **kwargs
             )
         rest = {name: value for name, value in outputs.items() if name != "last_hidden_state"}
         return GranulonCausalLMOutputWithPast(loss=loss, logits=logits, **rest)
+
+
+def _check_inputs(prompts: tuple, images: tuple):
+    if sum(entry is not None for entry in prompts) != 1:
+        raise ValueError("pass exactly one of input_ids and inputs_embeds")
+    if sum(entry is not None for entry in images) > 1:
+        raise ValueError("pass only one of pixel_values, visual and image_embeds")
+
+
+def _check_finite(finite_I: list):
+    if not all(finite_I):
+        raise ValueError(
+            f"image {finite_I.index(False)} has features that are not finite; check its pixel_values for NaN or "
+            "infinity, and use bfloat16 instead of float16 if the tower overflows"
+        )
+
+
+def _seen(mask_BT: torch.Tensor | None, role_BT: torch.Tensor) -> torch.Tensor:
+    return torch.ones_like(role_BT) if mask_BT is None else mask_BT
+
+
+def _predicting_states(states: torch.Tensor, predict_BL: torch.Tensor | None, packed: PackedViews | None):
+    """The states that predict the given prompt tokens, (B,V*L,E), view after view; all states without `predict`."""
+    if predict_BL is None:
+        return states
+    places = [(predict_BL - 1).clamp_min(0)]
+    if packed is not None:
+        places = [packed.predictors(predict_BL, view) for view in range(len(packed.widths))]
+    return take(states, torch.cat(places, dim=1).to(states.device))
 
 
 GranulonModel.register_for_auto_class("AutoModel")

@@ -119,6 +119,10 @@ def make_model(tower="dinov3", decoder="qwen2", seed=0, **overrides) -> Granulon
     if model.model.granularity_controller is not None:
         for parameter in model.model.granularity_controller.parameters():
             torch.nn.init.normal_(parameter, std=1.0)
+    projector = model.model.multi_modal_projector
+    if projector.has_levels:  # nothing that starts without effect may be tested that way
+        for parameter in (projector.gain_offsets, projector.level_embedding, projector.cluster_embedding):
+            torch.nn.init.normal_(parameter, std=0.3)
     return model
 
 

@@ -61,7 +61,7 @@ def test_an_unknown_level_is_refused_with_the_choices(granularity):
         ({"granularities": [[1, 3]]}, "is a dict"),
         ({"default_granularity": "huge"}, "unknown granularity"),
         ({"controller": "oracle"}, "controller"),
-        ({"max_semantic_tokens": 3}, "keeps 5"),
+        ({"max_semantic_tokens": 3}, "keep 5"),
         ({"relation_weight": -0.1}, "relation_weight"),
         ({"score_weights": [1.0, 2.0]}, "three"),
         ({"image_token_id": 300}, "vocabulary has 300"),
