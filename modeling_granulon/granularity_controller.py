@@ -73,15 +73,15 @@ def question_states(
     return states_BTE
 
 
-def first_layer_states(language_model, input_ids, mask_BT):
-    return question_states(language_model, input_ids, mask_BT, 1)
+def choose_granularity(logits_BG: torch.Tensor, fixed_B: torch.Tensor | None = None) -> torch.Tensor:
+    """The level that acts, g* = argmax p (Eq. 3).
 
+    Args:
+        logits_BG: the controller's logits.
+        fixed_B: long, the level of each row whose level is given (forced, default, random) and -1 elsewhere.
 
-def choose_granularity(logits_BG, fixed_B=None):
-    weights_BG = logits_BG.float().softmax(-1)
-    index_B = weights_BG.argmax(-1)
-    if fixed_B is None:
-        return index_B, weights_BG
-    one_hot_BG = nn.functional.one_hot(fixed_B.clamp_min(0), logits_BG.shape[-1]).to(weights_BG.dtype)
-    given_B = fixed_B >= 0
-    return torch.where(given_B, fixed_B, index_B), torch.where(given_B.unsqueeze(-1), one_hot_BG, weights_BG)
+    Returns:
+        index (B,) long.
+    """
+    index_B = logits_BG.argmax(-1)
+    return index_B if fixed_B is None else torch.where(fixed_B >= 0, fixed_B, index_B)
