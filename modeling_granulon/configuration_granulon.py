@@ -178,9 +178,10 @@ def _check_decoder(text_config):
             f"text_config has model_type {text_config.model_type!r}, which Granulon has not been tested with; "
             f"choose one of {TEXT_MODELS}"
         )
-    if "sliding_attention" in (getattr(text_config, "layer_types", None) or ()) or (
-        text_config.model_type == "mistral" and text_config.sliding_window is not None
-    ):
+    layer_types = getattr(text_config, "layer_types", None)
+    # Mistral and Phi-3 have no layer types: a window is that of all layers.
+    has_window = layer_types is None and getattr(text_config, "sliding_window", None) is not None
+    if has_window or "sliding_attention" in (layer_types or ()):
         raise ValueError(
             f"text_config ({text_config.model_type}) uses sliding-window attention, which would cut off the image; "
             "set sliding_window=None (and use_sliding_window=False)"

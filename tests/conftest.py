@@ -15,11 +15,14 @@ from transformers import (
     DINOv3ViTConfig,
     LlamaConfig,
     MistralConfig,
+    Olmo2Config,
+    Phi3Config,
     PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen3Config,
     Siglip2VisionConfig,
     SiglipVisionConfig,
+    SmolLM3Config,
 )
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
@@ -70,8 +73,11 @@ DECODER = {
 DECODERS = {
     "llama": LlamaConfig(**DECODER),
     "mistral": MistralConfig(**DECODER, sliding_window=None),
+    "olmo2": Olmo2Config(**DECODER),
+    "phi3": Phi3Config(**DECODER),
     "qwen2": Qwen2Config(**DECODER),
     "qwen3": Qwen3Config(**DECODER, head_dim=8),
+    "smollm3": SmolLM3Config(**DECODER, no_rope_layers=[0, 1], tie_word_embeddings=False),
 }
 
 

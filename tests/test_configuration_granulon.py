@@ -1,8 +1,20 @@
 """The configuration checks itself, and says what to do."""
 
+import json
+
 import pytest
-from conftest import DECODER, LEVELS, make_config
-from transformers import AutoConfig, GPT2Config, MistralConfig, Qwen2Config, ViTConfig
+from conftest import DECODER, LEVELS, VIT, make_config
+from transformers import (
+    AutoConfig,
+    CLIPVisionConfig,
+    Gemma3TextConfig,
+    GPT2Config,
+    MistralConfig,
+    Phi3Config,
+    Qwen2Config,
+    SmolLM3Config,
+    ViTConfig,
+)
 
 from modeling_granulon import GranulonConfig
 
@@ -72,9 +84,10 @@ def test_contradictions_are_refused(overrides, message):
         make_config(**overrides)
 
 
-def test_an_unsupported_decoder_is_refused_when_the_config_is_made():
-    with pytest.raises(ValueError, match="gpt2.*choose one of"):
-        GranulonConfig(text_config=GPT2Config(), image_token_id=5)
+@pytest.mark.parametrize("text_config", [GPT2Config(), Gemma3TextConfig()])
+def test_an_unsupported_decoder_is_refused_when_the_config_is_made(text_config):
+    with pytest.raises(ValueError, match=f"{text_config.model_type}.*choose one of"):
+        GranulonConfig(text_config=text_config, image_token_id=5)
 
 
 def test_an_unsupported_tower_is_refused_when_the_config_is_made():
@@ -87,8 +100,34 @@ def test_an_unsupported_tower_is_refused_when_the_config_is_made():
     [
         Qwen2Config(**DECODER, use_sliding_window=True, sliding_window=16, max_window_layers=0),
         MistralConfig(**DECODER, sliding_window=16),
+        Phi3Config(**DECODER, sliding_window=16),
+        SmolLM3Config(**DECODER, use_sliding_window=True, sliding_window=16, no_rope_layer_interval=2),
     ],
 )
 def test_sliding_window_attention_is_refused(text_config):
     with pytest.raises(ValueError, match="sliding"):
         GranulonConfig(text_config=text_config, image_token_id=5)
+
+
+@pytest.mark.parametrize("tower, layer", [("clip", -2), ("siglip", -1), ("dinov3", -1)])
+def test_features_are_read_from_the_layer_that_suits_the_tower(tower, layer, tmp_path):
+    config = make_config(tower)
+    assert config.vision_feature_layer == layer
+    config.save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text())["vision_feature_layer"] == layer
+    assert AutoConfig.from_pretrained(tmp_path).vision_feature_layer == layer
+
+
+@pytest.mark.parametrize("tower", ["clip", "siglip"])
+@pytest.mark.parametrize("layer", [-1, -2, 1])
+def test_an_explicit_feature_layer_is_kept(tower, layer, tmp_path):
+    """Also in files from before CLIP's default was -2, which say -1."""
+    make_config(tower, vision_feature_layer=layer).save_pretrained(tmp_path)
+    assert AutoConfig.from_pretrained(tmp_path).vision_feature_layer == layer
+
+
+def test_the_default_layer_of_clip_is_found_for_a_config_and_for_a_dict():
+    clip = CLIPVisionConfig(**VIT, projection_dim=16)
+    for vision_config in (clip, clip.to_dict()):
+        config = GranulonConfig(vision_config=vision_config, text_config=Qwen2Config(**DECODER), image_token_id=5)
+        assert config.vision_feature_layer == -2

@@ -4,7 +4,7 @@ import functools
 
 import pytest
 import torch
-from conftest import make_image, make_inputs, make_model, make_processor
+from conftest import DECODERS, make_image, make_inputs, make_model, make_processor
 from transformers import DynamicCache, GenerationConfig, TextStreamer
 
 QUESTIONS = ["what is it?", "and how many small marks are there?", "A"]
@@ -37,12 +37,11 @@ MODES = {
     "no cache": {"use_cache": False},
     "static cache": {"cache_implementation": "static"},
     "one beam group": {"num_beams": 1, "num_return_sequences": 1},
-    "prompt lookup": {"prompt_lookup_num_tokens": 2},
     "full view": {"visual_view": "full"},
 }
 
 
-@pytest.mark.parametrize("mode", [mode for mode in MODES if mode != "prompt lookup"])
+@pytest.mark.parametrize("mode", MODES)
 def test_modes_give_the_same_greedy_tokens(setup, mode):
     model, _, inputs, expected = setup
     assert torch.equal(answers(model, inputs, **MODES[mode]), expected)
@@ -69,6 +68,21 @@ def test_a_batch_gives_each_row_the_tokens_it_gets_alone(setup, padding_side, vi
         inputs = batch(processor, slice(row, row + 1))
         alone = answers(model, inputs, granularity=LEVELS[row], visual_view=visual_view)
         assert torch.equal(together[row], alone[0])
+
+
+@pytest.mark.parametrize("decoder", DECODERS)
+def test_every_decoder_gives_a_row_the_same_tokens_in_all_modes(decoder):
+    model, processor = make_model(decoder=decoder), make_processor()
+    model.generation_config.eos_token_id = None
+    inputs = batch(processor)
+    expected = answers(model, inputs)
+    for mode in ("no cache", "static cache"):
+        assert torch.equal(answers(model, inputs, **MODES[mode]), expected)
+    for row in range(3):
+        alone = batch(processor, slice(row, row + 1))
+        assert torch.equal(answers(model, alone, granularity=LEVELS[row])[0], expected[row])
+        looked_up = answers(model, alone, granularity=LEVELS[row], prompt_lookup_num_tokens=2)
+        assert torch.equal(looked_up[0], expected[row])
 
 
 def test_a_shortened_prompt_gives_the_tokens_of_the_processors_short_prompt(setup):

@@ -31,6 +31,20 @@ def test_a_batch_gives_each_row_the_logits_it_gets_alone(decoder, padding_side):
         close(logits[row][batch["attention_mask"][row].bool()], alone)
 
 
+@pytest.mark.parametrize("decoder", DECODERS)
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_every_decoder_packs_its_views_as_separate_passes(decoder, attention):
+    model, processor = make_model(decoder=decoder).model, make_processor()
+    model.set_attn_implementation(attention)
+    inputs = make_inputs(processor, QUESTIONS, images_of())
+    last = inputs["attention_mask"].cumsum(-1).argmax(-1, keepdim=True)
+    packed = model(**inputs, granularity="fine", joint_views=["pixel", "coarse"], predict=last).last_hidden_state
+    views = [{"granularity": "fine"}, {"granularity": "fine", "visual_view": "pixel"}]
+    views.append({"granularity": "coarse", "visual_view": "semantic"})
+    alone = [model(**inputs, **view).last_hidden_state for view in views]
+    close(packed, torch.stack([states[range(4), last[:, 0] - 1] for states in alone], dim=1))
+
+
 def test_padding_side_does_not_change_logits(model):
     processor = make_processor()
     left, right = (make_inputs(processor, QUESTIONS, images_of(), padding_side=side) for side in ("left", "right"))
@@ -107,7 +121,10 @@ def test_no_granularities_gives_the_plain_encoder():
     output = model(**make_inputs(processor, ["what is it?"], [[make_image(0)]]))
     assert output.image_hidden_states.shape[1] == 36
     assert output.granularity_index is None
-    assert not any("granularity" in name or "gain" in name or "embedding" in name.split(".")[-1] for name, _ in model.named_parameters())
+    assert not any(
+        "granularity" in name or "gain" in name or "embedding" in name.split(".")[-1]
+        for name, _ in model.named_parameters()
+    )
 
 
 def test_one_granularity_is_a_fixed_level_without_a_controller():
@@ -163,7 +180,9 @@ def test_truncated_and_swapped_prompts_are_refused_by_row(model, processor):
 
 def test_the_number_of_semantic_tokens_does_not_depend_on_what_an_image_shows(model, processor):
     flat = Image.new("RGB", (24, 24), "grey")
-    visual = model.explain(**make_inputs(processor, ["what is it?"] * 2, [[flat], [make_image(0)]]), granularity="fine")
+    visual = model.explain(
+        **make_inputs(processor, ["what is it?"] * 2, [[flat], [make_image(0)]]), granularity="fine"
+    )
     assert torch.isfinite(visual.image_hidden_states).all()
     assert visual.semantic_mask.all()
 
