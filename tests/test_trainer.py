@@ -10,11 +10,13 @@ from datasets import Dataset
 from peft import LoraConfig
 
 from granulon.train.arguments import GranulonSFTConfig
+from granulon.train.replay import QuestionReplay
 from granulon.train.trainer import GranulonTrainer
 
 ANSWERS = ["a dog", "two large cats on a sofa", "no", "blue, and then some more words", "x", "yes", "seven", "a car"]
 LEVELS = ["coarse", None, "coarse", "coarse", "fine", None, "coarse", "fine"]
-PARTS = ("task", "pixel", "semantic", "granularity")
+PARTS = ("task", "pixel", "semantic", "controller", "labels")
+WEIGHTS = {"task": 1, "pixel": 0.5, "semantic": 0.5, "controller": 0.3, "labels": 0.3}
 
 
 def make_rows(images=(1, 2, 0, 1, 1, 0, 1, 1)):
@@ -51,8 +53,8 @@ def loss_and_gradients(trainer, rows, accumulate=1):
     trainer.model.train()
     trainer.model.zero_grad()
     size = len(rows) // accumulate
-    batches = [trainer.data_collator(rows[start : start + size]) for start in range(0, len(rows), size)]
-    count = sum((batch["labels"][:, 1:] != -100).sum() for batch in batches)
+    batches = iter([trainer.data_collator(rows[start : start + size]) for start in range(0, len(rows), size)])
+    batches, count = trainer.get_batch_samples(batches, accumulate, trainer.args.device)
     losses = []
     for batch in batches:
         loss = trainer.compute_loss(trainer.model, batch, num_items_in_batch=count)
@@ -60,7 +62,7 @@ def loss_and_gradients(trainer, rows, accumulate=1):
         losses.append(loss.detach())
     means = trainer.meters["train"].read(trainer.accelerator)
     gradients = {name: p.grad.clone() for name, p in trainer.model.named_parameters() if p.grad is not None}
-    return {part: means[f"loss_{part}"] for part in PARTS}, sum(losses), gradients
+    return {part: means.get(f"loss_{part}", 0.0) for part in PARTS}, sum(losses), gradients
 
 
 def close(first, second, tolerance):
@@ -91,14 +93,88 @@ def test_batches_of_any_size_add_up_to_the_same_step(tmp_path):
         close(together, loss_and_gradients(trainer, rows, accumulate), 1e-6)
 
 
-def test_each_part_is_the_mean_over_answer_tokens_of_the_models_own_loss(tmp_path):
-    trainer, rows = make_trainer(tmp_path), make_rows()
-    parts, *_ = loss_and_gradients(trainer, rows)
+def test_each_part_is_what_its_equation_says(tmp_path):
+    trainer, rows = make_trainer(tmp_path, token_cost=0.7, level_exploration=0.2), make_rows()
+    parts, loss, _ = loss_and_gradients(trainer, rows)
     batch = trainer.data_collator(rows)
-    batch.pop("granularity_labels")
+    labelled, tokens = batch.pop("granularity_labels"), (batch["labels"] != -100).sum(-1)
     with torch.no_grad():
-        for part, view in (("task", None), ("pixel", "pixel"), ("semantic", "semantic")):
-            assert parts[part] == pytest.approx(trainer.model(**batch, visual_view=view).loss.item(), rel=1e-5)
+        chosen = trainer.model(**batch)
+        for part, view in (("task", None), ("pixel", "pixel")):
+            alone = trainer.model(**batch, granularity=chosen.granularity_index, visual_view=view)
+            assert parts[part] == pytest.approx(alone.loss.item(), rel=1e-5)
+        nll = torch.stack([row_losses(trainer.model, batch, level) for level in ("coarse", "fine")], dim=1)
+    seeing = torch.tensor([True, True, False, True, True, False, True, True])
+    p = chosen.granularity_logits.softmax(-1)
+    w = 0.8 * torch.where(seeing[:, None], p, 0.5) + 0.1
+    assert parts["semantic"] == pytest.approx(((w * nll).sum() / tokens.sum()).item(), rel=1e-5)
+    cost = nll + 0.7 * torch.tensor([2 / 5, 5 / 5])
+    assert parts["controller"] == pytest.approx((p * cost).sum(-1)[seeing].mean().item(), rel=1e-5)
+    named = seeing & (labelled != -100)
+    entropy = torch.nn.functional.cross_entropy(chosen.granularity_logits[named], labelled[named])
+    assert parts["labels"] == pytest.approx(entropy.item(), rel=1e-5)
+    assert loss.item() == pytest.approx(sum(WEIGHTS[part] * parts[part] for part in PARTS), rel=1e-5)
+
+
+def row_losses(model, batch, level):
+    """Negative log-likelihood of each row's answer from the semantic tokens of one level, (B,)."""
+    logits = model(**batch, granularity=level, visual_view="semantic").logits[:, :-1].log_softmax(-1)
+    target = batch["labels"][:, 1:]
+    return -(logits.gather(-1, target.clamp_min(0)[..., None])[..., 0] * (target != -100)).sum(-1)
+
+
+def test_the_answers_lengths_do_not_weigh_the_levels_that_rows_name(tmp_path):
+    rows = make_rows()
+    parts = []
+    for length in (1, 30):
+        for row in rows:
+            row["completion"][0]["content"][0]["text"] = "x" * (length if row["granularity"] == "fine" else 1)
+        parts.append(loss_and_gradients(make_trainer(tmp_path), rows)[0])
+    assert parts[0]["labels"] == pytest.approx(parts[1]["labels"], rel=1e-6)
+    assert parts[0]["task"] != pytest.approx(parts[1]["task"], rel=1e-2)
+
+
+def test_the_controller_learns_from_the_likelihoods_alone(tmp_path):
+    rows = make_rows()
+    for row in rows:
+        row["granularity"] = None
+    trainer = make_trainer(tmp_path)
+    _, _, gradients = loss_and_gradients(trainer, rows)
+    controller = {name: g for name, g in gradients.items() if "granularity_controller" in name}
+    assert all(gradient.abs().sum() > 0 for gradient in controller.values()) and controller
+
+
+def test_levels_can_be_drawn_for_each_step(tmp_path):
+    levels = [
+        {"name": name, "stride": stride, "clusters": 7 - stride, "keep": 6 - stride}
+        for name, stride in (("a", 3), ("b", 2), ("c", 1))
+    ]
+    rows = [row | {"granularity": None} for row in make_rows()]
+    trainer = make_trainer(tmp_path, rows, make_model(granularities=levels), levels_per_step=2)
+    drawn = set()
+    for step in range(8):
+        trainer.state.global_step = step
+        views = trainer._views()
+        assert views == trainer._views() and len(views) == 4
+        drawn.add(views[2:])
+    assert len(drawn) == 3
+    trainer.train()
+
+
+def test_replayed_questions_teach_the_controller(tmp_path):
+    words = {"coarse": "place", "fine": "text"}
+    corpus = [
+        {"question": f"which {word} number {n}?", "level": level, "split": "train"}
+        for level, word in words.items()
+        for n in range(20)
+    ]
+    model, processor = make_model(), make_processor()
+    settings = {"max_steps": 30, "granularity_loss_weight": 1.0, "learning_rate": 1e-2}
+    trainer = make_trainer(tmp_path, model=model, processor=processor, **settings)
+    trainer.replay = QuestionReplay(corpus, processor, ["coarse", "fine"])
+    trainer.train()
+    losses = [entry["loss_replay"] for entry in trainer.state.log_history if "loss_replay" in entry]
+    assert losses[-1] < 0.5 * losses[0]
 
 
 def test_the_logits_of_a_whole_sequence_are_never_made(tmp_path, monkeypatch):
@@ -108,7 +184,8 @@ def test_the_logits_of_a_whole_sequence_are_never_made(tmp_path, monkeypatch):
 
 
 def test_a_view_without_weight_is_not_packed(tmp_path):
-    trainer, lengths = make_trainer(tmp_path, pixel_loss_weight=0.0, semantic_loss_weight=0.0), []
+    weights = {"pixel_loss_weight": 0.0, "semantic_loss_weight": 0.0, "granularity_loss_weight": 0.0}
+    trainer, lengths = make_trainer(tmp_path, **weights), []
     trainer.granulon.language_model.register_forward_pre_hook(
         lambda module, args, kwargs: lengths.append(kwargs["inputs_embeds"].shape[1]), with_kwargs=True
     )
@@ -121,9 +198,9 @@ def test_a_view_without_weight_is_not_packed(tmp_path):
 def test_training_learns_and_leaves_the_tower_as_it_was(tmp_path):
     model = make_model()
     before = copy.deepcopy(model.state_dict())
-    trainer = make_trainer(tmp_path, model=model, max_steps=8, learning_rate=3e-3)
+    trainer = make_trainer(tmp_path, model=model, max_steps=24, learning_rate=3e-3)
     trainer.train()
-    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    losses = [entry["loss_task"] for entry in trainer.state.log_history if "loss_task" in entry]
     assert losses[-1] < 0.8 * losses[0]
     for name, value in model.state_dict().items():
         assert torch.equal(value, before[name]) == ("vision_tower" in name), name
@@ -153,8 +230,7 @@ def test_a_step_logs_every_part_and_evaluation_every_level(tmp_path):
     assert sum(shares) == pytest.approx(1)
     evaluated = next(entry for entry in trainer.state.log_history if "eval_loss" in entry or "eval_loss_task" in entry)
     assert any(key.startswith("eval_loss/") for key in evaluated)
-    weights = {"task": 1, "pixel": 0.5, "semantic": 0.5, "granularity": 0.3}
-    assert step["loss"] == pytest.approx(sum(weights[part] * step[f"loss_{part}"] for part in PARTS), abs=1e-3)
+    assert step["loss"] == pytest.approx(sum(WEIGHTS[part] * step[f"loss_{part}"] for part in PARTS), abs=1e-3)
 
 
 def test_evaluation_between_two_log_lines_takes_no_time_from_training(tmp_path, monkeypatch):

@@ -8,7 +8,7 @@ from trl import SFTConfig
 @dataclass
 class GranulonSFTConfig(SFTConfig):
     """
-    TRL's `SFTConfig` with the weights of the joint objective (Eq. 9).
+    TRL's `SFTConfig` with the weights of the joint objective (Eq. 9-11).
 
     Of prompts and completions the completions are learned; of conversations, with `assistant_only_loss`, the answers.
     A row is never cut: one of more than `max_length` tokens, image tokens included, is refused.
@@ -25,7 +25,17 @@ class GranulonSFTConfig(SFTConfig):
         default=0.5, metadata={"help": "lambda_t: weight of the answers' loss given the semantic tokens alone"}
     )
     granularity_loss_weight: float = field(
-        default=0.0, metadata={"help": "lambda_g: weight of the controller's cross-entropy where rows name a level"}
+        default=0.0,
+        metadata={"help": "lambda_g: weight of the controller's loss: expected cost of its choice, and known levels"},
+    )
+    level_exploration: float = field(
+        default=0.1, metadata={"help": "share of the semantic loss that all levels get alike, so that none starves"}
+    )
+    token_cost: float = field(
+        default=0.0, metadata={"help": "mu: nats that a level with the most semantic tokens costs the controller"}
+    )
+    levels_per_step: int | None = field(
+        default=None, metadata={"help": "levels drawn for the semantic loss of a step; all of them by default"}
     )
     max_length: int | None = field(
         default=None, metadata={"help": "longest row in tokens, image tokens included; longer ones are refused"}
@@ -38,6 +48,13 @@ class GranulonSFTConfig(SFTConfig):
         weights = (self.pixel_loss_weight, self.semantic_loss_weight, self.granularity_loss_weight)
         if min(weights) < 0:
             raise ValueError(f"the loss weights (pixel, semantic, granularity) are {weights}; give none below 0")
+        if not 0 <= self.level_exploration <= 1 or self.token_cost < 0:
+            raise ValueError(
+                f"level_exploration is {self.level_exploration} and token_cost {self.token_cost}; expected a share "
+                "from 0 to 1, and a value of at least 0"
+            )
+        if self.levels_per_step is not None and self.levels_per_step < 2:
+            raise ValueError(f"levels_per_step is {self.levels_per_step}; the controller compares at least 2 levels")
         if self.remove_unused_columns or self.packing:
             raise ValueError("remove_unused_columns and packing must be False: images and levels belong to their row")
         if self.loss_type != "nll" or self.label_smoothing_factor:

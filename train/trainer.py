@@ -1,11 +1,12 @@
-"""Supervised fine-tuning with the joint objective: task, pixel, semantic and granularity losses at once (Eq. 9, 10).
+"""Supervised fine-tuning with the joint objective: task, pixel, semantic and controller losses at once (Eq. 9-11).
 
-TRL's `SFTTrainer` asks the model for the log-likelihood of the answers. Here the model is handed to it behind a
-stand-in that runs all views at once and gives it the full one; what the other views say is added to its loss. Every
-part is a sum over answer tokens divided by one count, the answer tokens of the whole step, so that neither gradient
-accumulation nor the number of devices nor the lengths of answers change what is learned.
+TRL's `SFTTrainer` asks the model for the log-likelihood of the answers. Here the model is handed to it in a wrapper
+that evaluates all views in one pass and returns the full one; the other views' losses are added to TRL's. Every
+likelihood is a sum over answer tokens divided by one count, the answer tokens of the whole step, and every part of the
+controller's loss a sum over rows divided by their number in the step, so that neither gradient accumulation nor the
+number of devices changes what is learned.
 
-Shapes by suffix: B rows, T prompt tokens, L answer tokens of the row with the most, V views, G levels.
+Shapes by suffix: B rows, T prompt tokens, L answer tokens of the row with the most, G levels, S levels of this step.
 """
 
 import time
@@ -18,23 +19,28 @@ from transformers import ProgressCallback
 from trl import SFTTrainer
 from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
 
-from modeling_granulon.joint_views import FULL, PIXEL, SEMANTIC, compact, take
+from modeling_granulon.image_tokens import FULL, PIXEL, SEMANTIC, compact, take
 
 from .arguments import GranulonSFTConfig
 from .checkpoints import complete_checkpoint
 from .meters import Meter, peak_memory_gb
+from .replay import QuestionReplay
 
-PART_OF_VIEW = {FULL: "task", PIXEL: "pixel", SEMANTIC: "semantic"}
+LIKELIHOODS = ("task", "pixel", "semantic")  # parts of the loss that count answer tokens
+CONTROLLER_PARTS = ("controller", "labels", "replay")  # parts that count rows
 SHOWN = ("loss_task", "loss_pixel", "loss_semantic", "token_accuracy_full", "tokens_per_second")  # in the progress bar
 
 
 class GranulonTrainer(SFTTrainer):
     """
-    `SFTTrainer` that adds the pixel-only, the semantic-only and the granularity loss, and logs each part.
+    `SFTTrainer` that adds the pixel-only, the semantic-only and the controller's loss, and logs each part.
 
     Takes what `SFTTrainer` takes; `args` is a `GranulonSFTConfig`, `processing_class` a `GranulonProcessor`. Rows are
     prompts and completions with `images`, or `messages` with `assistant_only_loss`, and may name their level in a
     column `granularity`.
+
+    Args:
+        replay: questions with known levels that the controller goes on learning beside the rows.
 
     Raises:
         ValueError: partial views asked of a model without semantic tokens; in a batch, a row that is too long or names
@@ -42,17 +48,24 @@ class GranulonTrainer(SFTTrainer):
         FloatingPointError: a loss or gradient that is not finite, before the weights change.
     """
 
-    def __init__(self, model, args: GranulonSFTConfig, processing_class, data_collator=None, **kwargs):
+    def __init__(
+        self,
+        model,
+        args: GranulonSFTConfig,
+        processing_class,
+        data_collator=None,
+        replay: QuestionReplay | None = None,
+        **kwargs,
+    ):
         config = model.config
-        weights = {PIXEL: args.pixel_loss_weight, SEMANTIC: args.semantic_loss_weight}
-        self.view_weights = {FULL: 1.0, **{view: weight for view, weight in weights.items() if weight > 0}}
-        if len(self.view_weights) > 1 and not config.granularities:
+        if max(args.pixel_loss_weight, args.semantic_loss_weight) > 0 and not config.granularities:
             raise ValueError(
                 "the model has no semantic tokens (granularities is empty), so it has one view; set pixel_loss_weight "
                 "and semantic_loss_weight to 0"
             )
         self.level_names = config.granularity_names
-        if args.granularity_loss_weight > 0 and (config.controller != "learned" or len(config.granularities) < 2):
+        self.learns_levels = config.controller == "learned" and len(self.level_names) > 1
+        if not self.learns_levels and (args.granularity_loss_weight > 0 or replay is not None):
             raise ValueError("the model has no controller that learns; set granularity_loss_weight to 0")
         if data_collator is None:
             data_collator = GranulonCollator(
@@ -68,37 +81,126 @@ class GranulonTrainer(SFTTrainer):
         self.granulon = granulon_of(self.model)
         self.granulon.register_forward_hook(self._keep_visual_output)
         self.packs_views = config.text_config._attn_implementation in ("sdpa", "eager")
+        self.replay, self.rows_of_step = replay, None
         self.meters = {mode: Meter(meter_names(self.level_names), self.args.device) for mode in ("train", "eval")}
         self.timed_until = time.perf_counter()
         if any(type(callback) is ProgressCallback for callback in self.callback_handler.callbacks):
             self.remove_callback(ProgressCallback)
             self.add_callback(PartsInProgressBar)
 
+    def get_batch_samples(self, *args, **kwargs):
+        """As upstream; also counts the rows of the step over all processes, which divide the controller's losses."""
+        batches, num_items = super().get_batch_samples(*args, **kwargs)
+        if self.learns_levels and batches:
+            self.rows_of_step = self.accelerator.reduce(sum(map(self._count_rows, batches)), reduction="sum")
+        return batches, num_items
+
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """The joint objective of a batch; TRL computes the task's part and its own metrics."""
         level_B = inputs.pop("granularity_labels", None)
-        views = AnswerViews(model, tuple(self.view_weights), self)
+        views = AnswerViews(model, self._views(), self)
         super().compute_loss(views, dict(inputs), num_items_in_batch=num_items_in_batch)
-        tokens_B = views.scored_BL.sum(-1)
-        parts_B = {PART_OF_VIEW[view]: -log_probs_BL.sum(-1) for view, log_probs_BL in views.log_probs.items()}
-        weights = {PART_OF_VIEW[view]: weight for view, weight in self.view_weights.items()}
-        if self.args.granularity_loss_weight > 0:
-            weights["granularity"] = self.args.granularity_loss_weight
-            if level_B is not None:  # a row without images has nothing to choose a level for, alone or among others
-                sees_B = (inputs["input_ids"] == self.granulon.config.image_token_id).any(-1)
-                level_B = level_B.masked_fill(~sees_B, -100)
-            parts_B["granularity"] = granularity_loss(views.visual.granularity_logits, level_B, tokens_B)
-        sums = {name: part_B.sum() for name, part_B in parts_B.items()}
-        self._stop_unless_finite(sums, "loss")
-        self._measure(inputs, views, sums, tokens_B)
+        processes = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
+        if num_items_in_batch is None:
+            tokens, processes = views.tokens_B.sum(), 1
+        else:  # the count is that of all processes, and their gradients are averaged
+            tokens = torch.as_tensor(num_items_in_batch, device=views.tokens_B.device)
+        nll_BS, probs_BS = self._levels(views, inputs)
+        likelihoods = self._likelihoods(views, nll_BS, probs_BS)
+        controller = self._controller_losses(views, inputs, level_B, nll_BS, probs_BS)
+        self._stop_unless_finite(likelihoods | {name: total for name, (total, *_) in controller.items()}, "loss")
+        self._measure(inputs, views, likelihoods, controller, nll_BS)
         self.visual = None
 
-        loss = sum(weight * sums[name] for name, weight in weights.items())
-        if num_items_in_batch is None:
-            return loss / tokens_B.sum().clamp_min(1)
-        # The count is that of all processes, and their gradients are averaged.
-        processes = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
-        return loss * processes / torch.as_tensor(num_items_in_batch, device=loss.device).clamp_min(1)
+        weights = dict(zip(LIKELIHOODS, (1, self.args.pixel_loss_weight, self.args.semantic_loss_weight)))
+        loss = sum(weights[name] * total for name, total in likelihoods.items()) / tokens.clamp_min(1)
+        for total, rows, _ in controller.values():
+            loss = loss + self.args.granularity_loss_weight * total / rows.clamp_min(1)
+        return loss * processes
+
+    def _views(self) -> tuple[str, ...]:
+        """The views of this step: the full one, the pixel tokens alone, and the semantic tokens of some levels."""
+        args = self.args
+        pixel = (PIXEL,) if args.pixel_loss_weight > 0 else ()
+        if not self.learns_levels:
+            return (FULL, *pixel, *([SEMANTIC] if args.semantic_loss_weight > 0 else []))
+        names = self.level_names if max(args.semantic_loss_weight, args.granularity_loss_weight) > 0 else []
+        if args.levels_per_step and len(names) > args.levels_per_step:
+            order = torch.Generator().manual_seed(args.seed + self.state.global_step)
+            chosen = torch.randperm(len(names), generator=order)[: args.levels_per_step].sort().values
+            names = [names[level] for level in chosen.tolist()]
+        return (FULL, *pixel, *names)
+
+    def _levels(self, views: "AnswerViews", inputs: dict) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """Each level's negative log-likelihood of the answers, and the controller's probabilities of these levels.
+
+        (B,S) each, or None without levels. A row whose level the controller does not choose has equal probabilities.
+        """
+        levels = [level for level, name in enumerate(self.level_names) if name in views.log_probs]
+        if not levels:
+            return None, None
+        nll_BS = torch.stack([-views.log_probs[self.level_names[level]].sum(-1) for level in levels], dim=1)
+        logits_BG = views.visual.granularity_logits
+        if logits_BG is None:
+            return nll_BS, torch.full_like(nll_BS, 1 / len(levels))
+        asked_B1 = self._asked_rows(inputs).unsqueeze(-1)
+        return nll_BS, (logits_BG[:, levels].float() * asked_B1).softmax(-1)
+
+    def _likelihoods(self, views: "AnswerViews", nll_BS, probs_BS) -> dict[str, torch.Tensor]:
+        """The parts of Eq. 9: sums over answer tokens, in nats."""
+        parts = {"task": -views.log_probs[FULL].sum()}
+        if PIXEL in views.log_probs:
+            parts["pixel"] = -views.log_probs[PIXEL].sum()
+        if SEMANTIC in views.log_probs:
+            parts["semantic"] = -views.log_probs[SEMANTIC].sum()
+        if nll_BS is not None and self.args.semantic_loss_weight > 0:
+            share = self.args.level_exploration
+            weights_BS = (1 - share) * probs_BS.detach() + share / probs_BS.shape[1]  # no level starves
+            parts["semantic"] = (weights_BS * nll_BS).sum()
+        return parts
+
+    def _controller_losses(self, views: "AnswerViews", inputs: dict, level_B, nll_BS, probs_BS) -> dict[str, tuple]:
+        """Eq. 11: the expected cost of the controller's choice, and the cross-entropy of known levels.
+
+        Each part is a sum, the number of rows that divides it (of the whole step) and that of this batch.
+        """
+        if not self.args.granularity_loss_weight:
+            return {}
+        parts, logits_BG = {}, views.visual.granularity_logits
+        if logits_BG is not None:
+            own = self._count_rows(inputs | {"granularity_labels": level_B})
+            asked, labelled = own if self.rows_of_step is None or not self.model.training else self.rows_of_step
+            asked_B = self._asked_rows(inputs)
+            cost_BS = nll_BS.detach() + self.args.token_cost * self._token_shares(views.levels, nll_BS.device)
+            parts["controller"] = ((probs_BS * cost_BS).sum(-1) * asked_B).sum(), asked, own[0]
+            if level_B is not None:
+                level_B = level_B.masked_fill(~asked_B, -100)
+                parts["labels"] = F.cross_entropy(logits_BG.float(), level_B, reduction="sum"), labelled, own[1]
+        if self.replay is not None:
+            ids, mask, target_QG = self.replay.sample(self.args.seed + self.state.global_step, self.args.device)
+            logits_QG = self.granulon.question_logits(ids, mask)
+            steps = self.current_gradient_accumulation_steps if self.model.training else 1
+            own = torch.tensor(len(ids), device=ids.device)
+            count = own * steps * self.accelerator.num_processes
+            parts["replay"] = F.cross_entropy(logits_QG.float(), target_QG, reduction="sum"), count, own
+        return parts
+
+    def _token_shares(self, levels: list[str], device: torch.device) -> torch.Tensor:
+        """Semantic tokens of each level over the most of any level, (S,)."""
+        keep = {entry["name"]: entry["keep"] for entry in self.granulon.config.granularities}
+        return torch.tensor([keep[name] / max(keep.values()) for name in levels], device=device)
+
+    def _asked_rows(self, inputs: dict) -> torch.Tensor:
+        """Rows with an image and a question, (B,) bool: those whose level the controller chooses."""
+        sees_B = (inputs["input_ids"] == self.granulon.config.image_token_id).any(-1)
+        mask = inputs.get("question_attention_mask")
+        return sees_B & mask.any(-1).to(sees_B.device) if mask is not None else torch.zeros_like(sees_B)
+
+    def _count_rows(self, inputs: dict) -> torch.Tensor:
+        """How many rows the controller chooses for, and how many of these name their level, (2,) long."""
+        asked_B, level_B = self._asked_rows(inputs), inputs.get("granularity_labels")
+        labelled_B = torch.zeros_like(asked_B) if level_B is None else asked_B & (level_B != -100).to(asked_B.device)
+        return torch.stack([asked_B.sum(), labelled_B.sum()]).to(self.args.device)
 
     def training_step(self, *args, **kwargs):
         """As upstream; the gradients of a complete step are looked at before they change the weights."""
@@ -142,24 +244,39 @@ class GranulonTrainer(SFTTrainer):
         )
 
     @torch.no_grad()
-    def _measure(self, inputs: dict, views: "AnswerViews", sums: dict[str, torch.Tensor], tokens_B: torch.Tensor):
+    def _measure(self, inputs: dict, views: "AnswerViews", likelihoods: dict, controller: dict, nll_BS):
         meter, visual = self.meters["train" if self.model.training else "eval"], views.visual
-        count = tokens_B.sum()
-        for name, part in sums.items():
-            meter.add(f"loss_{name}", part, count)
-        for view, right_BL in views.right.items():
-            meter.add(f"token_accuracy_{view}", right_BL.sum(), count)
+        count = views.tokens_B.sum()
+        for name, total in likelihoods.items():
+            meter.add(f"loss_{name}", total, count)
+        for name, (total, _, rows) in controller.items():
+            meter.add(f"loss_{name}", total, rows)
+        for view in (FULL, PIXEL):
+            if view in views.right:
+                meter.add(f"token_accuracy_{view}", views.right[view].sum(), count)
+        for view in (SEMANTIC, *views.levels):
+            if view in views.right:
+                meter.add("token_accuracy_semantic", views.right[view].sum(), count)
         slots_BT = inputs["input_ids"] == self.granulon.config.image_token_id
         empty = 0 if visual.semantic_mask is None else (~visual.semantic_mask).sum().to(slots_BT.device)
         read = inputs["attention_mask"].sum() - empty
         meter.add("visual_token_share", slots_BT.sum() - empty, read)
         meter.add("tokens_per_second", read, 0)
-        if visual.granularity_index is None:
-            return
-        seeing_B = slots_BT.any(-1)
+        if visual.granularity_index is not None:
+            self._measure_levels(meter, inputs, views, nll_BS)
+
+    def _measure_levels(self, meter: Meter, inputs: dict, views: "AnswerViews", nll_BS):
+        """How often each level acts, how well the answers are read at it, and how good the controller's choice is."""
+        visual, asked_B, tokens_B = views.visual, self._asked_rows(inputs), views.tokens_B
         if visual.granularity_logits is not None:
             entropy_B = torch.distributions.Categorical(logits=visual.granularity_logits.float()).entropy()
-            meter.add("controller_entropy", (entropy_B * seeing_B).sum(), seeing_B.sum())
+            meter.add("controller_entropy", (entropy_B * asked_B).sum(), asked_B.sum())
+            if len(views.levels) == len(self.level_names):
+                best_B = nll_BS.argmin(1) == visual.granularity_logits.argmax(1)
+                meter.add("controller_agreement", (best_B & asked_B).sum(), asked_B.sum())
+        seeing_B = (inputs["input_ids"] == self.granulon.config.image_token_id).any(-1)
+        for place, name in enumerate(views.levels):
+            meter.add(f"loss_semantic/{name}", (nll_BS[:, place] * seeing_B).sum(), (tokens_B * seeing_B).sum())
         for level, name in enumerate(self.level_names):
             chosen_B = seeing_B & (visual.granularity_index == level)
             meter.add(f"level_share/{name}", chosen_B.sum(), seeing_B.sum())
@@ -169,18 +286,19 @@ class GranulonTrainer(SFTTrainer):
 
 
 class AnswerViews:
-    """Stands in for the model in TRL's loss: reads the answers in all views and gives back the full one.
+    """Wrapper passed to TRL in place of the model: evaluates all views of the answers and returns the full one.
 
-    After the call: scored_BL bool, and for each view log_probs and right (B,L), zero where nothing is scored; visual,
-    what the model chose and saw.
+    After the call: tokens_B answer tokens of each row; for each view log_probs and right (B,L), zero where nothing is
+    scored; visual, what the model chose and saw. levels: the levels among the views.
     """
 
     def __init__(self, model, views: tuple[str, ...], trainer: GranulonTrainer):
         self.model, self.views, self.trainer = model, views, trainer
+        self.levels = [view for view in views if view in trainer.level_names]
 
     def __call__(self, labels: torch.Tensor, **inputs):
         index_BL, target_BL = answer_tokens(labels)
-        self.scored_BL = target_BL != -100
+        self.tokens_B = (target_BL != -100).sum(-1)
         read = self._in_one_pass if self.trainer.packs_views else self._one_by_one
         outputs = read(index_BL, target_BL, inputs)
         self.log_probs = {view: output.log_probs for view, output in zip(self.views, outputs, strict=True)}
@@ -199,13 +317,15 @@ class AnswerViews:
         ]
 
     def _one_by_one(self, index_BL, target_BL, inputs) -> list:
-        """For attention that takes no block mask; the level is chosen once."""
-        outputs, chosen = [self.model(**inputs, predict=index_BL, shift_labels=target_BL)], {}
+        """For attention that takes no block mask; the acting level is chosen once."""
+        outputs = [self.model(**inputs, predict=index_BL, shift_labels=target_BL)]
         self.visual = self.trainer.visual
-        if self.visual.granularity_index is not None:
-            chosen["granularity"] = self.visual.granularity_index
+        acting = {"granularity": self.visual.granularity_index} if self.visual.granularity_index is not None else {}
         for view in self.views[1:]:
-            outputs.append(self.model(**inputs, **chosen, visual_view=view, predict=index_BL, shift_labels=target_BL))
+            is_level = view in self.levels
+            choice = {"granularity": view} if is_level else acting
+            view = SEMANTIC if is_level else view
+            outputs.append(self.model(**inputs, **choice, visual_view=view, predict=index_BL, shift_labels=target_BL))
         return outputs
 
 
@@ -258,13 +378,6 @@ def answer_tokens(labels_BT: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return index_BL, take(labels_BT, index_BL).masked_fill(~valid_BL, -100)
 
 
-def granularity_loss(logits_BG: torch.Tensor | None, level_B: torch.Tensor | None, tokens_B: torch.Tensor):
-    """Cross-entropy of the named levels, (B,), times the row's answer tokens: it shares their count."""
-    if logits_BG is None or level_B is None:
-        return tokens_B.float() * 0
-    return F.cross_entropy(logits_BG.float(), level_B, reduction="none") * tokens_B
-
-
 def granulon_of(model):
     """The `GranulonModel` within a head, with or without adapters."""
     return (model.get_base_model() if hasattr(model, "get_base_model") else model).model
@@ -291,7 +404,8 @@ def gradient_norm(parameters: list) -> torch.Tensor | None:
 
 
 def meter_names(levels: list[str]) -> list[str]:
-    by_level = [f"{name}/{level}" for name in ("level_share", "loss", "token_accuracy") for level in levels]
-    losses = [f"loss_{part}" for part in (*PART_OF_VIEW.values(), "granularity")]
-    accuracies = [f"token_accuracy_{view}" for view in PART_OF_VIEW]
-    return [*losses, *accuracies, "controller_entropy", "visual_token_share", "tokens_per_second", *by_level]
+    by_level = ("level_share", "loss", "token_accuracy", "loss_semantic")
+    losses = [f"loss_{part}" for part in (*LIKELIHOODS, *CONTROLLER_PARTS)]
+    accuracies = [f"token_accuracy_{view}" for view in (FULL, PIXEL, SEMANTIC)]
+    others = ["controller_entropy", "controller_agreement", "visual_token_share", "tokens_per_second"]
+    return [*losses, *accuracies, *others, *(f"{name}/{level}" for name in by_level for level in levels)]
