@@ -1,4 +1,4 @@
-"""Ask a Granulon about an image, and see how it looked: `granulon-ask`."""
+"""Ask a Granulon about an image, and see its level and clusters: `granulon-ask`."""
 
 import json
 import sys
@@ -38,11 +38,11 @@ def open_image(source):
     The image of a file or an http(s) address, as `load_rgb` gives it.
 
     Raises:
-        ValueError: if it cannot be had, is larger than `MAX_BYTES`, or is no usable image.
+        ValueError: if it cannot be fetched, is larger than `MAX_BYTES`, or is no usable image.
     """
     if not source.startswith(("http://", "https://")):
         return load_rgb(source)
-    # urllib, because it needs no more than a limit and a timeout and is there with any version of the Hub's client.
+    # urllib: a size limit and a timeout are enough, and it does not depend on the Hub client's version.
     request = urllib.request.Request(source, headers={"User-Agent": "granulon-ask"})
     try:
         with urllib.request.urlopen(request, timeout=TIMEOUT) as response:
@@ -70,6 +70,34 @@ def load_model(name):
     return model, GranulonProcessor.from_pretrained(name)
 
 
+def question_inputs(model, processor, image, question):
+    """The prompt of a question about an image, as the model takes it and on its device."""
+    content = [{"type": "image", "image": image}, {"type": "text", "text": question}]
+    return processor.apply_chat_template(
+        [{"role": "user", "content": content}],
+        tokenize=True,
+        return_dict=True,
+        return_tensors="pt",
+        add_generation_prompt=True,
+    ).to(model.device, dtype=model.dtype)
+
+
+def prompt_of(inputs):
+    """The text of the processor's output: what `generate` needs besides the images that `encode` has read."""
+    return {name: inputs[name] for name in ("input_ids", "attention_mask")}
+
+
+def text_tokens(config, inputs):
+    """Text tokens of each prompt, without padding and image tokens (`list[int]`)."""
+    slots_B = (inputs["input_ids"] == config.image_token_id).sum(-1)
+    return (inputs["attention_mask"].sum(-1) - slots_B).tolist()
+
+
+def level_of(name):
+    """A level as the model takes it: a text of digits is an index, all else is a name or None."""
+    return int(name) if isinstance(name, str) and name.isdecimal() else name
+
+
 def ask(model, processor, image, question, granularity=None, view="full", max_new_tokens=256, stream=False):
     """
     Answer a question about an image.
@@ -81,73 +109,29 @@ def ask(model, processor, image, question, granularity=None, view="full", max_ne
         stream (`bool`): print what is read, to stderr, and the answer while it is written, to stdout.
 
     Returns:
-        `dict`: answer, granularity (name, probabilities, chosen_by), view, tokens (pixel, semantic, text), clusters
-        (number, score, share), and for drawing cluster_map (H, W), -1 where dropped.
+        `dict`: answer, granularity (name, chosen_by, probabilities), view, tokens (pixel, semantic, text), clusters
+        (number, score, share), and for drawing cluster_map (H, W), None for a model without levels.
 
     Raises:
         ValueError: an unknown level or view.
     """
-    content = [{"type": "image", "image": image}, {"type": "text", "text": question}]
-    inputs = processor.apply_chat_template(
-        [{"role": "user", "content": content}],
-        tokenize=True,
-        return_dict=True,
-        return_tensors="pt",
-        add_generation_prompt=True,
-    ).to(model.device, dtype=model.dtype)
-    if granularity is not None and granularity.isdecimal():
-        granularity = int(granularity)
-    seen = model.explain(**inputs, granularity=granularity)
-    result = _describe(model.config, inputs, seen, granularity, view)
+    inputs = question_inputs(model, processor, image, question)
+    visual = model.explain(**inputs, granularity=level_of(granularity))
+    (seen,) = visual.describe(view)
+    (clusters,) = seen.pop("images")
+    (text,) = text_tokens(model.config, inputs)
+    result = {**seen, "tokens": {**seen["tokens"], "text": text}, **clusters}
     if stream:
         print(_summary(result), file=sys.stderr, flush=True)
-    if seen.granularity_logits is None and seen.granularity_index is not None:
-        granularity = seen.granularity_index  # a level drawn at random is drawn once
-    prompt_length = inputs["input_ids"].shape[1]
     output = model.generate(
-        **inputs,
-        granularity=granularity,
+        **prompt_of(inputs),
+        visual=visual,
         visual_view=view,
         max_new_tokens=max_new_tokens,
         streamer=TextStreamer(processor.tokenizer, skip_prompt=True, skip_special_tokens=True) if stream else None,
     )
-    answer = processor.decode(output[0, prompt_length:], skip_special_tokens=True)
+    answer = processor.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
     return {"answer": answer.strip(), **result}
-
-
-def _describe(config, inputs, seen, granularity, view):
-    """Everything of the result that is known before the answer."""
-    slots = int((inputs["input_ids"] == config.image_token_id).sum())
-    text = int(inputs["attention_mask"].sum()) - slots
-    pixel = slots - config.max_semantic_tokens
-    if seen.granularity_index is None:  # the plain encoder: no levels, no clusters
-        tokens = {"pixel": pixel, "semantic": 0, "text": text}
-        return {"granularity": None, "view": "pixel", "tokens": tokens, "clusters": [], "cluster_map": None}
-
-    names = config.granularity_names
-    level = int(seen.granularity_index[0])
-    probabilities = None
-    if seen.granularity_logits is not None:
-        probabilities = dict(zip(names, seen.granularity_logits[0].float().softmax(-1).tolist()))
-    chosen_by = "request" if granularity is not None else "controller" if probabilities else "configuration"
-    view = config.granularities[level]["view"] if view == "auto" else view
-    kept = int(seen.semantic_mask[0].sum())
-    cluster_map = seen.cluster_map[0].cpu().numpy()
-    clusters = [
-        {"number": index + 1, "score": score, "share": float((cluster_map == index).mean())}
-        for index, score in enumerate(seen.cluster_scores[0, :kept].tolist())
-    ]
-    return {
-        "granularity": {"name": names[level], "chosen_by": chosen_by, "probabilities": probabilities},
-        "view": view,
-        "tokens": {
-            "pixel": 0 if view == "semantic" else pixel,
-            "semantic": 0 if view == "pixel" else kept,
-            "text": text,
-        },
-        "clusters": clusters,
-        "cluster_map": cluster_map,
-    }
 
 
 def _summary(result):
@@ -187,9 +171,8 @@ def main():
         if arguments.picture:
             if cluster_map is None:
                 raise ValueError("this model has no levels of granularity, so there are no clusters to draw")
-            scores = [cluster["score"] for cluster in result["clusters"]]
             lines = [rest.question, result["answer"], _summary(result)]
-            draw_clusters(image, cluster_map, scores, lines).save(arguments.picture)
+            draw_clusters(image, cluster_map, result["clusters"], lines).save(arguments.picture)
     except (OSError, ValueError) as error:
         sys.exit(f"granulon-ask: {error}")
     if rest.json:

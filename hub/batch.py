@@ -1,8 +1,8 @@
 """Answers about many images: `granulon-ask --batch`, on one process or many, resumed where it was stopped.
 
-Every process takes the rows whose number its own number leaves when divided, and appends to a file of its own; who
-finds that no row is missing joins the files. Nothing is exchanged between the processes, so that none has to wait and
-a run may go on with another number of them.
+Process r of n handles rows r, r + n, ... and appends to a file of its own; whichever finds that no row is missing
+joins the files. Nothing is exchanged between the processes, so that none has to wait and a run may resume with another
+number of them.
 """
 
 import json
@@ -20,7 +20,7 @@ from transformers import HfArgumentParser
 
 from modeling_granulon import GranulonForConditionalGeneration, GranulonProcessor, load_rgb
 
-from .ask import open_image
+from .ask import level_of, open_image, prompt_of
 
 SUFFIXES = {".avif", ".bmp", ".gif", ".jp2", ".jpeg", ".jpg", ".png", ".ppm", ".tga", ".tif", ".tiff", ".webp"}
 
@@ -188,7 +188,7 @@ def _answer_chunk(model, processor, chunk, opened, asked):
 
 
 def _generate(model, processor, questions, images, asked):
-    """(answer, level's name) of each question and image."""
+    """(answer, level's name) of each question and image; the images are encoded once."""
     conversations = [
         [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question}]}]
         for question in questions
@@ -196,26 +196,17 @@ def _generate(model, processor, questions, images, asked):
     prompts = processor.apply_chat_template(conversations, add_generation_prompt=True)
     inputs = processor(text=prompts, images=[[image] for image in images], padding=True, return_tensors="pt")
     inputs = inputs.to(model.device, dtype=model.dtype)
-    granularity = asked["granularity"]
-    if granularity is not None and str(granularity).isdecimal():
-        granularity = int(granularity)
-    levels = [None] * len(questions)
-    if model.config.granularities:
-        question_inputs = {name: inputs[name] for name in ("question_input_ids", "question_attention_mask")}
-        with torch.no_grad():
-            _, index, _ = model.model.choose_level(len(questions), **question_inputs, granularity=granularity)
-        levels = [model.config.granularity_names[level] for level in index.tolist()]
-        if model.config.controller == "random":
-            granularity = index  # a level drawn at random is drawn once
+    visual = model.explain(**inputs, granularity=level_of(asked["granularity"]))
     output = model.generate(
-        **inputs,
-        granularity=granularity,
+        **prompt_of(inputs),
+        visual=visual,
         visual_view=asked["view"],
         max_new_tokens=asked["max_new_tokens"],
         do_sample=False,
     )
     answers = processor.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-    return [(answer.strip(), level) for answer, level in zip(answers, levels)]
+    levels = [row["granularity"] and row["granularity"]["name"] for row in visual.describe(asked["view"])]
+    return [(answer.strip(), level) for answer, level in zip(answers, levels, strict=True)]
 
 
 def _opened(pool, rows, chunk):
@@ -284,8 +275,7 @@ def run_batch(arguments):
     rows = read_rows(arguments.batch, arguments.question, arguments.split)
     model = GranulonForConditionalGeneration.from_pretrained(arguments.model, device_map={"": state.device}).eval()
     if arguments.granularity is not None:
-        level = arguments.granularity
-        model.config.granularity_index(int(level) if level.isdecimal() else level)
+        model.config.granularity_index(level_of(arguments.granularity))
     asked = {name: asdict(arguments)[name] for name in ("model", "granularity", "view", "max_new_tokens")}
     return answer_rows(
         model,

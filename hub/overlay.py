@@ -1,4 +1,4 @@
-"""A picture of what the model saw: the image, its clusters by number, and a legend with their scores.
+"""A picture of an image's clusters: the image, the clusters by number, and a legend with their scores.
 
 Shapes by suffix: H x W patch grid, h x w pixels.
 """
@@ -19,48 +19,43 @@ MARGIN, LEGEND_WIDTH, LINE = 20, 230, 22
 INK, FAINT = (20, 20, 20), (110, 110, 110)
 
 
-def draw_clusters(image, cluster_map, scores, lines):
+def draw_clusters(image, cluster_map, clusters, lines):
     """
     The image, the same image under its clusters, and a legend, below some lines of text.
 
     Args:
         image (`PIL.Image.Image`): RGB.
-        cluster_map (`array`): (H, W) int, number of the cluster of each patch from 0, or -1 for those dropped.
-        scores (`array`): (K,) quality of each cluster (Eq. 6), best first.
+        cluster_map (`array`): (H, W) int, number of the cluster of each patch, from 0.
+        clusters (`list[dict]`): number (from 1), score (Eq. 6) and share of the patches of each, best first.
         lines (`list[str]`): the text above, long ones are wrapped.
 
     Returns:
         `PIL.Image.Image`: RGB.
     """
-    cluster_map, scores = np.asarray(cluster_map), np.asarray(scores)
     scale = SIDE / max(image.size)
     shown = image.resize([max(round(side * scale), 1) for side in image.size], Image.Resampling.LANCZOS)
     width = 4 * MARGIN + 2 * shown.width + LEGEND_WIDTH
     text = [row for line in lines for row in textwrap.wrap(line, width // 9) or [""]]
     top = 2 * MARGIN + LINE * len(text)
-    height = top + max(shown.height, LINE * (len(scores) + 2)) + MARGIN
+    height = top + max(shown.height, LINE * (len(clusters) + 1)) + MARGIN
 
     page = Image.new("RGB", (width, height), "white")
     draw = ImageDraw.Draw(page)
     for index, row in enumerate(text):
         draw.text((MARGIN, MARGIN + LINE * index), row, INK, ImageFont.load_default(17))
     page.paste(shown, (MARGIN, top))
-    page.paste(overlay_clusters(shown, cluster_map), (2 * MARGIN + shown.width, top))
-    _draw_legend(page, (3 * MARGIN + 2 * shown.width, top), cluster_map, scores)
+    page.paste(overlay_clusters(shown, np.asarray(cluster_map)), (2 * MARGIN + shown.width, top))
+    _draw_legend(page, (3 * MARGIN + 2 * shown.width, top), clusters)
     return page
 
 
 def overlay_clusters(image, cluster_map):
-    """The image (RGB) tinted by cluster of its (H, W) map, dropped patches (-1) in grey, with borders and numbers."""
+    """The image (RGB) tinted by cluster of its (H, W) map, with borders and numbers."""
     grid_height, grid_width = cluster_map.shape
     rows_h = np.arange(image.height) * grid_height // image.height
     columns_w = np.arange(image.width) * grid_width // image.width
     map_hw = cluster_map[rows_h[:, None], columns_w]
-    pixels_hw3 = np.asarray(image, dtype=float)
-
-    pale_hw1 = 150 + 0.35 * pixels_hw3.mean(-1, keepdims=True)
-    pixels_hw3 = np.where(map_hw[..., None] < 0, pale_hw1, pixels_hw3)
-    pixels_hw3 = _tinted(pixels_hw3, map_hw, TINT)
+    pixels_hw3 = _tinted(np.asarray(image, dtype=float), map_hw, TINT)
     pixels_hw3[_borders(map_hw)] = 255
 
     overlaid = Image.fromarray(pixels_hw3.round().astype(np.uint8))
@@ -73,12 +68,12 @@ def overlay_clusters(image, cluster_map):
 
 
 def _tinted(pixels_hw3, map_hw, strength):
-    """Pixels in their cluster's colour: 1-7 evenly, 8-14 in stripes, 15-21 in checks, and again; dropped ones not."""
+    """Pixels in their cluster's colour: 1-7 evenly, 8-14 in stripes, 15-21 in checks, and again."""
     y_h1, x_w = np.arange(map_hw.shape[0])[:, None], np.arange(map_hw.shape[1])
     stripes_hw = 0.25 + 0.75 * ((x_w + y_h1) // 7 % 2)
     checks_hw = 1.0 * ((x_w // 6 + y_h1 // 6) % 2)
     kind_hw = map_hw // len(COLOURS) % 3
-    cover_hw = np.select([map_hw < 0, kind_hw == 0, kind_hw == 1], [0.0, 1.0, stripes_hw], checks_hw)
+    cover_hw = np.select([kind_hw == 0, kind_hw == 1], [1.0, stripes_hw], checks_hw)
     cover_hw1 = strength * cover_hw[..., None]
     return pixels_hw3 * (1 - cover_hw1) + COLOURS[map_hw % len(COLOURS)] * cover_hw1
 
@@ -96,8 +91,7 @@ def _borders(map_hw):
 
 def _label_places(cluster_map):
     """(cluster, row, column) for each region worth a number: the largest of a cluster, and others above 3 % of all."""
-    regions = {}
-    free = {(row, column) for row, column in np.ndindex(cluster_map.shape) if cluster_map[row, column] >= 0}
+    regions, free = {}, set(np.ndindex(cluster_map.shape))
     while free:
         region, edge = [], [free.pop()]
         while edge:
@@ -115,19 +109,17 @@ def _label_places(cluster_map):
             yield cluster, *region[distance.argmin()]
 
 
-def _draw_legend(page, corner, cluster_map, scores):
+def _draw_legend(page, corner, clusters):
     x, y = corner
     draw, font, small = ImageDraw.Draw(page), ImageFont.load_default(16), ImageFont.load_default(13)
     for text, offset in (("cluster", 0), ("score", 110), ("share", 175)):
         draw.text((x + offset, y), text, FAINT, small)
-    for cluster, score in enumerate(scores):
+    for entry in clusters:
         y += LINE
-        swatch_hw3 = _tinted(np.full((LINE - 6, 32, 3), 255.0), np.full((LINE - 6, 32), cluster), 1)
+        cluster_HW = np.full((LINE - 6, 32), entry["number"] - 1)
+        swatch_hw3 = _tinted(np.full((LINE - 6, 32, 3), 255.0), cluster_HW, 1)
         page.paste(Image.fromarray(swatch_hw3.round().astype(np.uint8)), (x, y + 2))
         draw.rectangle((x, y + 2, x + 31, y + LINE - 5), outline=FAINT)
-        share = (cluster_map == cluster).mean()
-        for text, offset in ((f"{cluster + 1}", 42), (f"{score:.2f}", 110), (f"{share:.0%}", 175)):
+        columns = ((f"{entry['number']}", 42), (f"{entry['score']:.2f}", 110), (f"{entry['share']:.0%}", 175))
+        for text, offset in columns:
             draw.text((x + offset, y), text, INK, font)
-    dropped = (cluster_map < 0).mean()
-    if dropped:
-        draw.text((x, y + LINE), f"grey: {dropped:.0%}, dropped by the filter", FAINT, small)

@@ -40,7 +40,7 @@ class GranulonRequest(chat_completion.TransformersCompletionCreateParamsStreamin
 
 
 class GranulonChatHandler(chat_completion.ChatCompletionHandler):
-    """The chat endpoint; level and view go on to `generate`."""
+    """The chat endpoint; level and view go on to `generate`, which encodes the image once."""
 
     _valid_params_class = GranulonRequest
 
@@ -71,7 +71,7 @@ class GranulonChatHandler(chat_completion.ChatCompletionHandler):
 
 
 def processor_inputs(messages, modality):
-    """As upstream, with every image opened through the one door for untrusted images."""
+    """As upstream, with every image opened safely, by `load_rgb`."""
     messages = _with_images(messages)
     try:
         conversation = upstream_inputs(messages, modality)

@@ -149,38 +149,20 @@ class Granulon:
         ).to(self.model.device, dtype=self.model.dtype)
 
     def look(self, inputs, level, view):
-        """What is chosen and seen before anything is answered.
+        """
+        What is chosen and read, before anything is answered.
 
         Returns:
-            `dict`: level, chosen_by, probabilities (by name, or None), view, tokens (pixel, semantic), scores and,
-            as an array, cluster_map (H, W), None where the model has no levels.
+            what `answer` takes, and a `dict`: level, chosen_by, probabilities (all None in a model without levels),
+            view, tokens (pixel, semantic), clusters (number, score, share) and, as an array, cluster_map (H, W).
         """
-        config = self.model.config
-        seen = self.model.explain(**inputs, granularity=level)
-        pixel = int((inputs["input_ids"] == config.image_token_id).sum()) - config.max_semantic_tokens
-        if seen.granularity_index is None:
-            tokens = {"pixel": pixel, "semantic": 0}
-            fixed = {"level": None, "chosen_by": None, "probabilities": None, "view": "pixel", "tokens": tokens}
-            return {**fixed, "scores": [], "cluster_map": None}
-        index = int(seen.granularity_index[0])
-        view = config.granularities[index].get("view", "full") if view == "auto" else view
-        kept = int(seen.semantic_mask[0].sum())
-        probabilities = None
-        if seen.granularity_logits is not None:
-            shares = seen.granularity_logits[0].float().softmax(-1).tolist()
-            probabilities = dict(zip(self.levels, shares))
-        chosen_by = "request" if level else "controller" if probabilities else "configuration"
-        return {
-            "level": self.levels[index],
-            "chosen_by": chosen_by,
-            "probabilities": probabilities,
-            "view": view,
-            "tokens": {"pixel": 0 if view == "semantic" else pixel, "semantic": 0 if view == "pixel" else kept},
-            "scores": seen.cluster_scores[0, :kept].tolist(),
-            "cluster_map": seen.cluster_map[0].cpu().numpy(),
-        }
+        visual = self.model.explain(**inputs, granularity=level)
+        (seen,) = visual.describe(view)
+        (clusters,) = seen.pop("images")
+        chosen = seen.pop("granularity") or dict.fromkeys(("name", "chosen_by", "probabilities"))
+        return visual, {"level": chosen.pop("name"), **chosen, **seen, **clusters}
 
-    def answer(self, inputs, settings):
+    def answer(self, inputs, visual, settings):
         """Yield (answer so far, seconds to the first token) as it is written; closing the generator stops it.
 
         Raises:
@@ -197,8 +179,9 @@ class Granulon:
                     return
                 torch.manual_seed(settings["seed"])
                 self.model.generate(
-                    **inputs,
-                    granularity=settings["level"],
+                    input_ids=inputs["input_ids"],
+                    attention_mask=inputs["attention_mask"],
+                    visual=visual,
                     visual_view=settings["view"],
                     max_new_tokens=settings["max_new_tokens"],
                     max_time=SECONDS,
@@ -231,20 +214,11 @@ class Granulon:
             yield "", time.perf_counter() - start
 
 
-def describe(seen):
-    """The JSON of what was seen: `look`'s dict with clusters (number, name, score, share) and the map as lists."""
+def as_json(seen):
+    """`look`'s dict with the clusters' names, and the map as lists."""
     cluster_map = seen["cluster_map"]
-    clusters = [
-        {
-            "number": cluster + 1,
-            "name": overlay.cluster_name(cluster),
-            "score": score,
-            "share": float((cluster_map == cluster).mean()),
-        }
-        for cluster, score in enumerate(seen["scores"])
-    ]
-    rest = {name: value for name, value in seen.items() if name not in ("scores", "cluster_map")}
-    return {**rest, "clusters": clusters, "cluster_map": None if cluster_map is None else cluster_map.tolist()}
+    clusters = [{**entry, "name": overlay.cluster_name(entry["number"] - 1)} for entry in seen["clusters"]]
+    return {**seen, "clusters": clusters, "cluster_map": None if cluster_map is None else cluster_map.tolist()}
 
 
 def numbers(seen, first=None):
@@ -263,7 +237,7 @@ def picture(image, seen):
     """The clusters over the image, or a word where there are none."""
     if seen["cluster_map"] is None:
         return '<p class="hint">This model has no levels of granularity, so there are no clusters to show.</p>'
-    return overlay.figure(image, seen["cluster_map"], seen["scores"], f"Seen at level {seen['level']}")
+    return overlay.figure(image, seen["cluster_map"], seen["clusters"], f"Seen at level {seen['level']}")
 
 
 @contextmanager
@@ -292,18 +266,20 @@ def handlers(granulon):
 
     @lent(lambda image, settings: LOOK)
     def looked(image, settings):
-        return granulon.look(granulon.prepare(image, settings["question"]), settings["level"], settings["view"])
+        _, seen = granulon.look(granulon.prepare(image, settings["question"]), settings["level"], settings["view"])
+        return seen
 
     def written(image, settings):
         """Yield what is seen, and then the answer as it grows: (seen, text, seconds to the first token)."""
         with shown("No answer"):
             inputs = granulon.prepare(image, settings["question"])
             torch.manual_seed(settings["seed"])
-            seen = granulon.look(inputs, settings["level"], settings["view"])
+            start = time.perf_counter()
+            visual, seen = granulon.look(inputs, settings["level"], settings["view"])
+            looking = time.perf_counter() - start
             yield seen, "", None
-            # A controller that draws levels at random would draw another one here.
-            for text, first in granulon.answer(inputs, {**settings, "level": seen["level"]}):
-                yield seen, text, first
+            for text, first in granulon.answer(inputs, visual, settings):
+                yield seen, text, looking + first
 
     @lent(seconds)
     def answered(image, settings):
@@ -350,7 +326,7 @@ def handlers(granulon):
             share), seconds_to_first_token.
         """
         *_, (seen, text, first) = answered(*checked(image, question, level, view, max_new_tokens, temperature, seed))
-        seen = describe(seen)
+        seen = as_json(seen)
         seen.pop("cluster_map")
         return {"answer": text.strip(), **seen, "seconds_to_first_token": first}
 
@@ -364,9 +340,9 @@ def handlers(granulon):
 
         Returns:
             level, chosen_by, probabilities, tokens, clusters, and cluster_map: for each patch the number of its
-            cluster from 0, or -1 where it was dropped.
+            cluster from 0.
         """
-        return describe(looked(*checked(image, question, level, "full", 1, 0, 0)))
+        return as_json(looked(*checked(image, question, level, "full", 1, 0, 0)))
 
     return {"respond": respond, "compare": compare, "answer": answer, "explain": explain}
 

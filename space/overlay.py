@@ -1,4 +1,4 @@
-"""What the model saw, as HTML: the image under its clusters, a legend to point at, bars of the levels, the numbers.
+"""What was chosen and read, as HTML: the image under its clusters, a legend to point at, bars of the levels, numbers.
 
 Shapes by suffix: H x W patch grid. Everything that a user or a model wrote is escaped here.
 """
@@ -33,42 +33,32 @@ def cluster_name(cluster):
     return colour if filling == "plain" else f"{colour}, {filling}"
 
 
-def figure(image, cluster_map, scores, title):
+def figure(image, cluster_map, clusters, title):
     """
     The image under its clusters, with a legend; pointing at either, or focus on the legend, tells more (script.js).
 
     Args:
         image (`PIL.Image.Image`): RGB.
-        cluster_map (`array`): (H, W) int, number of the cluster of each patch from 0, or -1 for those dropped.
-        scores (`list[float]`): quality of each kept cluster (Eq. 6), best first.
+        cluster_map (`array`): (H, W) int, number of the cluster of each patch, from 0.
+        clusters (`list[dict]`): number (from 1), score (Eq. 6) and share of the patches of each, best first.
         title (`str`): what the figure is called.
 
     Returns:
         `str`: HTML.
     """
-    cluster_map = np.asarray(cluster_map)
-    shares = [float((cluster_map == cluster).mean()) for cluster in range(len(scores))]
-    dropped = float((cluster_map < 0).mean())
     shown = image.copy()
     shown.thumbnail((SIDE, SIDE))
     if max(shown.size) < SIDE // 2:  # a small picture is shown large, with its pixels
         scale = SIDE // max(shown.size)
         shown = shown.resize((shown.width * scale, shown.height * scale), 0)
     key = f"f{next(NUMBERS)}"
-    said = f"{len(scores)} clusters over the image; the legend lists them with score and share"
-    legend = "".join(
-        _legend_entry(cluster, score, shares[cluster], f"{key}l{cluster}") for cluster, score in enumerate(scores)
-    )
-    if dropped:
-        legend += (
-            f'<li class="dropped"><svg viewBox="0 0 26 18" aria-hidden="true">'
-            f'<rect width="26" height="18" class="veil"/></svg>dropped by the filter <b>{dropped:.0%}</b></li>'
-        )
+    said = f"{len(clusters)} clusters over the image; the legend lists them with score and share"
+    legend = "".join(_legend_entry(entry, f"{key}l{entry['number'] - 1}") for entry in clusters)
     return (
         f'<figure class="clusters"><figcaption><span>{escape(title)}</span>'
         '<label><input type="checkbox" checked>show clusters</label></figcaption>'
         f'<div class="picture"><img src="{_data_uri(shown)}" alt="{said}">'
-        f"{_overlay(cluster_map, shown.size, key)}</div>"
+        f"{_overlay(np.asarray(cluster_map), shown.size, key)}</div>"
         f'<p class="detail" role="status" data-hint="{HINT}">{HINT}</p><ul class="legend">{legend}</ul></figure>'
     )
 
@@ -117,14 +107,15 @@ def _look(cluster):
     return list(COLOURS)[cluster % len(COLOURS)], FILLINGS[cluster // len(COLOURS) % len(FILLINGS)]
 
 
-def _legend_entry(cluster, score, share, pattern):
-    name = cluster_name(cluster)
-    said = f"Cluster {cluster + 1}, {name}: score {score:.2f}, {share:.0%} of the image"
+def _legend_entry(entry, pattern):
+    number, score, share = entry["number"], entry["score"], entry["share"]
+    cluster, name = number - 1, cluster_name(number - 1)
+    said = f"Cluster {number}, {name}: score {score:.2f}, {share:.0%} of the image"
     return (
         f'<li><button type="button" data-cluster="{cluster}" data-said="{said}" aria-label="{said}">'
         f'<svg viewBox="0 0 26 18" aria-hidden="true">{_filling(cluster, pattern)}'
         f'<rect width="26" height="18" fill="url(#{pattern})"/></svg>'
-        f"<b>{cluster + 1}</b><span>{name}</span><i>{score:.2f}</i><i>{share:.0%}</i></button></li>"
+        f"<b>{number}</b><span>{name}</span><i>{score:.2f}</i><i>{share:.0%}</i></button></li>"
     )
 
 
@@ -145,10 +136,9 @@ def _overlay(cluster_map, size, key):
             f'<path class="line" d="{_outline(member_HW, cell)}"/>'
             f'<text x="{x:.1f}" y="{y:.1f}">{cluster + 1}</text></g>'
         )
-    veil = f'<path class="veil" d="{_cells(cluster_map < 0, cell)}"/>'
     # Font and lines are in pixels of the shown image, which is scaled with it.
     view = f'viewBox="0 0 {size[0]} {size[1]}" style="font-size:{max(size) / 24:.0f}px"'
-    return f'<svg {view} preserveAspectRatio="none" aria-hidden="true">{veil}{"".join(parts)}</svg>'
+    return f'<svg {view} preserveAspectRatio="none" aria-hidden="true">{"".join(parts)}</svg>'
 
 
 def _filling(cluster, name):

@@ -12,6 +12,7 @@ import pytest
 import torch
 from PIL import Image
 from sources import text_source, vision_source
+from test_encode import count_calls
 
 from granulon.hub import ask as module
 from granulon.hub.ask import ask, load_model, open_image
@@ -73,8 +74,8 @@ def test_tokens_and_clusters_are_counted_as_read(level, kept, view, loaded, pict
     assert result["view"] == ("full" if view == "auto" else view)
     assert len(clusters) <= kept and [entry["number"] for entry in clusters] == list(range(1, len(clusters) + 1))
     assert [entry["score"] for entry in clusters] == sorted((entry["score"] for entry in clusters), reverse=True)
-    dropped = float((result["cluster_map"] < 0).mean())
-    assert sum(entry["share"] for entry in clusters) + dropped == pytest.approx(1)
+    assert sum(entry["share"] for entry in clusters) == pytest.approx(1)
+    assert result["cluster_map"].min() == 0, "every patch belongs to a cluster"
     assert tokens["pixel"] == (0 if view == "semantic" else 64)
     assert tokens["semantic"] == (0 if view == "pixel" else len(clusters))
     messages = [{"role": "user", "content": "How many?"}]
@@ -112,16 +113,21 @@ def test_a_level_drawn_at_random_is_drawn_once(folder, picture, monkeypatch):
     model, processor = load_model(str(folder))
     values = {**model.config.to_dict(), "controller": "random"}
     model = type(model)(type(model.config).from_dict(values)).eval()
-    chosen, generate = [], type(model).generate
+    read, generate = [], type(model).generate
     monkeypatch.setattr(
-        type(model),
-        "generate",
-        lambda self, **kwargs: chosen.append(kwargs["granularity"]) or generate(self, **kwargs),
+        type(model), "generate", lambda self, **kwargs: read.append(kwargs["visual"]) or generate(self, **kwargs)
     )
     for _ in range(6):
         result = ask(model, processor, picture, "How many?", max_new_tokens=1)
-        assert model.config.granularity_names[int(chosen[-1][0])] == result["granularity"]["name"]
+        assert read[-1].describe()[0]["granularity"]["name"] == result["granularity"]["name"]
         assert result["granularity"]["chosen_by"] == "configuration"
+
+
+def test_one_answer_runs_each_part_once(folder, picture):
+    model, processor = load_model(str(folder))
+    calls = count_calls(model)
+    ask(model, processor, picture, "How many?", view="auto", max_new_tokens=4)
+    assert calls == {"vision_tower": 1, "granularity_controller": 1, "aggregation": 1}
 
 
 def test_the_tiny_model_answers(tmp_path, picture):

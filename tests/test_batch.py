@@ -12,6 +12,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 from PIL import Image
+from test_encode import count_calls
 
 from granulon.hub import ask as ask_command
 from granulon.hub import batch
@@ -73,6 +74,14 @@ def test_level_and_view_hold_for_all_rows(level, name, tiny, images, tmp_path):
     asked = ASKED | {"granularity": level, "view": "semantic"}
     answer_rows(tiny.model, tiny.processor, read_rows(images, "How many?"), tmp_path / "out.jsonl", asked)
     assert {line.get("granularity") for line in lines_of(tmp_path / "out.jsonl")} == {name, None}
+
+
+def test_one_answer_runs_each_part_once(tiny, images, tmp_path):
+    """A batch of three rows at one level: one pass of each part for all of them."""
+    model, _ = load_model(str(tiny.folder))
+    calls, rows = count_calls(model), read_rows(images, "How many?")[:3]
+    answer_rows(model, tiny.processor, rows, tmp_path / "out.jsonl", ASKED | {"granularity": "coarse"}, batch_size=3)
+    assert calls == {"vision_tower": 1, "granularity_controller": 1, "aggregation": 1}
 
 
 @pytest.mark.parametrize("processes", [2, 3, 9])
@@ -137,7 +146,7 @@ def test_rows_of_a_file_have_their_own_questions_and_paths_beside_it(tiny, image
         read_rows(images / "rows.jsonl")
 
 
-def test_a_dataset_is_read_row_by_row_and_decoded_through_the_one_door(tiny, images, tmp_path):
+def test_a_dataset_is_read_row_by_row_and_decoded_by_load_rgb(tiny, images, tmp_path):
     datasets = pytest.importorskip("datasets")
     rows = [{"image": str(images / name), "question": f"{name}?"} for name in ("a.png", "broken.png", "f.png")]
     data = datasets.Dataset.from_list(rows).cast_column("image", datasets.Image(decode=False))

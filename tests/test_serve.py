@@ -9,6 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 from space_load import bad_files, data_url, good_picture
+from test_encode import count_calls
 
 from granulon.hub.ask import load_model
 from granulon.hub.tiny import assemble_tiny
@@ -16,33 +17,44 @@ from modeling_granulon import load_rgb
 
 openai = pytest.importorskip("openai")
 pytest.importorskip("fastapi")
+from transformers.cli.serve import Serve  # noqa: E402
+from transformers.cli.serving import chat_completion, model_manager, utils  # noqa: E402
 from typer.main import get_command  # noqa: E402
 from typer.testing import CliRunner  # noqa: E402
 
-from granulon.hub.serve import listed_models, make_command  # noqa: E402
+from granulon.hub.serve import listed_models, make_command, register  # noqa: E402
 
 QUESTION = "What is it?"
+
+
+def free_port():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
+def wait_for(port, alive, log=None):
+    """Until the server listens; fails with the end of its log if it stops before."""
+    for _ in range(600):
+        with socket.socket() as probe:
+            if probe.connect_ex(("127.0.0.1", port)) == 0:
+                return
+        assert alive(), log and log.read_text()[-3000:]
+        time.sleep(0.1)
 
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory):
     folder = tmp_path_factory.mktemp("serve")
     model = assemble_tiny(folder / "tiny")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     command = [sys.executable, "-m", "granulon.hub.serve", str(model), "--port", str(port), "--device", "cpu"]
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "NO_PROXY": "127.0.0.1,localhost", "HF_HOME": str(folder)}
     with open(folder / "log", "w") as log:
         process = subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT)
     client = openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0)
     try:
-        for _ in range(600):
-            with socket.socket() as probe:
-                if probe.connect_ex(("127.0.0.1", port)) == 0:
-                    break
-            assert process.poll() is None, (folder / "log").read_text()[-3000:]
-            time.sleep(0.1)
+        wait_for(port, lambda: process.poll() is None, folder / "log")
         yield SimpleNamespace(client=client, model=str(model), folder=folder)
     finally:
         process.terminate()
@@ -94,6 +106,32 @@ def test_level_and_view_are_extra_fields_of_a_request(fields, server, expected):
     streamed = ask(server, extra_body=fields, stream=True)
     assert "".join(chunk.choices[0].delta.content or "" for chunk in streamed) == expected(**fields)
     assert ask(server).choices[0].message.content == expected(), "the next request is free again"
+
+
+def test_one_answer_runs_each_part_once(server, monkeypatch):
+    """In this process, where the served model can be watched; what `register` changes is put back."""
+    for owner, name in (
+        (chat_completion, "ChatCompletionHandler"),
+        (utils.BaseHandler, "get_processor_inputs_from_messages"),
+        (model_manager.ModelManager, "get_gen_models"),
+    ):
+        monkeypatch.setattr(owner, name, vars(owner)[name])
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1,localhost")
+    register()
+    port = free_port()
+    serve = Serve(server.model, device="cpu", host="127.0.0.1", port=port, non_blocking=True)
+    try:
+        wait_for(port, serve._thread.is_alive)
+        model, _ = serve._model_manager.load_model_and_processor(f"{server.model}@main")
+        calls = count_calls(model)
+        client = openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0)
+        here = SimpleNamespace(client=client, model=server.model)
+        for answers, stream in enumerate((False, True), 1):
+            reply = ask(here, stream=stream)
+            list(reply) if stream else reply
+            assert calls == {"vision_tower": answers, "granularity_controller": answers, "aggregation": answers}
+    finally:
+        serve.kill_server()
 
 
 def test_a_question_without_an_image_is_answered(server, expected):
