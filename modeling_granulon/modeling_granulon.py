@@ -217,9 +217,9 @@ class GranulonModel(GranulonPreTrainedModel):
             return GranulonVisualOutput.of(self.config, image_hidden_states=tokens_ISE, images_per_row=count_B)
 
         logits_BG, index_B, chosen_B = self._choose_levels(
-            len(images_per_row), question_input_ids, question_attention_mask, granularity
+            len(images_per_row), question_input_ids, question_attention_mask, granularity, count_B.device
         )
-        level_I = index_B.to(count_B.device).repeat_interleave(count_B, output_size=len(pixel_values))
+        level_I = index_B.repeat_interleave(count_B, output_size=len(pixel_values))
         # The level decides how many tokens there are, so it is read on the host, here and once.
         levels, finite = torch.stack([level_I, finite_I.long()]).tolist()
         _check_finite(finite)
@@ -307,20 +307,20 @@ class GranulonModel(GranulonPreTrainedModel):
             states_BTE = question_states(self.language_model, input_ids, attention_mask, self.config.controller_layers)
         return self.granularity_controller(states_BTE, attention_mask.to(states_BTE.device))
 
-    def _choose_levels(self, num_rows, question_input_ids, question_attention_mask, granularity):
+    def _choose_levels(self, num_rows, question_input_ids, question_attention_mask, granularity, device):
         """The level of each row (Eq. 1-3): the request's, else the controller's, else the default.
 
         Returns:
             logits (B,G) or None, index (B,) long, and who chose it (B,) long, one of visual_output's codes.
         """
         config, logits_BG = self.config, None
-        requested_B = self._requested_levels(num_rows, granularity)
+        requested_B = self._requested_levels(num_rows, granularity).to(device)
         if config.controller == "random":
-            fallback_B, source = torch.randint(len(config.granularities), (num_rows,)), SETTING
+            fallback_B, source = torch.randint(len(config.granularities), (num_rows,)).to(device), SETTING
         else:
             learned = config.controller == "learned"
             name, source = (config.default_granularity, DEFAULT) if learned else (config.controller, SETTING)
-            fallback_B = torch.full((num_rows,), config.granularity_index(name))
+            fallback_B = torch.full((num_rows,), config.granularity_index(name), device=device)
         index_B = torch.where(requested_B >= 0, requested_B, fallback_B)
         chosen_B = torch.where(requested_B >= 0, REQUEST, source)
         if self.granularity_controller is not None and question_input_ids is not None:
@@ -329,11 +329,10 @@ class GranulonModel(GranulonPreTrainedModel):
             if question_attention_mask is None:
                 question_attention_mask = torch.ones_like(question_input_ids)
             logits_BG = self.question_logits(question_input_ids, question_attention_mask)
-            device = logits_BG.device
-            decides_B = question_attention_mask.any(-1).to(device) & (requested_B < 0).to(device)
-            index_B = choose_granularity(logits_BG, torch.where(decides_B, -1, index_B.to(device)))
-            chosen_B = torch.where(decides_B, CONTROLLER, chosen_B.to(device))
-        return logits_BG, index_B.to(self.device), chosen_B.to(self.device)
+            decides_B = question_attention_mask.any(-1).to(device) & (requested_B < 0)
+            index_B = choose_granularity(logits_BG.to(device), torch.where(decides_B, -1, index_B))
+            chosen_B = torch.where(decides_B, CONTROLLER, chosen_B)
+        return logits_BG, index_B, chosen_B
 
     def _requested_levels(self, num_rows: int, granularity) -> torch.Tensor:
         """(B,) long, -1 where the request names no level."""
