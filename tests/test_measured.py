@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 from conftest import make_image, make_model, make_processor
+from test_encode import count_calls
 
 from granulon.train.corpus import check_rows
 from granulon.train.measured import answer_nll, compare_levels, measure_rows
@@ -29,46 +30,53 @@ def make_rows(images=(1, 2, 1, 1, 3)):
     return rows
 
 
-def forced_nll(model, inputs, level):
+def forced_nll(model, inputs, level, view):
     """What a user computes: one forward pass with the level forced, and the answer's tokens read off the logits."""
     inputs = {name: value for name, value in inputs.items() if name != "granularity_labels"}
     labels = inputs.pop("labels")
     with torch.no_grad():
-        log_probs = model(**inputs, granularity=level).logits[:, :-1].float().log_softmax(-1)
+        log_probs = model(**inputs, granularity=level, visual_view=view).logits[:, :-1].float().log_softmax(-1)
     target, scored = labels[:, 1:].clamp_min(0), labels[:, 1:] != -100
     return -(log_probs.gather(-1, target.unsqueeze(-1)).squeeze(-1) * scored).sum(-1)
 
 
+@pytest.mark.parametrize("view", ["semantic", "full"])
 @pytest.mark.parametrize("decoder", ["qwen2", "llama"])
 @pytest.mark.parametrize("tower", ["dinov3", "clip", "dinov3_convnext"])
-def test_every_level_has_the_likelihood_of_a_pass_with_the_level_forced(tower, decoder):
+def test_every_level_has_the_likelihood_of_a_pass_with_the_level_forced(tower, decoder, view):
     if tower == "dinov3_convnext":
         model, processor = make_model(tower, decoder), make_processor(image_size=96, patch_size=32)
     else:
         model, processor = make_model(tower, decoder), make_processor()
-    gains = model.model.multi_modal_projector.gains
-    gains.data = torch.rand_like(gains) + 0.5
     inputs = GranulonCollator(processor, completion_only_loss=True)(make_rows())
     assert (inputs["attention_mask"] == 0).any()
-    nll, answer_tokens, visual_tokens = answer_nll(model, inputs)
+    nll, answer_tokens, _ = answer_nll(model, inputs, view)
     assert answer_tokens.tolist() == (inputs["labels"] != -100).sum(-1).tolist()
     for level, name in enumerate(model.config.granularity_names):
-        expected = forced_nll(model, inputs, name)
+        expected = forced_nll(model, inputs, name, view)
         torch.testing.assert_close(nll[:, level], expected, rtol=1e-5, atol=1e-5)
     assert (nll[:, 0] - nll[:, 1]).abs().min() > 1e-3
 
 
-def test_the_tokens_of_a_level_are_those_that_the_model_sees():
+@pytest.mark.parametrize("view", ["semantic", "full"])
+def test_the_tokens_of_a_level_are_those_that_the_model_sees(view):
     model, processor = make_model(), make_processor()
     inputs = GranulonCollator(processor, completion_only_loss=True)(make_rows())
-    _, _, visual_tokens = answer_nll(model, inputs)
+    _, _, visual_tokens = answer_nll(model, inputs, view)
     for level, name in enumerate(model.config.granularity_names):
         seen = model.explain(**{k: inputs[k] for k in ("pixel_values", "input_ids")}, granularity=name)
-        shown = 36 + seen.semantic_mask.sum(-1)
-        assert visual_tokens[:, level].tolist() == [int(part.sum()) for part in shown.split([1, 2, 1, 1, 3])]
+        assert visual_tokens[:, level].tolist() == [sum(row["tokens"].values()) for row in seen.describe(view)]
 
 
-def test_an_image_meets_the_tower_once_for_all_levels_and_all_rows_of_a_batch():
+def test_one_answer_runs_each_part_once():
+    """Per batch, whatever the number of levels; the controller is not asked, and the aggregation runs per level."""
+    model, processor = make_model(), make_processor()
+    calls = count_calls(model)
+    list(measure_rows(model, processor, make_rows()))
+    assert calls == {"vision_tower": 1, "granularity_controller": 0, "aggregation": 2}
+
+
+def test_the_tower_runs_once_per_image_for_all_levels_and_all_rows_of_a_batch():
     model, processor, seen = make_model(), make_processor(), []
     model.model.vision_tower.register_forward_pre_hook(
         lambda module, args, kwargs: seen.append(len(kwargs["pixel_values"])), with_kwargs=True
@@ -94,7 +102,8 @@ def test_rows_are_corpus_rows_with_the_probabilities_of_the_formula():
         expected = {name: value / sum(score) for name, value in zip(names, score, strict=True)}
         assert row["level_probs"] == pytest.approx(expected, abs=1e-4)
         assert row["level"] == max(expected, key=expected.get)
-        assert row["source"] == "measured" and row["annotator"]["temperature"] == 2.0
+        assert row["source"] == "measured"
+        assert (row["annotator"]["temperature"], row["annotator"]["view"]) == (2.0, "semantic")
     assert [row["question"] for row in measured][:2] == ["question 0?", "question long 1?"]
     assert measured[0]["split"] == "test_kinds" and measured[0]["kind"] == "animals"
     checked = check_rows(measured, names)
@@ -131,6 +140,8 @@ def test_bad_input_is_refused_with_the_row_and_the_remedy():
     model, processor, rows = make_model(), make_processor(), make_rows()
     with pytest.raises(ValueError, match="temperature is 0"):
         measure_rows(model, processor, rows, temperature=0)
+    with pytest.raises(ValueError, match="view is 'auto'"):
+        measure_rows(model, processor, rows, view="auto")
     with pytest.raises(ValueError, match="needs two or more"):
         measure_rows(make_model(granularities=[]), processor, rows)
     with pytest.raises(ValueError, match="no rows to measure"):

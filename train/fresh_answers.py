@@ -1,4 +1,4 @@
-"""Run by the demo in a process of its own, which knows the checkpoint folder and nothing of this package."""
+"""Run by the demo in a separate process, which loads the checkpoint folder without this package."""
 
 import json
 import sys
@@ -27,12 +27,11 @@ def main(output: Path):
         answers = pipe(text=chats, batch_size=64, generate_kwargs=generate, return_full_text=False)
         for row, answer in zip(rows, answers, strict=True):
             row[key] = answer[0]["generated_text"].strip()
-    names = [level["name"] for level in pipe.model.config.granularities]
     for row in rows:
         inputs = pipe.processor.apply_chat_template(
             chat(row["image"], row["question"]), tokenize=True, return_dict=True, return_tensors="pt"
         )
-        row["chosen"] = names[int(pipe.model.explain(**inputs).granularity_index[0])]
+        row["chosen"] = pipe.model.explain(**inputs).describe()[0]["granularity"]["name"]
     (output / "answers.json").write_text(json.dumps(rows, indent=1))
 
 

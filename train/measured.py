@@ -4,11 +4,11 @@ A person's label says what sounds coarse; the answer's likelihood says what help
 images, p(g) ∝ exp(−NLL_g / τ − cost · tokens_g), where NLL_g is that of the whole answer with level g forced, and
 tokens_g the image tokens that the language model then reads, so that a cost lets the cheapest level win that suffices.
 
-The tower, which costs most, runs once per image, also where several rows of a batch show the same one. Its features
-are aggregated at every level, and all levels of a batch go through the language model together.
+Measured is the semantic view by default: there levels differ, and its NLL_g are those of the training objective
+(Eq. 10), from one packed pass over all levels. The tower, which costs most, then runs once per image, also where
+several rows of a batch show the same one.
 
-Shapes: B rows, T prompt tokens, L answer tokens of the row with the most, I images, N patches, K semantic slots,
-R image slots of a row, D vision width, E text width, G levels.
+Shapes: B rows, T prompt tokens, L answer tokens of the row with the most, I images, G levels.
 """
 
 import hashlib
@@ -21,14 +21,15 @@ import torch
 from tqdm import tqdm
 
 from modeling_granulon import GranulonForConditionalGeneration, GranulonProcessor
-from modeling_granulon.joint_views import hide_slots, kept_last, take
-from modeling_granulon.vision_features import vision_features
+from modeling_granulon.image_tokens import FULL, SEMANTIC
+from modeling_granulon.visual_output import GranulonVisualOutput
 
 from .corpus import MEASURED, corpus_row, split_of
 from .level_scores import mean_interval
 from .trainer import GranulonCollator, answer_tokens
 
 COLUMNS = ("prompt", "completion", "images")
+MEASURED_VIEWS = SEMANTIC, FULL
 PASSED_ON = ("split", "kind", "phrasing")
 
 logger = logging.getLogger(__name__)
@@ -41,6 +42,7 @@ def measure_rows(
     batch_size: int = 8,
     temperature: float = 1.0,
     cost_per_token: float = 0.0,
+    view: str = SEMANTIC,
 ) -> Iterator[dict]:
     """
     Corpus rows with soft labels, measured as the answers' likelihood under each level of the model.
@@ -48,16 +50,18 @@ def measure_rows(
     Args:
         rows: training rows (`prompt`, `completion`, `images`, as data.py yields them) whose latest user turn is the
             question. Rows without images are left out: no level changes their answer.
-        batch_size: rows at a time; the language model sees batch_size times the number of levels.
+        batch_size: rows at a time.
         temperature: τ, above 0; the larger, the softer the labels.
         cost_per_token: in nats of the answer's likelihood, for every image token that a level shows.
+        view: image tokens that are read, "semantic" or "full"; for "full" the tower runs once per level.
 
     Yields:
         dict: a row of corpus.py with `answer_nll` (nats) and `visual_tokens` by level, and `answer_tokens`; `split`,
         `kind` and `phrasing` are the row's own, the split else that of its images.
 
     Raises:
-        ValueError: no level to choose, a temperature that is not above 0, no rows, or a row without answer or columns.
+        ValueError: no level to choose, a temperature that is not above 0, an unknown view, no rows, or a row without
+            answer or columns.
         FloatingPointError: a likelihood that is not finite.
     """
     if len(model.config.granularities) < 2:
@@ -66,86 +70,85 @@ def measure_rows(
         raise ValueError(
             f"temperature is {temperature} and cost_per_token {cost_per_token}; expected above 0, and 0 or more"
         )
-    return _measure_all(model.eval(), processor, rows, batch_size, temperature, cost_per_token)
+    if view not in MEASURED_VIEWS:
+        raise ValueError(f"view is {view!r}; choose one of {MEASURED_VIEWS}")
+    settings = {"temperature": temperature, "cost_per_token": cost_per_token, "view": view}
+    return _measure_all(model.eval(), processor, rows, batch_size, settings)
 
 
-def _measure_all(model, processor, rows, batch_size, temperature, cost_per_token) -> Iterator[dict]:
+def _measure_all(model, processor, rows, batch_size, settings: dict) -> Iterator[dict]:
     collator = GranulonCollator(processor, completion_only_loss=True)
-    numbered, seen, blind = enumerate(tqdm(rows, desc="measuring", leave=False, disable=None)), 0, 0
+    numbered, read, without = enumerate(tqdm(rows, desc="measuring", leave=False, disable=None)), 0, 0
     while taken := list(islice(numbered, batch_size)):
         for number, row in taken:
             _check_columns(number, row)
         batch = [row for _, row in taken if row["images"]]
-        seen, blind = seen + len(taken), blind + len(taken) - len(batch)
+        read, without = read + len(taken), without + len(taken) - len(batch)
         if not batch:
             continue
         inputs = collator([{name: row[name] for name in COLUMNS} for row in batch])
-        nll_BG, answer_B, visual_BG = answer_nll(model, {k: value.to(model.device) for k, value in inputs.items()})
+        inputs = {name: value.to(model.device) for name, value in inputs.items()}
+        nll_BG, answer_B, visual_BG = answer_nll(model, inputs, settings["view"])
         if not nll_BG.isfinite().all():
             raise FloatingPointError(
                 f"an answer's likelihood is not finite in rows {taken[0][0]} to {taken[-1][0]}: look at their images, "
                 "and use bfloat16 instead of float16"
             )
-        probs_BG = (-nll_BG / temperature - cost_per_token * visual_BG).softmax(-1)
-        settings = {"temperature": temperature, "cost_per_token": cost_per_token}
+        probs_BG = (-nll_BG / settings["temperature"] - settings["cost_per_token"] * visual_BG).softmax(-1)
         for row, *measured in zip(batch, probs_BG, nll_BG, answer_B, visual_BG, strict=True):
             yield _corpus_row(model, processor, row, *measured, settings)
-    if not seen:
+    if not read:
         raise ValueError("there are no rows to measure; expected rows with prompt, completion and images")
-    if blind:
-        logger.warning(f"{blind} of {seen} rows have no image and were left out: no level changes their answer")
+    if without:
+        logger.warning(f"{without} of {read} rows have no image and were left out: no level changes their answer")
 
 
 @torch.no_grad()
-def answer_nll(model, inputs: dict) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def answer_nll(model, inputs: dict, view: str = SEMANTIC) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """
-    The answers' negative log-likelihood at every level, from one pass of the tower.
+    The answers' negative log-likelihood at every level.
 
     Args:
         inputs: `input_ids`, `attention_mask`, `labels` (B,T) and `pixel_values` (I,3,h,w), as the trainer's collator
             makes them.
+        view: "semantic" or "full".
 
     Returns:
         NLL (B,G) in nats, summed over the answer; answer tokens (B,); image tokens shown (B,G). The NLL equals that of
-        a forward pass with `granularity=` the level.
+        a forward pass with `granularity=` the level and `visual_view=` the view.
     """
-    base, levels = model.model, len(model.config.granularities)
-    distinct, copy_I = _distinct(inputs["pixel_values"])
-    pixel_values = inputs["pixel_values"][distinct]
-    vision = vision_features(base.vision_tower, pixel_values, layer=model.config.vision_feature_layer)
-    placeholder_BT = inputs["input_ids"] == model.config.image_token_id
-    embeds_BRE, masks_BT, visual_B = zip(
-        *(_image_slots(base, vision, copy_I, inputs, placeholder_BT, level) for level in range(levels)), strict=True
-    )
+    prompt = {name: inputs[name] for name in ("input_ids", "attention_mask")}
     index_BL, target_BL = answer_tokens(inputs["labels"])
-    # All levels as one batch, level after level: (B,...) -> (G*B,...)
-    states = base(
-        input_ids=inputs["input_ids"].repeat(levels, 1),
-        attention_mask=torch.cat(masks_BT),
-        image_embeds=torch.cat(embeds_BRE),
-        predict=index_BL.repeat(levels, 1),
-    ).last_hidden_state
-    log_probs = model.lm_head(states).float().log_softmax(-1)
+    names = model.config.granularity_names
+    if view == SEMANTIC:
+        visual = _encode(model, inputs, every_level=True)
+        states = model.model(**prompt, visual=visual, joint_views=names, predict=index_BL).last_hidden_state
+        states_BGLE = states.unflatten(1, (1 + len(names), -1))[:, 1:]  # (B,(1+G)*L,E), the full view first
+    else:
+        visuals = [_encode(model, inputs, granularity=name) for name in names]
+        passes = [model.model(**prompt, visual=visual, predict=index_BL) for visual in visuals]
+        visual, states_BGLE = visuals[0], torch.stack([output.last_hidden_state for output in passes], dim=1)
+    log_probs = model.lm_head(states_BGLE).float().log_softmax(-1)
     scored_BL = target_BL != -100
-    target = target_BL.clamp_min(0).repeat(levels, 1).unsqueeze(-1)
-    nll = -(log_probs.gather(-1, target).squeeze(-1) * scored_BL.repeat(levels, 1)).sum(-1)
-    return nll.unflatten(0, (levels, -1)).T, scored_BL.sum(-1), torch.stack(visual_B, dim=1)
+    target_BGL1 = target_BL.clamp_min(0)[:, None, :, None].expand(-1, len(names), -1, -1)
+    nll_BG = -(log_probs.gather(-1, target_BGL1).squeeze(-1) * scored_BL.unsqueeze(1)).sum(-1)
+    pixel = 0 if view == SEMANTIC else visual.cluster_map[0].numel()
+    shown_G = torch.tensor([pixel + visual.used_tokens(level) for level in range(len(names))])
+    return nll_BG, scored_BL.sum(-1), visual.images_per_row.unsqueeze(1) * shown_G.to(visual.images_per_row.device)
 
 
-def _image_slots(base, vision, copy_I: list[int], inputs: dict, placeholder_BT: torch.Tensor, level: int):
-    """Image tokens (B,R,E) at a level, the attention mask with its holes (B,T), and how many tokens are seen (B,)."""
-    images = len(vision.features)
-    tokens_IKD, mask_IK, _, _ = base._aggregate(vision, [level] * images)
-    weights_IG = torch.zeros(images, len(base.config.granularities), device=vision.features.device)
-    weights_IG[:, level] = 1
-    pixel_INE, semantic_IKE = base.multi_modal_projector(vision.features, tokens_IKD, weights_IG)
-    order_IK = kept_last(mask_IK)
-    tokens_ISE = torch.cat([pixel_INE, take(semantic_IKE, order_IK)], dim=1)  # S = N + K
-    used_IS = torch.cat([mask_IK.new_ones(pixel_INE.shape[:2]), mask_IK.gather(1, order_IK)], dim=1)
-    layout = base._layout(placeholder_BT, inputs["pixel_values"])
-    visible_BR = used_IS[copy_I].flatten()[layout.index_BR] & (layout.role_BR > 0)
-    mask_BT = hide_slots(inputs["attention_mask"], placeholder_BT, visible_BR)
-    return tokens_ISE[copy_I].flatten(0, 1)[layout.index_BR], mask_BT, visible_BR.sum(-1)
+def _encode(model, inputs: dict, **levels) -> GranulonVisualOutput:
+    """`model.encode` for the rows of a batch; an image that several rows show is encoded once."""
+    placeholder_BT = model.model.placeholders(inputs["input_ids"], None)
+    images_per_row = model.model.layout(placeholder_BT, inputs["pixel_values"]).images_per_row
+    distinct, copy_I = _distinct(inputs["pixel_values"])
+    visual = model.encode(inputs["pixel_values"][distinct], **levels)
+    of_images = ("image_hidden_states", "semantic_mask", "cluster_map", "cluster_scores", "level_hidden_states")
+    return GranulonVisualOutput.of(
+        model.config,
+        images_per_row=torch.tensor(images_per_row, device=visual.images_per_row.device),
+        **{name: visual[name][copy_I] for name in of_images if name in visual},
+    )
 
 
 def _distinct(pixel_values: torch.Tensor) -> tuple[list[int], list[int]]:

@@ -19,9 +19,9 @@ def draw_answers(model, processor, results: list[dict], path: Path):
     shown = image.resize((SIDE, SIDE), Image.Resampling.NEAREST)
     panels = [("the scene", shown)]
     for name in model.config.granularity_names:
-        seen = model.explain(pixel_values, granularity=name)
-        title = f"{name}: {int(seen.semantic_mask.sum())} semantic tokens"
-        panels.append((title, overlay_clusters(shown, seen.cluster_map[0].numpy())))
+        (seen,) = model.explain(pixel_values, granularity=name).describe()
+        title = f"{name}: {seen['tokens']['semantic']} semantic tokens"
+        panels.append((title, overlay_clusters(shown, seen["images"][0]["cluster_map"])))
 
     page = Image.new("RGB", (GAP + len(panels) * (SIDE + GAP), 4 * GAP + SIDE + LINE * (1 + len(LEVELS))), "white")
     draw, font = ImageDraw.Draw(page), ImageFont.load_default(17)
