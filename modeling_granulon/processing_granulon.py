@@ -1,8 +1,9 @@
-"""Text and images to model inputs: placeholders, the question, views, and user text that cannot forge either."""
+"""Text and images to model inputs: image placeholders, the question alone, and escaped control tokens."""
 
 import base64
 import os
 import re
+from collections import deque
 from functools import lru_cache
 from os.path import commonprefix
 
@@ -41,11 +42,12 @@ class GranulonProcessor(ProcessorMixin):
         num_semantic_tokens (`int`): K_max, semantic slots per image (`config.max_semantic_tokens`).
         image_token (`str`): the placeholder, a token of the tokenizer (`config.image_token_id`).
         chat_template (`str`): renders messages whose content holds image and text parts.
+        question_turns (`int`): how many of the latest user turns are the question, joined by line breaks.
 
     Called with `text` and `images` (PIL, numpy, torch, path, bytes, base64 or URL; nested per row, or flat in the
     order of the placeholders) it returns `input_ids`, `attention_mask` (B,T), `pixel_values` (I,3,h,w) and, with
-    images, the right-padded `question_input_ids` and `question_attention_mask` (B,Tq): the latest user turn without
-    template, images and answer. `visual_view="pixel"` or `"semantic"` makes the shorter prompt of that view.
+    images, the right-padded `question_input_ids` and `question_attention_mask` (B,Tq): the latest user turns without
+    template, images and answers. `visual_view="pixel"` or `"semantic"` makes the shorter prompt of that view.
 
     Raises:
         ValueError: a row whose placeholders and images differ in number, an unusable image, an unknown view.
@@ -61,10 +63,15 @@ class GranulonProcessor(ProcessorMixin):
         num_semantic_tokens: int = 20,
         image_token: str = "<image>",
         chat_template: str | None = None,
+        question_turns: int = 1,
     ):
         self.patch_size = patch_size
         self.num_semantic_tokens = num_semantic_tokens
         self.image_token = image_token
+        self.question_turns = question_turns
+        self._custom_templates = deque(maxlen=8)  # templates passed to apply_chat_template, latest first
+        if type(question_turns) is not int or question_turns < 1:
+            raise ValueError(f"question_turns is {question_turns!r}; choose a whole number of turns above 0")
         if image_token not in tokenizer.get_vocab():
             raise ValueError(f"image_token {image_token!r} is not in the tokenizer; add it or name a token that is")
         self.image_token_id = tokenizer.convert_tokens_to_ids(image_token)
@@ -89,11 +96,13 @@ class GranulonProcessor(ProcessorMixin):
     def apply_chat_template(self, conversation, chat_template=None, sanitize_control_tokens: bool = True, **kwargs):
         """Render (and, with `tokenize=True`, process) conversations, as upstream.
 
-        User text never forges turns or placeholders: with `sanitize_control_tokens` (the default) control tokens in
-        message texts are broken by a zero-width space, which also holds where the text is tokenized later.
+        With `sanitize_control_tokens` (the default) the texts of messages go through `escape_control_tokens`, so that
+        they write neither turns nor placeholders, also where the rendered text is tokenized later.
         """
+        if isinstance(chat_template, str) and chat_template not in (*self._templates(), *self._template_names()):
+            self._custom_templates.appendleft(chat_template)
         if sanitize_control_tokens:
-            conversation = _neutralise(conversation, self._control_tokens())
+            conversation = _escape(conversation, self._control_tokens())
         output = super().apply_chat_template(conversation, chat_template, **kwargs)
         if kwargs.get("return_assistant_tokens_mask") and "pixel_values" in output and not MASKS_KNOW_IMAGES:
             raise ValueError(
@@ -102,13 +111,22 @@ class GranulonProcessor(ProcessorMixin):
             )
         return output
 
+    def escape_control_tokens(self, text: str) -> str:
+        """The text with a zero-width space inside each control token, which is then read as plain text."""
+        return _escape(text, self._control_tokens())
+
     def question(self, prompt: str) -> str:
-        """The latest user turn of a rendered prompt, without its images; all of a prompt without chat turns."""
-        start, end = _user_turn_marks(self.chat_template, tuple(self.tokenizer.special_tokens_map.items()))
-        if start and start in prompt:
-            prompt = prompt[prompt.rindex(start) + len(start) :]
-            prompt = prompt[: prompt.index(end)] if end and end in prompt else prompt
-        return prompt.replace(self.image_token, " ").strip()
+        """The latest user turns of a rendered prompt, without its images; all of a prompt without chat turns."""
+        special_tokens = tuple(self.tokenizer.special_tokens_map.items())
+        marks = [_user_turn_marks(template, special_tokens) for template in self._templates()]
+        # Of several templates, the one that rendered the prompt has the longest mark in it.
+        found = [(start, end) for start, end in marks if start and start in prompt]
+        turns = [prompt]
+        if found:
+            start, end = max(found, key=lambda mark: len(mark[0]))
+            turns = [turn.partition(end)[0] if end else turn for turn in prompt.split(start)[1:]]
+        turns = [turn.replace(self.image_token, " ").strip() for turn in turns[-self.question_turns :]]
+        return "\n".join(turn for turn in turns if turn)
 
     def replace_image_token(self, image_inputs: dict, image_idx: int, visual_view: str = "full", **kwargs) -> str:
         """The span of placeholders of one processed image."""
@@ -116,6 +134,7 @@ class GranulonProcessor(ProcessorMixin):
         return self.image_token * self._span_length(height, width, visual_view)
 
     def prepare_inputs_layout(self, images=None, text=None, **kwargs):
+        """As upstream, with every image opened by `load_rgb`."""
         if images is not None:
             images = _map_images(self._open_image, images)
         return super().prepare_inputs_layout(images=images, text=text, **kwargs)
@@ -155,8 +174,8 @@ class GranulonProcessor(ProcessorMixin):
             )
         if visual_view == "semantic" and semantic in (0, pixel):
             raise ValueError(
-                f"a semantic prompt cannot be told from others with {semantic} semantic slots and {pixel} patches; "
-                "make the full prompt and pass visual_view='semantic' to generate"
+                f"a prompt of {semantic} semantic slots is ambiguous for an image of {pixel} patches; make the full "
+                "prompt and pass visual_view='semantic' to generate"
             )
         return lengths[visual_view]
 
@@ -176,18 +195,26 @@ class GranulonProcessor(ProcessorMixin):
         if isinstance(image, (np.ndarray, torch.Tensor)):
             return _array_to_image(image)
         if isinstance(image, str) and image.startswith(("http://", "https://")):
-            image = self.image_processor.fetch_images(image)  # downloads are the library's business
+            image = self.image_processor.fetch_images(image)
         elif isinstance(image, str) and not os.path.exists(image):
             image = _base64_bytes(image) or image
         return load_rgb(image)
 
+    def _template_names(self) -> tuple[str, ...]:
+        return tuple(self.chat_template) if isinstance(self.chat_template, dict) else ()
+
+    def _templates(self) -> list[str]:
+        """The processor's own templates and those that were passed to `apply_chat_template`."""
+        own = self.chat_template.values() if isinstance(self.chat_template, dict) else [self.chat_template or ""]
+        return [*own, *self._custom_templates]
+
     def _control_tokens(self) -> re.Pattern:
-        """Matches what users may not write; single characters cannot be broken and are no turn or image."""
-        template = self.chat_template or ""
+        """Matches special tokens and the added tokens that a template writes; single characters cannot be split."""
+        templates = "".join(self._templates())
         tokens = {
             token.content
             for token in self.tokenizer.added_tokens_decoder.values()
-            if len(token.content.strip()) > 1 and (token.special or token.content in template)
+            if len(token.content.strip()) > 1 and (token.special or token.content in templates)
         }
         longest_first = sorted(tokens, key=len, reverse=True)
         return re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
@@ -204,54 +231,57 @@ class GranulonProcessor(ProcessorMixin):
         return {name: make(rows) for name, rows in keys.items()}
 
 
-@lru_cache(maxsize=16)
-def _user_turn_marks(chat_template: str | None, special_tokens: tuple) -> tuple[str, str]:
-    """What a chat template writes before and after a user turn, read off rendered probes; empty without a template."""
-    if not isinstance(chat_template, str):
-        return "", ""
-    probes = "\u2460first\u2460", "\u2461answer\u2461", "\u2462second\u2462"
-    first, answer, second = probes
-    turns = list(zip(("user", "assistant", "user"), probes, strict=True))
+@lru_cache(maxsize=32)
+def _user_turn_marks(chat_template: str, special_tokens: tuple) -> tuple[str, str]:
+    """What a chat template writes before and after a user turn, read off a rendered probe.
+
+    Two empty strings for a template that cannot render two turns.
+    """
+    first, answer, second = "\u2460first\u2460", "\u2461answer\u2461", "\u2462second\u2462"
+    turns = list(zip(("user", "assistant", "user"), (first, answer, second), strict=True))
 
     def render(as_parts: bool, add_generation_prompt: bool) -> str:
         conversation = [
             {"role": role, "content": [{"type": "text", "text": text}] if as_parts else text} for role, text in turns
         ]
-        return render_jinja_template(
-            conversations=[conversation],
-            chat_template=chat_template,
-            add_generation_prompt=add_generation_prompt,
-            **dict(special_tokens),
-        )[0][0]
+        try:
+            return render_jinja_template(
+                conversations=[conversation],
+                chat_template=chat_template,
+                add_generation_prompt=add_generation_prompt,
+                **dict(special_tokens),
+            )[0][0]
+        except Exception:  # templates run code of their own, which may raise anything
+            return ""
 
     # A template that reads content as a list of parts finds nothing in a string.
-    as_parts = not all(probe in render(False, True) for probe in probes)
-    asked, plain = render(as_parts, True), render(as_parts, False)
-    before = [asked[: asked.index(first)], asked[asked.index(answer) + len(answer) : asked.index(second)]]
-    after = [
-        asked[asked.index(first) + len(first) : asked.index(answer)],
-        asked[asked.index(second) + len(second) :],
-        plain[plain.index(second) + len(second) :],
-    ]
+    for as_parts in (False, True):
+        asked, plain = render(as_parts, True), render(as_parts, False)
+        if all(text in rendered for text in (first, answer, second) for rendered in (asked, plain)):
+            break
+    else:
+        return "", ""
+    before = [asked.partition(first)[0], asked.partition(answer)[2].partition(second)[0]]
+    after = [asked.partition(first)[2].partition(answer)[0], asked.partition(second)[2], plain.partition(second)[2]]
     start = commonprefix([text[::-1] for text in before])[::-1]
     return start, commonprefix(after) or commonprefix(after[:2])
 
 
-def _neutralise(value, control: re.Pattern):
-    """The conversation with every control token in its texts broken; media entries stay as they are."""
+def _escape(value, control: re.Pattern):
+    """The conversation with every control token in its texts split; media entries stay as they are."""
     if isinstance(value, str):
         while control.search(value):
             value = control.sub(lambda match: match[0][0] + ZERO_WIDTH_SPACE + match[0][1:], value)
         return value
     if isinstance(value, dict):
-        return {key: entry if key in MEDIA_KEYS else _neutralise(entry, control) for key, entry in value.items()}
+        return {key: entry if key in MEDIA_KEYS else _escape(entry, control) for key, entry in value.items()}
     if isinstance(value, (list, tuple)):
-        return _part_neighbours([_neutralise(entry, control) for entry in value], control)
+        return _separate_parts([_escape(entry, control) for entry in value], control)
     return value
 
 
-def _part_neighbours(parts: list, control: re.Pattern) -> list:
-    """Neighbouring text parts, kept apart where a template that joins or trims them would write a control token."""
+def _separate_parts(parts: list, control: re.Pattern) -> list:
+    """Text parts with a zero-width space between neighbours that, joined or trimmed, would make a control token."""
     written = trimmed = ""
     for part in parts:
         if not (isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str)):

@@ -32,6 +32,13 @@ VICUNA = (
 )
 
 
+DIALOGUE = [
+    {"role": "user", "content": "first <|image_pad|> question"},
+    {"role": "assistant", "content": "an answer"},
+    {"role": "user", "content": "<|image_pad|>\nand the second?"},
+]
+
+
 def spans(processor, inputs):
     return (inputs["input_ids"] == processor.image_token_id).sum(-1).tolist()
 
@@ -55,12 +62,7 @@ def test_the_announced_number_of_tokens_is_the_one_that_is_made(processor, size,
 def test_the_latest_user_turn_is_read_off_any_template(template, generation_prompt):
     processor = make_processor()
     processor.chat_template = template
-    turns = [
-        {"role": "user", "content": "first <|image_pad|> question"},
-        {"role": "assistant", "content": "an answer"},
-        {"role": "user", "content": "<|image_pad|>\nand the second?"},
-    ]
-    for conversation, question in [(turns[:1], "first   question"), (turns, "and the second?")]:
+    for conversation, question in [(DIALOGUE[:1], "first   question"), (DIALOGUE, "and the second?")]:
         text = processor.apply_chat_template(
             conversation, add_generation_prompt=generation_prompt, sanitize_control_tokens=False
         )
@@ -71,6 +73,78 @@ def test_a_system_prompt_and_an_answer_are_no_part_of_the_question(processor):
     conversation = [{"role": "system", "content": "be brief"}, *ask("what is it?")]
     text = processor.apply_chat_template([*conversation, {"role": "assistant", "content": "a dog"}])
     assert processor.question(text) == "what is it?"
+
+
+def asked(processor, inputs):
+    """The questions that the model gets, as text."""
+    rows = zip(inputs["question_input_ids"], inputs["question_attention_mask"], strict=True)
+    return [processor.decode(ids[mask.bool()]) for ids, mask in rows]
+
+
+def with_parts(template):
+    """The template for messages whose content is a list of parts."""
+    loop = "{% for p in m.content %}{{ '<|image_pad|>' if p.type == 'image' else p.text }}{% endfor %}"
+    return template.replace("{{ m.content }}", loop).replace("{{ m.content | trim }}", loop)
+
+
+@pytest.mark.parametrize("template", [QWEN, LLAMA, VICUNA, "{% for m in messages %}Q[{{ m.content }}]A[{% endfor %}"])
+@pytest.mark.parametrize("replaced", [False, True], ids=["passed", "replaced"])
+def test_a_custom_template_does_not_leak_into_the_question(processor, template, replaced):
+    template, conversation = with_parts(template), [{"role": "system", "content": []}, *ask("what is it?")]
+    conversation[1]["content"][0]["image"] = image = make_image(0)
+    if replaced:
+        processor.chat_template, template = template, None
+    how = {"add_generation_prompt": True, "return_dict": True, "return_tensors": "pt"}
+    inputs = processor.apply_chat_template(conversation, template, tokenize=True, **how)
+    assert asked(processor, inputs) == ["what is it?"]
+    prompt = processor.apply_chat_template(conversation, template, add_generation_prompt=True)
+    assert asked(processor, processor(text=[prompt], images=[image], return_tensors="pt")) == ["what is it?"]
+
+
+def test_prompts_of_several_templates_are_told_apart(processor):
+    processor.chat_template = {"default": with_parts(QWEN), "short": with_parts(VICUNA)}
+    bracketed = with_parts(QWEN).replace("{{ m.role }}\n", "{{ m.role }}\n[INST] ")
+    for template in (None, "short", bracketed, None, "short"):
+        prompt = processor.apply_chat_template(ask("what is it?"), template, add_generation_prompt=True)
+        assert processor.question(prompt) == "what is it?"
+
+
+def test_a_template_that_renders_no_second_turn_is_no_error(processor):
+    template = "{{ raise_exception('one turn') if messages | length > 1 else messages[0].content[-1].text }}"
+    prompt = processor.apply_chat_template(ask("what is it?"), template)
+    assert processor.question(prompt) == "what is it?"
+
+
+@pytest.mark.parametrize("template", [QWEN, LLAMA, VICUNA])
+@pytest.mark.parametrize("generation_prompt", [True, False])
+def test_as_many_user_turns_are_read_as_asked_for(template, generation_prompt, tmp_path):
+    processor = make_processor()
+    processor.chat_template = template
+    third = [{"role": "assistant", "content": "two"}, {"role": "user", "content": "sure?"}]
+    text = processor.apply_chat_template(
+        [*DIALOGUE, *third], add_generation_prompt=generation_prompt, sanitize_control_tokens=False
+    )
+    turns = ["first   question", "and the second?", "sure?"]
+    for count in (1, 2, 3, 4):
+        processor.question_turns = count
+        assert processor.question(text) == "\n".join(turns[-count:])
+
+
+def test_the_number_of_question_turns_is_saved(processor, tmp_path):
+    assert processor.question_turns == 1
+    parts = (processor.image_processor, processor.tokenizer, 4, 5, "<|image_pad|>")
+    GranulonProcessor(*parts, question_turns=3).save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "processor_config.json").read_text())["question_turns"] == 3
+    assert GranulonProcessor.from_pretrained(tmp_path).question_turns == 3
+    for wrong in (0, -1, 1.5, True):
+        with pytest.raises(ValueError, match="question_turns"):
+            GranulonProcessor(*parts, question_turns=wrong)
+
+
+def test_a_turn_without_text_adds_no_line_to_the_question(processor):
+    processor.question_turns = 2
+    conversation = [{"role": "user", "content": [{"type": "image"}]}, *ask("what is it?", images=0)]
+    assert processor.question(processor.apply_chat_template(conversation)) == "what is it?"
 
 
 def test_a_prompt_without_turns_is_the_question(processor):
@@ -167,7 +241,7 @@ def test_a_size_that_the_patch_does_not_divide_is_refused(processor):
 
 def test_a_semantic_prompt_as_long_as_a_pixel_prompt_is_refused():
     processor = make_processor(num_semantic_tokens=36)
-    with pytest.raises(ValueError, match="cannot be told"):
+    with pytest.raises(ValueError, match="36 semantic slots is ambiguous"):
         make_inputs(processor, ["what?"], [[make_image(0)]], visual_view="semantic")
 
 
@@ -242,6 +316,16 @@ def test_text_parts_stay_parts_that_the_template_may_set_on_lines_of_their_own(p
     assert processor.apply_chat_template(conversation, template) == "\nLook.\nWhat is it?\n"
 
 
+@pytest.mark.parametrize("forgery", FORGERIES)
+def test_escaped_text_reads_the_same_and_holds_no_control_token(processor, forgery):
+    escaped = processor.escape_control_tokens(forgery)
+    assert escaped.replace("\u200b", "") == forgery
+    ids = processor.tokenizer(escaped, add_special_tokens=False)["input_ids"]
+    assert not set(ids) & set(processor.tokenizer.convert_tokens_to_ids(CHAT_TOKENS))
+    assert processor.escape_control_tokens(escaped) == escaped
+    assert processor.escape_control_tokens("a < b | c") == "a < b | c"
+
+
 def test_the_readers_conversation_is_left_as_it_was(processor):
     conversation = ask(FORGERIES[0])
     processor.apply_chat_template(conversation, add_generation_prompt=True)
@@ -277,7 +361,7 @@ def fuzzed_text(generator):
 
 
 @pytest.mark.parametrize("count", [500, pytest.param(10_000, marks=pytest.mark.slow)])
-def test_ten_thousand_strings_end_in_success_or_value_error(count):
+def test_any_text_ends_in_success_or_value_error(count):
     generator, processor, model = random.Random(0), make_processor(), make_model()
     harmless, image = control_count(processor, ask("hello")), make_image(0)
     processed = 0
@@ -296,7 +380,7 @@ def test_ten_thousand_strings_end_in_success_or_value_error(count):
     assert processed > count / 2
 
 
-def test_an_image_in_a_message_is_opened_through_the_door(processor, tmp_path):
+def test_an_image_in_a_message_is_opened_by_load_rgb(processor, tmp_path):
     path = tmp_path / "transparent.png"
     Image.new("RGBA", (40, 30), (255, 0, 0, 0)).save(path)
     parts = [{"type": "image", "path": str(path)}, {"type": "text", "text": "what?"}]
