@@ -197,7 +197,9 @@ def _joined_model(config, vision, text):
     language_model = _load(AutoModelForCausalLM, text)
     rows = config.text_config.vocab_size
     if language_model.get_input_embeddings().num_embeddings < rows:
-        language_model.resize_token_embeddings(rows, mean_resizing=False)
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            language_model.resize_token_embeddings(rows, mean_resizing=False)
     return join(config, tower, language_model)
 
 

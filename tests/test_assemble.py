@@ -236,6 +236,11 @@ def test_a_token_is_added_where_the_model_has_no_unused_one(spare_rows, tie, vis
     for own, expected in ((model.get_input_embeddings(), source.model.embed_tokens), (model.lm_head, source.lm_head)):
         assert torch.equal(own.weight[:rows], expected.weight)
     assert model(**prompt(processor)).logits.isfinite().all()
+    torch.manual_seed(5)
+    state = torch.get_rng_state()
+    again = assemble(visions["dinov3"], text, tmp_path / "again")
+    assert torch.equal(torch.get_rng_state(), state)
+    assert (again / "model.safetensors").read_bytes() == (folder / "model.safetensors").read_bytes()
 
 
 def test_a_model_without_a_padding_token_gets_one_that_does_not_end_the_answer(visions, tmp_path):
