@@ -162,7 +162,7 @@ def train(folder: Path, run: Run) -> dict:
     if run.engine == "fsdp2" and trainer.args.world_size > 1:
         shard_on_cpu(trainer)
     checkpoint = checkpoints.resume_point(output) if run.resume else None
-    checkpoints.train(trainer, checkpoint)
+    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     after = {name: whole(value) for name, value in trainer.model.state_dict().items()}
     return {
         "resumed": checkpoint and checkpoint.name,

@@ -69,19 +69,6 @@ def resume_point(folder: str | Path) -> Path | None:
     return checkpoint
 
 
-def train(trainer, checkpoint: Path | None = None):
-    """
-    `trainer.train`, from a checkpoint where one is given.
-
-    One that is at `max_steps` already is loaded and left as it is; `Trainer` alone would take one more step.
-    """
-    if checkpoint is not None:
-        done = TrainerState.load_from_json(checkpoint / TRAINER_STATE_NAME).global_step
-        if 0 < trainer.args.max_steps <= done:
-            trainer.get_batch_samples = lambda *_: ([], None)
-    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-
-
 @contextmanager
 def complete_checkpoint(trainer, trial=None):
     """

@@ -10,7 +10,20 @@ import torch
 
 from modeling_granulon import GranulonProcessor
 
-from .corpus import TRAIN, check_rows
+from .corpus import ANNOTATED, TRAIN, check_rows, read_corpus
+from .seed_corpus import seed_corpus
+
+SEED_CORPUS = "seed"  # the name of the corpus that ships with the package
+
+
+def load_corpus(name: str) -> list[dict]:
+    """The rows of a granularity corpus: a JSONL file, a folder of such, or "seed" for the corpus made from templates."""
+    return seed_corpus() if name == SEED_CORPUS else read_corpus(name)
+
+
+def annotators_of(rows: list[dict]) -> list[str]:
+    """The models that labelled rows; their licences decide under which name what learned from them is published."""
+    return sorted({row["annotator"]["model"] for row in rows if row.get("source") == ANNOTATED})
 
 
 class QuestionReplay:
@@ -26,6 +39,7 @@ class QuestionReplay:
     """
 
     def __init__(self, rows: list[dict], processor: GranulonProcessor, levels: list[str], batch_size: int = 16):
+        self.annotators = annotators_of(rows)
         rows = [row for row in check_rows(rows, levels) if row["split"] == TRAIN]
         if not rows:
             raise ValueError(f"the corpus has no rows of the split {TRAIN!r}; the controller could not replay any")

@@ -33,8 +33,9 @@ from trl import ModelConfig, TrlParser
 from granulon.hub.tiny import assemble_tiny
 
 from .arguments import GranulonSFTConfig
-from .checkpoints import newest_complete, record_training, resume_point, train
+from .checkpoints import newest_complete, record_training, resume_point
 from .data import DataSource, load_rows
+from .replay import QuestionReplay, load_corpus
 from .stages import STAGES, load_model, load_processor, lora_config, merge, parameter_counts, set_trainable
 from .trainer import GranulonTrainer
 
@@ -73,6 +74,12 @@ class SFTArguments:
         default=None,
         metadata={"help": "rows per step over all processes; gradient_accumulation_steps follows from it"},
     )
+    replay_corpus: str | None = field(
+        default=None,
+        metadata={
+            "help": "granularity corpus (a JSONL file, a folder, or 'seed') whose questions the controller keeps learning"
+        },
+    )
     merge: bool = field(default=False, metadata={"help": "with adapters: also save the model with them merged"})
     resume: bool = field(default=False, metadata={"help": "go on from the newest complete checkpoint, if any"})
 
@@ -110,7 +117,7 @@ def main(argv: list[str] | None = None, callbacks: list[TrainerCallback] = ()):
     except (OSError, ValueError) as error:
         sys.exit(f"granulon-train: {error}")
     say(described(trainer, run))
-    train(trainer, checkpoint)
+    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     if trainer.state.global_step < trainer.state.max_steps and stop.asked:
         say(f"stopped by a signal after step {trainer.state.global_step}; go on with --resume")
         return
@@ -155,12 +162,16 @@ def make_trainer(run: Run, callbacks: list[TrainerCallback] = ()) -> GranulonTra
     if run.sft.eval_data:
         eval_rows = _rows(run, run.sft.eval_data, "quarantine_eval.jsonl", processor, model)
     set_trainable(model, run.sft.stage)
+    replay = None
+    if run.sft.replay_corpus is not None:
+        replay = QuestionReplay(load_corpus(run.sft.replay_corpus), processor, model.config.granularity_names)
     return GranulonTrainer(
         model=model,
         args=run.trainer,
         train_dataset=rows,
         eval_dataset=eval_rows,
         processing_class=processor,
+        replay=replay,
         peft_config=lora_config(model, run.model) if run.model.use_peft else None,
         callbacks=list(callbacks),
     )
@@ -283,6 +294,8 @@ def _check(run: Run):
         )
     if run.sft.merge and not run.model.use_peft:
         raise ValueError("merge needs adapters; set use_peft, or leave merge out")
+    if run.sft.replay_corpus is not None and not run.trainer.granularity_loss_weight:
+        raise ValueError("replay_corpus trains the controller; give granularity_loss_weight a value above 0")
     if run.sft.stage == "align" and (run.model.use_peft or run.trainer.granularity_loss_weight > 0):
         raise ValueError(
             "stage align trains the projector alone; set use_peft to false and granularity_loss_weight to 0"
@@ -386,6 +399,7 @@ def _add_documents(trainer: GranulonTrainer, run: Run, folder: Path):
         seed=run.trainer.seed,
         processes=run.trainer.world_size,
         steps=trainer.state.global_step,
+        annotators=trainer.replay.annotators if trainer.replay else [],
     )
 
 

@@ -89,7 +89,12 @@ class GranulonTrainer(SFTTrainer):
             self.add_callback(PartsInProgressBar)
 
     def get_batch_samples(self, *args, **kwargs):
-        """As upstream; also counts the rows of the step over all processes, which divide the controller's losses."""
+        """As upstream; also counts the rows of the step over all processes, which divide the controller's losses.
+
+        A run that is resumed at `max_steps` takes no further step.
+        """
+        if 0 < self.args.max_steps <= self.state.global_step:
+            return [], None
         batches, num_items = super().get_batch_samples(*args, **kwargs)
         if self.learns_levels and batches:
             self.rows_of_step = self.accelerator.reduce(sum(map(self._count_rows, batches)), reduction="sum")
