@@ -12,9 +12,9 @@ from transformers.masking_utils import create_causal_mask
 class GranularityController(nn.Module):
     """Logits over the candidates g_1..g_G from the states of the question's tokens (Eq. 2, 3).
 
-    The mean runs over the question's own tokens and in fp32, and is standardised before the activation, since hidden
-    states differ in scale between language models and layers (ours). The activation is the projector's (our choice,
-    the paper leaves it open).
+    The states are standardised token by token before the mean (ours): hidden states differ in scale between language
+    models and layers, and the first token's state can be a thousand times as long as all others. Both run in fp32. The
+    activation is the projector's (our choice, the paper leaves it open).
     """
 
     def __init__(self, text_width: int, hidden_size: int, num_granularities: int, activation: str):
@@ -29,11 +29,10 @@ class GranularityController(nn.Module):
         return self.classify(self.pool(states_BTE, mask_BT))
 
     def pool(self, states_BTE: torch.Tensor, mask_BT: torch.Tensor) -> torch.Tensor:
-        """The standardised mean over the question's tokens, (B,E) fp32; it has no weights and can be computed once."""
+        """The mean over the question's tokens of their standardised states, (B,E) fp32; it has no weights."""
+        standard_BTE = nn.functional.layer_norm(states_BTE.float(), states_BTE.shape[-1:])
         weights_BT1 = mask_BT.to(torch.float32).unsqueeze(-1)
-        count_B1 = weights_BT1.sum(1).clamp_min(1)
-        mean_BE = (states_BTE.float() * weights_BT1).sum(1) / count_B1
-        return nn.functional.layer_norm(mean_BE, mean_BE.shape[-1:])
+        return (standard_BTE * weights_BT1).sum(1) / weights_BT1.sum(1).clamp_min(1)
 
     def classify(self, pooled_BE: torch.Tensor) -> torch.Tensor:
         """Logits (B,G) of pooled questions (B,E)."""

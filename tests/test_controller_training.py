@@ -63,9 +63,9 @@ def command(checkpoint, tmp_path, monkeypatch):
     return run
 
 
-@pytest.mark.parametrize("decoder", ["qwen2", "llama"])
-def test_the_cached_states_give_the_logits_that_the_model_gives_when_asked(decoder):
-    model, processor = make_model(decoder=decoder), make_processor()
+@pytest.mark.parametrize("decoder, layers", [("qwen2", 1), ("llama", 1), ("llama", 2)])
+def test_the_cached_states_give_the_logits_that_the_model_gives_when_asked(decoder, layers):
+    model, processor = make_model(decoder=decoder, controller_layers=layers), make_processor()
     questions = ["What is the tiny mark?", "Where?", "  What, <image> and <|im_end|>, is the whole scene about?  "]
     states_QE = question_states(model, processor, questions, batch_size=2)
     cached_QG = controller_logits(model.model.granularity_controller, states_QE)
@@ -95,10 +95,9 @@ def test_a_separable_corpus_is_learned_and_held_out_questions_are_read_right():
 
 
 def test_the_report_names_the_models_that_annotated():
-    told = {"source": "annotated", "annotator": {"model": "meta-llama/Llama-3.3-70B"}}
-    rows = [
-        row | (told if row["level"] == "fine" else {"source": "template", "annotator": None}) for row in make_corpus()
-    ]
+    annotated = {"source": "annotated", "annotator": {"model": "meta-llama/Llama-3.3-70B"}}
+    template = {"source": "template", "annotator": None}
+    rows = [row | (annotated if row["level"] == "fine" else template) for row in make_corpus()]
     assert train_controller(make_model(), make_processor(), rows, epochs=1)["annotators"] == [
         "meta-llama/Llama-3.3-70B"
     ]
@@ -151,6 +150,14 @@ def test_training_stops_where_validation_no_longer_improves():
     assert len(report["history"]) == report["best_epoch"] + 3 < 60
 
 
+def test_the_bag_of_words_learns_probabilities_where_labels_are_probabilities():
+    rows = [{"question": f"{number}?", "level": "fine", "split": "train"} for number in range(20)]
+    rows = [row | {"level_probs": {"coarse": 0.3, "fine": 0.7}} for row in rows]
+    words_QG = bag_of_words(Labelled.of(rows, ["coarse", "fine"], soft=True))
+    assert words_QG[:, 1].tolist() == pytest.approx([0.7] * 20, abs=0.02)
+    torch.testing.assert_close(words_QG.sum(-1), torch.ones(20))
+
+
 def test_words_that_training_never_saw_leave_the_bag_of_words_at_the_prior():
     rows = [{"question": f"{word} here?", "level": "fine", "split": "train"} for word in ("a", "b", "c")]
     rows += [{"question": "d there", "level": "fine", "split": "train"}]
@@ -188,8 +195,9 @@ def test_the_command_leaves_the_checkpoint_with_another_controller_and_nothing_e
     names = {file.name for file in checkpoint.iterdir()} - {"optimizer.pt"} | {REPORT, PICTURE}
     assert {file.name for file in output.iterdir()} == names
     assert json.loads((output / REPORT).read_text())["splits"]["test_questions"]["controller"]["accuracy"][0] > 0.9
-    told = json.loads((output / "granulon_manifest.json").read_text())["training"][-1]
-    assert told["stage"] == "controller" and told["rows"] and told["annotators"] == [] and told["versions"]["torch"]
+    record = json.loads((output / "granulon_manifest.json").read_text())["training"][-1]
+    assert record["stage"] == "controller" and record["rows"] and record["annotators"] == []
+    assert record["versions"]["torch"]
     assert Image.open(output / PICTURE).width > 300
     model = AutoModelForImageTextToText.from_pretrained(output, trust_remote_code=True)
     asked = [row for row in make_corpus() if row["split"] == "test_questions"]

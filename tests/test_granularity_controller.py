@@ -101,7 +101,14 @@ def test_pool_then_classify_is_the_whole_controller():
     mask = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 0, 0, 0]])
     pooled = controller.pool(states, mask)
     torch.testing.assert_close(controller.classify(pooled), controller(states, mask))
-    torch.testing.assert_close(pooled[1], torch.nn.functional.layer_norm(states[1, :2].mean(0), (16,)))
+    torch.testing.assert_close(pooled[1], torch.nn.functional.layer_norm(states[1, :2], (16,)).mean(0))
+
+
+def test_one_token_of_huge_scale_weighs_as_much_as_any_other():
+    controller, states = GranularityController(16, 8, 3, "gelu"), torch.randn(1, 5, 16)
+    huge = states.clone()
+    huge[:, 0] *= 1000
+    torch.testing.assert_close(controller.pool(huge, torch.ones(1, 5)), controller.pool(states, torch.ones(1, 5)))
 
 
 def test_the_most_probable_level_acts():

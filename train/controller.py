@@ -1,15 +1,14 @@
 """`granulon-train-controller`: the controller learns the levels of a granularity corpus, all else frozen.
 
-What the controller sees of a question is the mean of its first-layer states (Eq. 2). The language model is frozen, so
+The controller reads the mean of a question's states in the language model (Eq. 2). The language model is frozen, so
 that mean is computed once per distinct question and kept on the CPU, one fp32 vector each; an epoch then costs next to
-nothing. Every score stands beside chance, the commonest level, and a bag of words that has never seen a language
-model, on each test split of the corpus.
+nothing. Every score stands beside chance, the commonest level, and logistic regression on a bag of words, which has
+never seen a language model, on each test split of the corpus.
 
-Shapes: B rows, Q distinct questions, T question tokens, E text width, G levels, V words.
+Shapes: B rows, Q distinct questions, T question tokens, E text width, G levels.
 """
 
 import json
-import re
 import shutil
 import sys
 from collections import Counter
@@ -17,10 +16,14 @@ from copy import deepcopy
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
 import torch
 from huggingface_hub import snapshot_download
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from scipy.sparse import vstack
+from sklearn.feature_extraction.text import CountVectorizer
+from sklearn.linear_model import LogisticRegression
 from torch import nn
 from tqdm import tqdm
 from transformers import HfArgumentParser
@@ -41,12 +44,12 @@ from .stages import load_model, load_processor
 SEED_CORPUS = "seed"
 REPORT, PICTURE = "controller_report.json", "controller_confusion.png"
 PREFIX = "model.granularity_controller."
-# Of a training's checkpoint, what belongs to the run and not to the model.
-NOT_THE_MODEL = ("*.pt", "*.pth", "*.bin", "trainer_state.json", "complete.json")
+# Files of a training checkpoint that belong to the run and are not copied.
+TRAINING_STATE_FILES = ("*.pt", "*.pth", "*.bin", "trainer_state.json", "complete.json")
 # The column that names what is new in a test split; the bootstrap draws whole groups of it.
 GROUP_OF_SPLIT = {"test_kinds": "kind"}
 MOST_WORDS = 5000
-L2 = (1e-4, 1e-3, 1e-2)  # of the bag of words; the validation split chooses
+INVERSE_L2 = (0.1, 1.0, 10.0)  # C of the bag of words' regression; the validation split chooses
 
 
 @dataclass
@@ -132,11 +135,12 @@ def train_controller(
     if not len(data.places(TRAIN)):
         raise ValueError(f"the corpus has no rows of the split {TRAIN!r}: {dict(_split_sizes(data))}")
     states_QE = question_states(model, processor, data.questions)
-    controller, training = _fit(model, states_QE, data, epochs, lr, batch_size, seed, patience)
+    controller = _fresh_controller(model, seed)
+    training = fit(controller, states_QE, data, epochs, lr, batch_size, seed, patience)
     model.model.granularity_controller.load_state_dict(controller.state_dict())
     with torch.no_grad():
         probs_QG = controller_logits(model.model.granularity_controller, states_QE).softmax(-1)
-    words_QG = bag_of_words(data, seed)
+    words_QG = bag_of_words(data)
     splits = {
         split: _split_report(data, split, {"controller": probs_QG, "bag_of_words": words_QG}, seed)
         for split in sorted(_split_sizes(data))
@@ -150,18 +154,18 @@ def train_controller(
 
 @torch.no_grad()
 def question_states(model, processor, questions: list[str], batch_size: int = 64) -> torch.Tensor:
-    """The mean over tokens of each question's first-layer states (Eq. 2), (Q,E) fp32 on the CPU."""
+    """What the controller reads of each question: the standardised mean of its states (Eq. 2), (Q,E) fp32, CPU."""
     base = model.model
-    means = []
-    for start in tqdm(range(0, len(questions), batch_size), desc="first layer", leave=False, disable=None):
+    pooled = []
+    for start in tqdm(range(0, len(questions), batch_size), desc="questions", leave=False, disable=None):
         texts = [as_asked(processor, question) for question in questions[start : start + batch_size]]
         inputs = processor.tokenizer(
             texts, padding=True, padding_side="right", add_special_tokens=False, return_tensors="pt"
         ).to(base.device)
-        layers = getattr(model.config, "controller_layers", 1)
-        states_BTE = read_questions(base.language_model, inputs["input_ids"], inputs["attention_mask"], layers)
-        means.append(base.granularity_controller.pool(states_BTE, inputs["attention_mask"]).cpu())
-    return torch.cat(means)
+        ids_BT, mask_BT = inputs["input_ids"], inputs["attention_mask"]
+        states_BTE = read_questions(base.language_model, ids_BT, mask_BT, model.config.controller_layers)
+        pooled.append(base.granularity_controller.pool(states_BTE, mask_BT).cpu())
+    return torch.cat(pooled)
 
 
 def as_asked(processor: GranulonProcessor, question: str) -> str:
@@ -175,9 +179,8 @@ def controller_logits(controller: GranularityController, states_BE: torch.Tensor
     return controller.classify(states_BE.to(controller.projection.weight.device)).float().cpu()
 
 
-def _fit(model, states_QE, data: Labelled, epochs, lr, batch_size, seed, patience):
-    """A trained controller in fp32, and what happened. bf16 would swallow the steps of the optimizer."""
-    controller = _fresh_controller(model, seed)
+def fit(controller, states_QE, data: Labelled, epochs=100, lr=3e-4, batch_size=64, seed=0, patience=10) -> dict:
+    """Train a controller in fp32 (bf16 would lose the steps of the optimizer) and return settings and history."""
     optimizer = torch.optim.AdamW(controller.parameters(), lr=lr)
     order = torch.Generator().manual_seed(seed)
     train_B, validation_B = data.places(TRAIN), data.places(VALIDATION)
@@ -209,7 +212,7 @@ def _fit(model, states_QE, data: Labelled, epochs, lr, batch_size, seed, patienc
             break
     controller.load_state_dict(best)
     settings = {"epochs": epochs, "lr": lr, "batch_size": batch_size, "seed": seed, "patience": patience}
-    return controller, {"settings": settings, "best_epoch": best_epoch, "history": history}
+    return {"settings": settings, "best_epoch": best_epoch, "history": history}
 
 
 def _fresh_controller(model, seed: int) -> GranularityController:
@@ -225,47 +228,25 @@ def _fresh_controller(model, seed: int) -> GranularityController:
     return controller.to(old.projection.weight.device)
 
 
-def bag_of_words(data: Labelled, seed: int = 0) -> torch.Tensor:
+def bag_of_words(data: Labelled) -> torch.Tensor:
     """The baseline: multinomial logistic regression on counts of the training words, (Q,G) probabilities."""
-    counts_QV = _word_counts(data)
     train_B, validation_B = data.places(TRAIN), data.places(VALIDATION)
-    best = None
-    for l2 in L2 if len(validation_B) else L2[1:2]:
-        weight, bias = _logistic_regression(counts_QV, data, train_B, l2)
-        logits_QG = torch.sparse.mm(counts_QV, weight) + bias
-        watched_B = validation_B if len(validation_B) else train_B
-        loss = nn.functional.cross_entropy(logits_QG[data.question_B[watched_B]], data.target_BG[watched_B])
-        if best is None or loss < best[0]:
-            best = loss, logits_QG.softmax(-1)
-    return best[1]
-
-
-def _logistic_regression(counts_QV, data: Labelled, train_B: torch.Tensor, l2: float):
-    weight_VG = torch.zeros(counts_QV.shape[1], data.target_BG.shape[1], requires_grad=True)
-    bias_G = torch.zeros(data.target_BG.shape[1], requires_grad=True)
-    optimizer = torch.optim.LBFGS([weight_VG, bias_G], max_iter=100, line_search_fn="strong_wolfe")
-
-    def closure():
-        optimizer.zero_grad()
-        logits_QG = torch.sparse.mm(counts_QV, weight_VG) + bias_G
-        loss = nn.functional.cross_entropy(logits_QG[data.question_B[train_B]], data.target_BG[train_B])
-        loss = loss + l2 * weight_VG.square().sum()
-        loss.backward()
-        return loss
-
-    optimizer.step(closure)
-    return weight_VG.detach(), bias_G.detach()
-
-
-def _word_counts(data: Labelled) -> torch.Tensor:
-    """How often each of the commonest words of the training questions stands in each question, sparse (Q,V)."""
-    words = [re.findall(r"\w+", question.lower()) for question in data.questions]
-    seen = Counter(word for place in set(data.question_B[data.places(TRAIN)].tolist()) for word in set(words[place]))
-    number = {word: index for index, (word, _) in enumerate(seen.most_common(MOST_WORDS))}
-    entries = [(row, number[word]) for row, found in enumerate(words) for word in found if word in number]
-    index_2X = torch.tensor(entries, dtype=torch.long).reshape(-1, 2).T
-    size = (len(words), max(len(number), 1))
-    return torch.sparse_coo_tensor(index_2X, torch.ones(index_2X.shape[1]), size, check_invariants=False).coalesce()
+    watched_B = validation_B if len(validation_B) else train_B
+    words = CountVectorizer(max_features=MOST_WORDS, token_pattern=r"(?u)\w+")
+    words.fit([data.rows[place]["question"] for place in train_B.tolist()])
+    counts_QV = words.transform(data.questions)
+    # Labels are probabilities: every row stands there once per level, weighted by the level's probability.
+    levels = data.target_BG.shape[1]
+    rows_V = vstack([counts_QV[data.question_B[train_B].numpy()]] * levels)
+    label = np.repeat(np.arange(levels), len(train_B))
+    weight = data.target_BG[train_B].T.flatten().numpy()
+    losses = {}
+    for inverse_l2 in INVERSE_L2:
+        regression = LogisticRegression(C=inverse_l2, max_iter=1000).fit(rows_V, label, sample_weight=weight)
+        logs_QG = torch.from_numpy(regression.predict_log_proba(counts_QV)).float()
+        loss = nn.functional.cross_entropy(logs_QG[data.question_B[watched_B]], data.target_BG[watched_B])
+        losses[loss.item()] = logs_QG.exp()
+    return losses[min(losses)]
 
 
 def _split_report(data: Labelled, split: str, predictions: dict[str, torch.Tensor], seed: int) -> dict:
@@ -345,7 +326,7 @@ def save_with_controller(source: Path, controller: GranularityController, report
     """
     new = {PREFIX + name: weight.detach().cpu() for name, weight in controller.state_dict().items()}
     with complete_or_absent(output) as folder:
-        shutil.copytree(source, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns(*NOT_THE_MODEL))
+        shutil.copytree(source, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns(*TRAINING_STATE_FILES))
         for file in sorted(folder.glob("*.safetensors")):
             with safe_open(file, "pt") as stored:
                 names, metadata = set(stored.keys()) & set(new), stored.metadata()
@@ -359,14 +340,14 @@ def save_with_controller(source: Path, controller: GranularityController, report
                 "save_pretrained first"
             )
         (folder / REPORT).write_text(json.dumps(report, indent=1) + "\n")
-        _tell(folder, report)
+        _add_training_record(folder, report)
         if report["splits"]:
             confusions = {split: part["controller"]["confusion"] for split, part in report["splits"].items()}
             draw_confusions(confusions, report["levels"], folder / PICTURE)
 
 
-def _tell(folder: Path, report: dict):
-    """In the manifest, which later stages keep: what the controller was trained on, and who labelled it."""
+def _add_training_record(folder: Path, report: dict):
+    """Write into the manifest, which later stages keep, what the controller was trained on and who labelled it."""
     corpus = report.get("corpus")
     tell_training(
         folder,
