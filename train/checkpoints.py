@@ -19,7 +19,6 @@ from accelerate import PartialState
 from accelerate.logging import get_logger
 from huggingface_hub import snapshot_download
 from huggingface_hub.utils import filter_repo_objects
-from transformers import TrainerState
 from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 

@@ -44,6 +44,7 @@ from .checkpoints import record_training
 from .controller import train_controller
 from .corpus import TRAIN
 from .picture import draw_answers
+from .replay import QuestionReplay
 from .scenes import ANSWERS, LEVELS, SIZE, make_questions, make_scene
 from .seed_corpus import seed_corpus
 from .trainer import GranulonTrainer
@@ -254,7 +255,8 @@ def train_granulon(model, processor, scenes, budget: Budget, output: Path):
         semantic_loss_weight=0.5,
         granularity_loss_weight=0.1,
     )
-    GranulonTrainer(model, config, processor, train_dataset=Dataset.from_list(rows)).train()
+    replay = QuestionReplay(seed_corpus(), processor, model.config.granularity_names)
+    GranulonTrainer(model, config, processor, train_dataset=Dataset.from_list(rows), replay=replay).train()
     model.save_pretrained(output / "checkpoint")
     processor.save_pretrained(output / "checkpoint")
     record_training(

@@ -17,7 +17,7 @@ SEED_CORPUS = "seed"  # the name of the corpus that ships with the package
 
 
 def load_corpus(name: str) -> list[dict]:
-    """The rows of a granularity corpus: a JSONL file, a folder of such, or "seed" for the corpus made from templates."""
+    """The rows of a granularity corpus: of a JSONL file, a folder of such, or "seed", the one made from templates."""
     return seed_corpus() if name == SEED_CORPUS else read_corpus(name)
 
 

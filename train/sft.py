@@ -77,7 +77,7 @@ class SFTArguments:
     replay_corpus: str | None = field(
         default=None,
         metadata={
-            "help": "granularity corpus (a JSONL file, a folder, or 'seed') whose questions the controller keeps learning"
+            "help": "granularity corpus (JSONL file, folder, or 'seed') whose questions the controller keeps learning"
         },
     )
     merge: bool = field(default=False, metadata={"help": "with adapters: also save the model with them merged"})

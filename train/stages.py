@@ -14,7 +14,7 @@ STAGES = {
     "sft": ("model.language_model", "lm_head", "model.multi_modal_projector", "model.granularity_controller"),
 }
 # "all-linear" would take the tower's layers too, and a list of names its attention.
-LORA_TARGETS = r"model\.language_model\..*\.(q_proj|k_proj|v_proj|qkv_proj|o_proj|gate_proj|up_proj|gate_up_proj|down_proj)"
+LORA_TARGETS = r"model\.language_model\..*\.(q|k|v|qkv|o|gate|up|gate_up|down)_proj"
 LORA_WHOLE = ("multi_modal_projector", "granularity_controller")  # trained whole beside the adapters
 # What a change of the levels may leave without weights in the checkpoint; it begins anew.
 NEW_WITH_LEVELS = (
@@ -31,8 +31,8 @@ def load_model(
 
     Args:
         name, revision: folder or Hub repository of an assembled or trained checkpoint.
-        granularities: levels in place of the checkpoint's own; `[]` is the plain encoder. Gains, embeddings and controller
-            start anew where their shapes change.
+        granularities: levels in place of the checkpoint's own; `[]` is the plain encoder. Gains, embeddings and
+            controller start anew where their shapes change.
         dtype, attention: as `dtype` and `attn_implementation` of `from_pretrained`.
 
     Raises:
