@@ -1,8 +1,8 @@
-"""The one door for untrusted images: whatever is given becomes an upright 8-bit RGB picture, or a ValueError.
+"""Load an image safely: upright 8-bit RGB, or ValueError.
 
-Left to itself Pillow reads a 16-bit scan with 2 of its 256 levels, shows transparent pixels in whatever colour lies
-under them, ignores the orientation a camera writes, starts Ghostscript for some files and takes 800 MB for others
-that have 20 KB. And where any library of the process asked it to, it shows the missing half of a cut file as grey.
+Pillow alone reads a 16-bit scan with 2 of its 256 levels, shows the colour under transparent pixels, ignores the EXIF
+orientation, starts Ghostscript for EPS files, takes 800 MB for some files of 20 KB, and fills truncated files with
+grey where a library of the process asked for that.
 """
 
 import io
@@ -12,42 +12,31 @@ import warnings
 from contextlib import contextmanager
 
 import numpy as np
-from PIL import ExifTags, Image, ImageFile, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageFile, ImageOps, UnidentifiedImageError
 
-# Formats whose header tells the size of the picture and whose decoder is part of Pillow. Not here: EPS and WMF, which
-# start another program, ICO and ICNS, which hold a second file with a header of its own.
+# Formats with the image size in their header and a decoder in Pillow. Left out: EPS and WMF, which start another
+# program, ICO and ICNS, which hold a second file with a header of its own.
 FORMATS = ("AVIF", "BMP", "DIB", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TGA", "TIFF", "WEBP")
-
-# EXIF orientation as stored -> what makes it upright.
-UPRIGHT = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
 
 
 def load_rgb(source, max_pixels=50_000_000):
     """
-    Read an image from anywhere into an upright RGB picture with 8 bits per channel.
+    Load an image as upright RGB with 8 bits per channel.
 
-    The orientation is applied, transparency laid on white, a deeper grey scale brought to 8 bits, and of several
-    frames the first is taken (of a `PIL.Image` the one it stands at).
+    The EXIF orientation is applied, transparency composited on white, grey of more bits scaled to 8, and the first of
+    several frames taken (of a `PIL.Image` the current one).
 
     Args:
         source: a path, the bytes of a file, an open binary file, or a `PIL.Image` of any mode.
-        max_pixels (`int`): the limit on width x height, checked on the header, before memory is taken for pixels.
+        max_pixels (`int`): limit on width x height, checked on the header before any memory is allocated for pixels.
 
     Returns:
-        `PIL.Image.Image`: mode RGB, sharing nothing with the source.
+        `PIL.Image.Image`: mode RGB, no memory shared with the source.
 
     Raises:
-        ValueError: if the source cannot be opened, is no image in one of `FORMATS`, is damaged or truncated, has no
-            pixels or more than `max_pixels`, or holds NaN or infinity.
-        TypeError: if the source is none of the above.
+        ValueError: a source that cannot be opened, is not in one of `FORMATS`, is damaged or truncated, has no pixels
+            or more than `max_pixels`, or holds NaN or infinity.
+        TypeError: a source of another type.
     """
     if isinstance(source, Image.Image):
         return _decode(source, max_pixels, "image")
@@ -60,34 +49,34 @@ def load_rgb(source, max_pixels=50_000_000):
     else:
         raise TypeError(f"an image is a path, bytes, an open file or a PIL image, found {type(source).__name__}")
     Image.init()
-    with _whole_files_only(), _damage_is_a_value_error(name):
+    with _refuse_truncated_files(), _raise_value_errors(name):
         image = Image.open(source, formats=[known for known in FORMATS if known in Image.OPEN])
     with image:
         return _decode(image, max_pixels, name)
 
 
-_switch = threading.Lock()
-_reading = []  # for each thread that reads now, how the switch stood before the first of them
+_lock = threading.Lock()
+_saved_flags = []  # one entry per thread that reads now: the value of the flag before the first of them
 
 
 @contextmanager
-def _whole_files_only():
-    """Turns off `ImageFile.LOAD_TRUNCATED_IMAGES`, a switch of the whole process that some libraries turn on."""
-    with _switch:
-        _reading.append(_reading[0] if _reading else ImageFile.LOAD_TRUNCATED_IMAGES)
+def _refuse_truncated_files():
+    """Switches off `ImageFile.LOAD_TRUNCATED_IMAGES`, a flag of the whole process that some libraries switch on."""
+    with _lock:
+        _saved_flags.append(_saved_flags[0] if _saved_flags else ImageFile.LOAD_TRUNCATED_IMAGES)
         ImageFile.LOAD_TRUNCATED_IMAGES = False
     try:
         yield
     finally:
-        with _switch:
-            before = _reading.pop()
-            if not _reading:
+        with _lock:
+            before = _saved_flags.pop()
+            if not _saved_flags:
                 ImageFile.LOAD_TRUNCATED_IMAGES = before
 
 
 @contextmanager
-def _damage_is_a_value_error(name):
-    """Pillow raises whatever a malformed file leads its decoders into, from SyntaxError to struct.error."""
+def _raise_value_errors(name):
+    """Malformed files make Pillow's decoders raise anything, from SyntaxError to struct.error."""
     try:
         yield
     except UnidentifiedImageError as error:
@@ -102,11 +91,13 @@ def _decode(image, max_pixels, name):
         raise ValueError(f"{name} has no pixels: it is {width} x {height}")
     if width * height > max_pixels:
         raise ValueError(f"{name} has {width} x {height} pixels, the limit is {max_pixels}; shrink it first")
-    with _whole_files_only(), _damage_is_a_value_error(name):
+    with _refuse_truncated_files(), _raise_value_errors(name):
         image.load()
         rgb = _to_rgb(image)
-    rgb.info.clear()  # or the orientation would be applied again by the next reader
-    return _upright(rgb, image, name)
+    rgb.info.clear()  # or the next reader would apply the orientation again
+    rgb.getexif()[ExifTags.Base.Orientation] = _orientation(image, name)
+    ImageOps.exif_transpose(rgb, in_place=True)
+    return rgb
 
 
 def _to_rgb(image):
@@ -123,8 +114,8 @@ def _to_rgb(image):
 def _grey_levels(image):
     """Grey values of more than 8 bits (modes I;16, I, F) as an (h, w) array of uint8.
 
-    I;16 has a known white, 65535. I and F do not say theirs: it is the first of 1 (F only), 255 and 65535 that no
-    value exceeds; values beyond these are stretched from the darkest to the brightest, with a warning.
+    White is 65535 for I;16. For I and F it is not defined: the first of 1 (F only), 255 and 65535 that no value
+    exceeds is taken; larger or negative values are scaled from the smallest to the largest, with a warning.
     """
     values = np.asarray(image)
     if image.mode.startswith("I;16"):
@@ -135,7 +126,7 @@ def _grey_levels(image):
         raise ValueError("it holds NaN or infinity")
     low, high = float(values.min()), float(values.max())
     whites = [1, 255, 65535] if image.mode == "F" else [255, 65535]
-    if image.format == "PPM" and image.mode == "I":  # Pillow brings more than 8 bits to 65535
+    if image.format == "PPM" and image.mode == "I":  # Pillow scales more than 8 bits to 65535
         whites = [65535]
     black, white = 0, next((white for white in whites if high <= white), None)
     if low < 0 or white is None:
@@ -146,10 +137,9 @@ def _grey_levels(image):
     return np.rint((values.astype(np.float64) - black) * (255 / (white - black))).astype(np.uint8)
 
 
-def _upright(rgb, image, name):
+def _orientation(image, name):
     try:
-        orientation = image.getexif().get(ExifTags.Base.Orientation)
-    except Exception as error:  # as in _damage_is_a_value_error, but the pixels are whole
-        warnings.warn(f"the EXIF data of {name} cannot be read, shown as stored: {error}", stacklevel=4)
-        orientation = None
-    return rgb.transpose(UPRIGHT[orientation]) if orientation in UPRIGHT else rgb
+        return image.getexif().get(ExifTags.Base.Orientation, 1)
+    except Exception as error:  # as in _raise_value_errors, but the pixels are intact
+        warnings.warn(f"the EXIF data of {name} cannot be read, orientation ignored: {error}", stacklevel=4)
+        return 1
