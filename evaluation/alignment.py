@@ -30,7 +30,8 @@ import torch
 from matplotlib.figure import Figure
 from tqdm import tqdm
 
-from modeling_granulon.joint_views import PIXEL_ROLE, SEMANTIC_ROLE, hide_slots, slot_roles
+from granulon.hub.ask import prompt_of
+from modeling_granulon.image_tokens import PIXEL_ROLE, SEMANTIC_ROLE, hide_slots, slot_roles
 
 from .analyses_files import FAINT, opened, ranged, table
 from .bootstrap import percentiles, resampled
@@ -143,15 +144,11 @@ def _batch_states(model, processor, rows: list[dict], pictures: list, granularit
     inputs, texts_B2T = prompt_groups(processor, rows, pictures)
     inputs = inputs.to(model.device, dtype=model.dtype)
     base, placeholder_BT = model.model, inputs["input_ids"] == model.config.image_token_id
-    question = {name: inputs[name] for name in ("question_input_ids", "question_attention_mask")}
-    _, image_embeds, visible_BR, role_BR = base.place_images(
-        placeholder_BT, inputs["pixel_values"], granularity=granularity, **question
-    )
-    seen_BT = hide_slots(inputs["attention_mask"], placeholder_BT, visible_BR)
-    role_BT = slot_roles(placeholder_BT, role_BR).masked_fill(seen_BT == 0, -1)
-    outputs = base(
-        input_ids=inputs["input_ids"], attention_mask=seen_BT, image_embeds=image_embeds, output_hidden_states=True
-    )
+    visual = base.encode(**inputs, granularity=granularity)
+    layout = base.layout(placeholder_BT, visual=visual)
+    seen_BT = hide_slots(inputs["attention_mask"], placeholder_BT, visual.place(layout).visible_BR)
+    role_BT = slot_roles(placeholder_BT, layout.role_BR).masked_fill(seen_BT == 0, -1)
+    outputs = base(**prompt_of(inputs), visual=visual, output_hidden_states=True)
     roles_B2T = torch.stack([role_BT == PIXEL_ROLE, role_BT == SEMANTIC_ROLE], 1)
     weights_BCT = torch.cat([roles_B2T, texts_B2T.to(roles_B2T.device)], 1).float()
     weights_BCT = weights_BCT / weights_BCT.sum(-1, keepdim=True)  # 0 / 0 is nan: a group without tokens has no mean

@@ -18,7 +18,7 @@ from pathlib import Path
 from transformers import HfArgumentParser
 from transformers.utils import logging
 
-from granulon.hub.ask import load_model
+from granulon.hub.ask import level_of, load_model
 from granulon.train.controller import SEED_CORPUS
 from granulon.train.corpus import read_corpus
 from granulon.train.seed_corpus import seed_corpus
@@ -151,7 +151,7 @@ def run_alignment(asked: AlignmentArguments):
         model,
         processor,
         read_questions(asked.rows, asked.limit),
-        granularity=_level(model, asked.granularity),
+        granularity=level_of(model.config, asked.granularity),
         batch_size=asked.batch_size,
         seed=asked.seed,
     )
@@ -209,15 +209,6 @@ def _written(asked, name: str, report: dict, markdown: str, figure):
     arguments = asdict(asked)
     told = asked_of(asked.model, arguments) if hasattr(asked, "model") else {"arguments": arguments}
     return markdown, write_analysis(asked.output, name, told | report, markdown, figure)
-
-
-def _level(model, granularity: str | None) -> int | None:
-    """The index of a level given by name or index; raises ValueError where the model has none such."""
-    if granularity is None:
-        return None
-    if not model.config.granularities:
-        raise ValueError(f"granularity is {granularity!r}, but the model has no levels of granularity; leave it out")
-    return model.config.granularity_index(int(granularity) if granularity.isdecimal() else granularity)
 
 
 ANALYSES = {

@@ -50,19 +50,6 @@ def opened(row: dict):
     return open_image(row["image"]) if isinstance(row["image"], str) else row["image"]
 
 
-def question_inputs(model, processor, row: dict):
-    """A row's prompt with its image, as the model takes it and where it is."""
-    content = [{"type": "image", "image": opened(row)}, {"type": "text", "text": row["question"]}]
-    inputs = processor.apply_chat_template(
-        [{"role": "user", "content": content}],
-        add_generation_prompt=True,
-        tokenize=True,
-        return_dict=True,
-        return_tensors="pt",
-    )
-    return inputs.to(model.device, dtype=model.dtype)
-
-
 def one_image_each(rows: list[dict]) -> list[dict]:
     """The first row of every image."""
     return list({str(row["image"]): row for row in reversed(rows)}.values())[::-1]

@@ -1,4 +1,4 @@
-"""What the levels look like, and how sure the controller may be: a sheet of clusters, and a reliability diagram.
+"""Clusters of each level, and calibration of the controller: a sheet of pictures, and a reliability diagram.
 
 Shapes: B rows, G levels, Q distinct questions, C bins of confidence.
 """
@@ -10,18 +10,19 @@ import torch
 from matplotlib.figure import Figure
 from PIL import Image, ImageDraw, ImageFont
 
+from granulon.hub.ask import question_inputs
 from granulon.hub.overlay import overlay_clusters
 from granulon.train.controller import Labelled, bootstrap_group, controller_logits, question_states
 from granulon.train.corpus import TEST, check_rows
 from granulon.train.level_scores import BINS, mean_interval, scores
 
-from .analyses_files import COLOURS, FAINT, INK, opened, question_inputs, ranged, table
+from .analyses_files import COLOURS, FAINT, INK, opened, ranged, table
 
 SIDE, GAP, LINE = 200, 14, 19  # pixels: of a shown image's longer side, between panels, of a line of text
 CHOSEN = "#0072B2"
 LEGEND = (
     "Numbers order the clusters of an image by quality (Eq. 6), 1 is the best; colours return striped from 8 and "
-    "checked from 15. Grey: dropped by the filter."
+    "checked from 15."
 )
 
 
@@ -31,8 +32,8 @@ def cluster_rows(model, processor, rows: list[dict]) -> list[dict]:
     What the model sees of each row's image at every level, and which level its question asks for.
 
     Returns:
-        for each row `image` (PIL), `question`, `chosen` (a level's name) and `levels`: for each level name, `kept`
-        tokens, `dropped` share of the patches, `scores` and `cluster_map` (H,W).
+        for each row `image` (PIL), `question`, `chosen` (a level's name) and `levels`: for each level name `clusters`
+        (number, score, share) and `cluster_map` (H,W).
 
     Raises:
         ValueError: the model has no levels, there are no rows, or an image cannot be used.
@@ -45,21 +46,13 @@ def cluster_rows(model, processor, rows: list[dict]) -> list[dict]:
     found = []
     for row in rows:
         image = opened(row)
-        inputs = question_inputs(model, processor, row | {"image": image})
-        level = model.explain(**inputs).granularity_index
-        seen = {name: _seen(model.explain(**inputs, granularity=name)) for name in names}
-        found.append({"image": image, "question": row["question"], "chosen": names[int(level[0])], "levels": seen})
+        inputs = question_inputs(model, processor, image, row["question"])
+        visuals = [model.encode(**inputs, granularity=name) for name in (None, *names)]
+        free, *levels = (visual.describe()[0] for visual in visuals)
+        seen = {name: level["images"][0] for name, level in zip(names, levels, strict=True)}
+        chosen = free["granularity"]["name"]
+        found.append({"image": image, "question": row["question"], "chosen": chosen, "levels": seen})
     return found
-
-
-def _seen(visual) -> dict:
-    kept, cluster_map = int(visual.semantic_mask[0].sum()), visual.cluster_map[0].cpu().numpy()
-    return {
-        "kept": kept,
-        "dropped": float((cluster_map < 0).mean()),
-        "scores": visual.cluster_scores[0, :kept].tolist(),
-        "cluster_map": cluster_map,
-    }
 
 
 def clusters_report(found: list[dict]) -> dict:
@@ -138,8 +131,8 @@ def _fitted(draw, text: str, font) -> str:
 
 
 def _panel_caption(seen: dict) -> str:
-    tokens = f"{seen['kept']} token{'s' if seen['kept'] != 1 else ''}"
-    return f"{tokens}, {seen['dropped']:.0%} dropped" if seen["dropped"] else tokens
+    kept = len(seen["clusters"])
+    return f"{kept} token{'s' if kept != 1 else ''}"
 
 
 def calibration(model, processor, rows: list[dict], seed: int = 0) -> dict:

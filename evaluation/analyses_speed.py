@@ -29,9 +29,9 @@ from tqdm import tqdm
 from transformers import StoppingCriteria, StoppingCriteriaList
 from transformers.utils import logging
 
-from granulon.hub.ask import load_model
+from granulon.hub.ask import load_model, question_inputs
 
-from .analyses_files import COLOURS, FAINT, question_inputs, table
+from .analyses_files import COLOURS, FAINT, opened, table
 
 FULL = "full"
 VIEWS = (FULL, "pixel", "semantic", "auto")
@@ -107,7 +107,7 @@ def measure_speed(
             f"there are {len(rows)} rows, rounds is {rounds}, warm_up {warm_up} and new_tokens {new_tokens}; at least "
             "1, 1, 1 and 2 are needed"
         )
-    inputs = [question_inputs(model, processor, row) for row in rows[: rounds + warm_up]]
+    inputs = [question_inputs(model, processor, opened(row), row["question"]) for row in rows[: rounds + warm_up]]
     times_RW2, peaks_W = _timed(model, ways, inputs, rounds, warm_up, new_tokens)
     on_cuda = model.device.type == "cuda"
     if not on_cuda and folder is not None:
@@ -185,11 +185,8 @@ def _described(model, ways: list[Way], inputs: list, times_RW2, peaks_W, new_tok
 
 def visual_tokens(model, inputs, way: Way) -> int:
     """Image tokens that are read of a prompt."""
-    seen = model.explain(**inputs, granularity=way.level)
-    view = model.config.granularities[int(seen.granularity_index[0])]["view"] if way.view == "auto" else way.view
-    patches = seen.cluster_map[0].numel() * len(seen.cluster_map)
-    kept = int(seen.semantic_mask.sum())
-    return {FULL: patches + kept, "pixel": patches, "semantic": kept}[view]
+    (row,) = model.explain(**inputs, granularity=way.level).describe(way.view)
+    return sum(row["tokens"].values())
 
 
 def _spread(values_R: np.ndarray) -> tuple[float, ...]:
@@ -205,7 +202,7 @@ def peak_memory_alone(folder: str | Path, row: dict, way: Way, new_tokens: int) 
 def _peak_memory(folder: str, row: dict, way: Way, new_tokens: int) -> int:
     logging.disable_progress_bar()
     model, processor = load_model(folder)
-    inputs = question_inputs(model, processor, row)
+    inputs = question_inputs(model, processor, opened(row), row["question"])
     before = _begin_peak()
     answer_once(model, inputs, way, new_tokens)
     return max(0, _peak() - before)

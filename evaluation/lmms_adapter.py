@@ -20,6 +20,7 @@ from lmms_eval.models.registry_v2 import ModelManifest
 from lmms_eval.protocol import ChatMessages
 from tqdm import tqdm
 
+from granulon.hub.ask import level_of, prompt_of, text_tokens
 from modeling_granulon import GranulonConfig, GranulonForConditionalGeneration, GranulonProcessor, load_rgb
 
 MANIFEST = ModelManifest("granulon", chat_class_path="granulon.evaluation.lmms_adapter.GranulonForEvaluation")
@@ -31,12 +32,26 @@ LEVEL_KEYS = ("granularities", "default_granularity", "max_semantic_tokens")
 
 @dataclass
 class VisualCounts(TokenCounts):
-    """What lmms-eval counts, and what was seen of the images."""
+    """What lmms-eval counts, and what was read of the images."""
 
     granularity: str | None = None
     view: str | None = None
     pixel_tokens: int = 0
     semantic_tokens: int = 0
+
+    @classmethod
+    def of(cls, row: dict | None, text: int, answer: int) -> "VisualCounts":
+        """From a row of `visual.describe`, or None for a batch without images, and the tokens of prompt and answer."""
+        if row is None or not row["images"]:
+            return cls(input_tokens=text, output_tokens=answer)
+        return cls(
+            input_tokens=text + sum(row["tokens"].values()),
+            output_tokens=answer,
+            granularity=row["granularity"] and row["granularity"]["name"],
+            view=row["view"],
+            pixel_tokens=row["tokens"]["pixel"],
+            semantic_tokens=row["tokens"]["semantic"],
+        )
 
     def to_dict(self) -> dict:
         seen = {name: getattr(self, name) for name in ("granularity", "view", "pixel_tokens", "semantic_tokens")}
@@ -86,12 +101,9 @@ class GranulonForEvaluation(lmms):
         self.model = load(pretrained, revision, overrides, dtype, attn_implementation).to(self.accelerator.device)
         self.processor = GranulonProcessor.from_pretrained(pretrained, revision=revision)
         self.processor.num_semantic_tokens = self.model.config.max_semantic_tokens
-        self.granularity, self.view = self._level(granularity), view
+        self.granularity, self.view = level_of(self.config, granularity), view
         self.batch_size, self.max_new_tokens, self.seed = int(batch_size), int(max_new_tokens), int(seed)
         self.answers = answers
-        self._kept = []  # masks of the clusters, level by level, as the aggregation makes them
-        if self.model.config.granularities:
-            self.model.model.aggregation.register_forward_hook(lambda *call: self._kept.append(call[2].mask))
 
     @property
     def device(self) -> torch.device:
@@ -141,81 +153,32 @@ class GranulonForEvaluation(lmms):
             text=prompts, images=images if any(images) else None, padding=True, return_tensors="pt"
         ).to(self.device, dtype=self.model.dtype)
         options, until = _generation_options(requests[0].args[2], self.max_new_tokens)
-        level_B, seen = None, {}
+        seen, rows = {}, [None] * len(requests)
         if any(images):
-            level_B = self._levels(inputs, requests)
-            drawn = self._draws_levels()
-            seen = {"granularity": level_B if drawn else self.granularity, "visual_view": self.view}
-        self._kept.clear()
-        output = self.model.generate(**inputs, **seen, **options)
+            visual = self.model.encode(**inputs, granularity=self._requested_level(requests))
+            seen, rows = {"visual": visual, "visual_view": self.view}, visual.describe(self.view)
+        output = self.model.generate(**prompt_of(inputs), **seen, **options)
         new = output[:, inputs["input_ids"].shape[1] :]
         texts = self.processor.batch_decode(new, skip_special_tokens=True)
-        counts = self._counts(inputs, new, [len(row) for row in images], level_B)
-        return [GenerationResult(_cut(text, until), count) for text, count in zip(texts, counts, strict=True)]
+        answer_B = (new != self.processor.tokenizer.pad_token_id).sum(1).tolist()
+        counts = zip(rows, text_tokens(self.config, inputs), answer_B, strict=True)
+        return [
+            GenerationResult(_cut(text, until), VisualCounts.of(*count))
+            for text, count in zip(texts, counts, strict=True)
+        ]
 
     def _messages(self, request: Instance) -> ChatMessages:
         _, to_messages, _, doc_id, task, split = request.args
         return ChatMessages(messages=to_messages(self.task_dict[task][split][doc_id]))
 
-    def _levels(self, inputs, requests: list[Instance]) -> torch.Tensor | None:
-        """The level of each row, (B,) long; None for the plain encoder. A random one depends on the sample alone."""
-        if not self.config.granularities:
-            return None
-        if self._draws_levels():
-            drawn = [_drawn_level(self.seed, request, len(self.config.granularities)) for request in requests]
-            return torch.tensor(drawn)
-        question = {name: inputs[name] for name in ("question_input_ids", "question_attention_mask")}
-        return self.model.model.choose_level(len(requests), **question, granularity=self.granularity)[1].cpu()
+    def _requested_level(self, requests: list[Instance]) -> int | list[int] | None:
+        """What to ask `encode` for: the row's level, or None for the controller's choice.
 
-    def _draws_levels(self) -> bool:
-        return bool(self.config.granularities) and self.config.controller == "random" and self.granularity is None
-
-    def _counts(self, inputs, new_BT: torch.Tensor, images: list[int], level_B) -> list[VisualCounts]:
-        """Tokens of each row: what was read of the images, the text of the prompt, and the answer."""
-        config = self.config
-        slots_B = (inputs["input_ids"] == config.image_token_id).sum(1).tolist()
-        text_B = inputs["attention_mask"].sum(1).tolist()
-        answer_B = (new_BT != self.processor.tokenizer.pad_token_id).sum(1).tolist()
-        kept_B = self._kept_tokens(images, level_B)
-        counts = []
-        for row, number in enumerate(images):
-            level = None if level_B is None or not number else config.granularities[int(level_B[row])]
-            view = self.view if self.view != "auto" else level["view"] if level else "full"
-            pixel = 0 if view == "semantic" else slots_B[row] - number * config.max_semantic_tokens
-            semantic = 0 if view == "pixel" else kept_B[row]
-            counts.append(
-                VisualCounts(
-                    input_tokens=text_B[row] - slots_B[row] + pixel + semantic,
-                    output_tokens=answer_B[row],
-                    granularity=level and level["name"],
-                    view=view if number else None,
-                    pixel_tokens=pixel,
-                    semantic_tokens=semantic,
-                )
-            )
-        return counts
-
-    def _kept_tokens(self, images: list[int], level_B) -> list[int]:
-        """Semantic tokens of each row, from the masks that the aggregation left: level by level, images in order."""
-        kept_B = [0] * len(images)
-        if level_B is None or not self._kept:
-            return kept_B
-        level_I = [(int(level_B[row]), row) for row, number in enumerate(images) for _ in range(number)]
-        order = [row for level in sorted({level for level, _ in level_I}) for own, row in level_I if own == level]
-        used_I = [int(count) for mask_IK in self._kept for count in mask_IK.sum(1).tolist()]
-        for row, used in zip(order, used_I, strict=True):
-            kept_B[row] += used
-        return kept_B
-
-    def _level(self, granularity) -> str | int | None:
-        if granularity is None:
-            return None
-        if not self.config.granularities:
-            raise ValueError(f"granularity is {granularity!r}, but this model has no levels; leave it out")
-        if isinstance(granularity, str) and granularity.isdecimal():
-            granularity = int(granularity)
-        self.config.granularity_index(granularity)
-        return granularity
+        A level drawn at random is drawn here, so that it depends on the sample alone and not on its batch.
+        """
+        if not self.config.granularities or self.config.controller != "random" or self.granularity is not None:
+            return self.granularity
+        return [_drawn_level(self.seed, request, len(self.config.granularities)) for request in requests]
 
 
 class AnswerFile:
@@ -273,7 +236,7 @@ def load(
     A Granulon in eval mode, its configuration changed as `overrides` say.
 
     Raises:
-        ValueError: no Granulon is to be had there, an override is unknown, or the weights do not fit it.
+        ValueError: no Granulon is found there, an override is unknown, or the weights do not fit it.
     """
     try:
         values, _ = GranulonConfig.get_config_dict(pretrained, revision=revision)

@@ -21,9 +21,8 @@ from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPi
 
 from granulon.train import world
 from modeling_granulon import GranulonConfig, GranulonForConditionalGeneration, GranulonProcessor
-from modeling_granulon.adaptive_token_aggregation import pool_attention
-from modeling_granulon.joint_views import FULL, PIXEL, SEMANTIC, kept_last, take
-from modeling_granulon.vision_features import VisionFeatures
+from modeling_granulon.adaptive_token_aggregation import AggregationOutput, kept_tokens
+from modeling_granulon.image_tokens import FULL, PIXEL, SEMANTIC
 
 from .study_encoders import CONTRASTIVE, DEVICE, MASKED, Features
 from .study_tokens import COLOUR, GRID, LEARNED, RANDOM, make_aggregation
@@ -50,7 +49,7 @@ class Arm:
         levels: (stride, clusters, keep) of each level; with several, a training step draws one for each scene.
         view: what the prompt shows: the K tokens ("semantic"), the patches ("pixel"), or both ("full").
         joint: weight of the losses of the two partial views (Eq. 10).
-        relation_weight, iterations: of the method's clustering.
+        relation_weight, iterations, refinement: of the method's clustering; rounds on cells, then on patches.
     """
 
     name: str
@@ -59,8 +58,9 @@ class Arm:
     view: str = SEMANTIC
     encoder: str = MASKED
     joint: float = 0.0
-    relation_weight: float = 0.1
+    relation_weight: float = 3.0
     iterations: int = 2
+    refinement: int = 2
 
     @property
     def views(self) -> tuple[str, ...]:
@@ -98,10 +98,10 @@ ENCODER_ARMS = tuple(
 )
 PART_ARMS = (
     replace(BASE, name="attention 0", relation_weight=0.0),
-    replace(BASE, name="attention 0.5", relation_weight=0.5),
+    replace(BASE, name="attention 1", relation_weight=1.0),
     replace(BASE, name="no filter", levels=((1, K, K),)),
-    replace(BASE, name="1 round", iterations=1),
-    replace(BASE, name="5 rounds", iterations=5),
+    replace(BASE, name="1 round", iterations=1, refinement=0),
+    replace(BASE, name="8 rounds", refinement=6),
 )
 ARMS = {
     arm.name: arm
@@ -147,7 +147,8 @@ def make_model(tokenizer, vision_config, arm: Arm, seed: int) -> GranulonForCond
             {"name": name, "stride": stride, "clusters": clusters, "keep": keep, "view": arm.view}
             for name, (stride, clusters, keep) in zip(names, arm.levels)
         ],
-        relation_weight=arm.relation_weight, cluster_iterations=arm.iterations, controller_hidden_size=64,
+        relation_weight=arm.relation_weight, cluster_iterations=arm.iterations,
+        refinement_iterations=arm.refinement, controller_hidden_size=64,
     )  # fmt: skip
     model = GranulonForConditionalGeneration(config).eval()
     if arm.source not in (None, CLUSTERS):
@@ -236,24 +237,6 @@ def answer_logits(
     return model.lm_head(states_BQE)
 
 
-class CachedRelation:
-    """Stands for the tower's relation map where it is cached whole: (I,N,N)."""
-
-    def __init__(self, map_INN: torch.Tensor):
-        self.map_INN = map_INN
-
-    def pooled(self, stride: int, images: torch.Tensor | None = None) -> torch.Tensor:
-        map_INN = (self.map_INN if images is None else self.map_INN[images]).float()
-        return pool_attention(map_INN, (world.GRID, world.GRID), stride)
-
-
-class NoRelation:
-    """Stands for the relation map where nothing looks at it."""
-
-    def pooled(self, stride: int, images: torch.Tensor | None = None) -> None:
-        return None
-
-
 class ImageTokens:
     """
     The K tokens and the patches of scenes for an arm: `semantic(rows, level_B)` and `patches(rows)`.
@@ -270,58 +253,59 @@ class ImageTokens:
                 levels = [[self._aggregate(part, level) for part in rows] for level in range(len(arm.levels))]
             self.cached = [tuple(torch.cat(parts).cpu() for parts in zip(*level)) for level in levels]
 
-    def semantic(self, rows: torch.Tensor, level_B: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Tokens (B,K,D) and which are there (B,K), empty slots first, as the model has them."""
+    def semantic(self, rows: torch.Tensor, level_B: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Tokens (B,K,D), their geometry (B,K,5) and which are there (B,K), unused slots first, as in the model."""
         if self.cached is None:
             return self._aggregate(rows, 0)
-        tokens_GBKD, mask_GBK = (torch.stack([level[part][rows] for level in self.cached]) for part in (0, 1))
-        index_B = torch.arange(len(rows))
-        return tokens_GBKD[level_B, index_B].to(DEVICE), mask_GBK[level_B, index_B].to(DEVICE)
+        every = [torch.stack([field[rows] for field in fields]) for fields in zip(*self.cached)]  # (G,B,K,...)
+        return tuple(field[level_B, torch.arange(len(rows))].to(DEVICE) for field in every)
 
     def patches(self, rows: torch.Tensor) -> torch.Tensor:
         return self.features.features_SND[rows].float().to(DEVICE)
 
     def groups(self, batch: int = 200) -> np.ndarray:
-        """Of which token each patch of each scene is a part, (S,N), -1 for none; at the first level."""
+        """Of which token each patch of each scene is a part, (S,N); at the first level."""
         parts = torch.arange(len(self.features)).split(batch)
-        return torch.cat([self._found(rows, 0)[2].flatten(1).cpu() for rows in parts]).numpy()
+        return torch.cat([self._found(rows, 0).assignment.flatten(1).cpu() for rows in parts]).numpy()
 
     def first(self, scenes: int) -> "ImageTokens":
         part = copy(self)
         part.features = self.features.first(scenes)
         return part
 
-    def _aggregate(self, rows: torch.Tensor, level: int) -> tuple[torch.Tensor, torch.Tensor]:
-        tokens_IKD, mask_IK, _, _ = self._found(rows, level)
-        order_IK = kept_last(mask_IK)
-        return take(tokens_IKD, order_IK), mask_IK.gather(1, order_IK)
+    def _aggregate(self, rows: torch.Tensor, level: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        found = self._found(rows, level)
+        unused = self.arm.slots - found.mask.shape[1]
+        tokens_BKD, geometry_BK5 = (F.pad(field, (0, 0, unused, 0)) for field in (found.tokens, found.geometry))
+        return tokens_BKD, geometry_BK5, F.pad(found.mask, (unused, 0))
 
-    def _found(self, rows: torch.Tensor, level: int) -> tuple[torch.Tensor, ...]:
-        """Tokens, mask, map and scores of the model's own call."""
+    def _found(self, rows: torch.Tensor, level: int) -> AggregationOutput:
+        """The clusters of the model's own aggregation at a level, all of them used."""
+        stride, clusters, keep = self.arm.levels[level]
+        grid, attention = (world.GRID, world.GRID), None
         if self.arm.source == COLOUR:
             self.base.aggregation.colours = self.features.colours_SN3[rows].to(DEVICE)
-        relation = NoRelation()
-        if self.arm.source == CLUSTERS:  # only the method looks at the relation map
-            relation = CachedRelation(self.features.relation_SNN[rows].to(DEVICE))
-        vision = VisionFeatures(self.patches(rows), (world.GRID, world.GRID), relation, None)
-        return self.base._aggregate(vision, [level] * len(rows))
+        elif self.arm.source == CLUSTERS:  # only the method reads the relation map
+            attention = self.features.relation_SNN[rows].to(DEVICE)
+        used = kept_tokens(grid, stride, clusters, keep)
+        return self.base.aggregation(self.patches(rows), attention, stride, clusters, grid=grid, top_k=used)
 
 
 def embed(
     model: GranulonForConditionalGeneration, tokens: ImageTokens, view: str, rows: torch.Tensor, level_B: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Projected image tokens of a view (B,R,E), and which are there (B,R)."""
-    width = model.config.vision_config.hidden_size
-    pixel_BND = tokens.patches(rows) if view != SEMANTIC else torch.zeros(len(rows), 0, width, device=DEVICE)
-    seen = torch.ones(pixel_BND.shape[:2], dtype=torch.bool, device=DEVICE)
-    if not model.config.granularities:
-        return model.model.multi_modal_projector(pixel_BND)[0], seen
-    semantic_BKD, mask_BK = pixel_BND[:, :0], seen[:, :0]
+    projector, level_B = model.model.multi_modal_projector, level_B if model.config.granularities else None
+    parts, seen = [], []
+    if view != SEMANTIC:
+        pixel_BND = tokens.patches(rows)
+        parts.append(projector(pixel_BND, None if level_B is None else level_B.to(DEVICE)))
+        seen.append(torch.ones(pixel_BND.shape[:2], dtype=torch.bool, device=DEVICE))
     if view != PIXEL:
-        semantic_BKD, mask_BK = tokens.semantic(rows, level_B)
-    weights_BG = F.one_hot(level_B, len(model.config.granularities)).float().to(DEVICE)
-    pixel_BNE, semantic_BKE = model.model.multi_modal_projector(pixel_BND, semantic_BKD, weights_BG)
-    return torch.cat([pixel_BNE, semantic_BKE], dim=1), torch.cat([seen, mask_BK], dim=1)
+        semantic_BKD, geometry_BK5, mask_BK = tokens.semantic(rows, level_B)
+        parts.append(projector(semantic_BKD, level_B.to(DEVICE), geometry_BK5))
+        seen.append(mask_BK)
+    return torch.cat(parts, dim=1), torch.cat(seen, dim=1)
 
 
 @dataclass(frozen=True)

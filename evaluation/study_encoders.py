@@ -158,7 +158,7 @@ def encode(encoder: DINOv3ViTModel, scenes: list[world.Scene], batch: int = 100)
         pictures = world.draw_all(scenes[start : start + batch])
         seen = vision_features(encoder, as_pixels(pictures))
         features.append(seen.features.half().cpu())
-        relations.append(seen.relation.pooled(1).half().cpu())
+        relations.append(seen.relation.profiles().half().cpu())
         colours.append(torch.from_numpy(world.patch_colours(pictures)))
     return Features(torch.cat(features), torch.cat(relations), torch.cat(colours))
 

@@ -315,7 +315,7 @@ def align_projector(model, tokenizer, features: Features, scenes: list[world.Sce
 
     def loss_of(rows: torch.Tensor) -> torch.Tensor:
         patches_BND = features.features_SND[rows].float().to(DEVICE)
-        seen_BNE = projector(patches_BND, patches_BND[:, :0], torch.ones(len(rows), 1, device=DEVICE))[0]
+        seen_BNE = projector(patches_BND)
         ids_BN3 = ids_SN3[rows].to(DEVICE)
         there_BN31 = (ids_BN3 != pad).unsqueeze(-1)
         target_BNE = (embeddings[ids_BN3] * there_BN31).sum(2) / there_BN31.sum(2)

@@ -10,11 +10,10 @@ import numpy as np
 import torch
 
 from granulon.train import world
-from granulon.train.controller import question_states, train_controller
+from granulon.train.controller import controller_logits, question_states, train_controller
 from granulon.train.corpus import MEASURED, TEMPLATE, TRAIN, VALIDATION, corpus_row
 
 from .study_arms import Arm, ImageTokens, Questions, ask, make_processor
-from .study_encoders import DEVICE
 
 LABELS = TEMPLATE, MEASURED
 EPOCHS = 20
@@ -82,7 +81,5 @@ def template_level(kind: str) -> str:
 
 @torch.no_grad()
 def chosen_levels(model, processor, texts: list[str]) -> list[int]:
-    states_QE = question_states(model, processor, texts).to(DEVICE)
-    controller = model.model.granularity_controller
-    logits_QG = controller(states_QE.unsqueeze(1), torch.ones(len(texts), 1, device=DEVICE))
-    return logits_QG.argmax(-1).tolist()
+    states_QE = question_states(model, processor, texts)
+    return controller_logits(model.model.granularity_controller, states_QE).argmax(-1).tolist()

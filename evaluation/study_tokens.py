@@ -16,7 +16,7 @@ from modeling_granulon.adaptive_token_aggregation import (
     AdaptiveTokenAggregation,
     AggregationOutput,
     Groups,
-    grid_coordinates,
+    geometry,
 )
 
 SEMANTIC, GRID, RANDOM, COLOUR, LEARNED = SOURCES = "semantic", "grid", "random", "colour", "learned"
@@ -27,7 +27,7 @@ class GridCells(nn.Module):
 
     def forward(self, features, attention, alpha, beta, grid, top_k) -> AggregationOutput:
         rows, columns = cells_of(top_k)
-        row_N, column_N = grid_coordinates(grid, features.device)
+        row_N, column_N = places_of(grid, features.device).unbind(-1)
         cell_N = row_N * rows // grid[0] * columns + column_N * columns // grid[1]
         return means_of(features, cell_N.expand(features.shape[:2]), grid, top_k)
 
@@ -39,7 +39,7 @@ class RandomClusters(nn.Module):
     """
 
     def forward(self, features, attention, alpha, beta, grid, top_k) -> AggregationOutput:
-        place_N2 = torch.stack(grid_coordinates(grid, features.device), dim=-1).float()
+        place_N2 = places_of(grid, features.device).float()
         wave_D = torch.arange(features.shape[-1], device=features.device).float().sin()
         draw_IN = ((features.float() @ wave_D).sin() * 43758.5453).frac().abs()
         seeds_IK2 = place_N2[draw_IN.topk(top_k, dim=-1).indices]
@@ -70,7 +70,10 @@ class ColourClusters(nn.Module):
 
 
 class LearnedTokens(nn.Module):
-    """K learned queries that attend to the patches; the assignment is each patch's most attentive query."""
+    """K learned queries that attend to the patches; the assignment is each patch's most attentive query.
+
+    Their geometry is zero: a token has weights on all patches, and its slot tells which query it is.
+    """
 
     def __init__(self, width: int, tokens: int, heads: int = 4):
         super().__init__()
@@ -84,7 +87,11 @@ class LearnedTokens(nn.Module):
         mask_IK = torch.ones(weights_IKN.shape[:2], dtype=torch.bool, device=features.device)
         assignment_IHW = weights_IKN.argmax(1).unflatten(1, grid)
         return AggregationOutput(
-            tokens_IKD.to(features.dtype), mask_IK, assignment_IHW, weights_IKN.amax(-1).detach().float()
+            tokens_IKD.to(features.dtype),
+            mask_IK,
+            assignment_IHW,
+            weights_IKN.amax(-1).detach().float(),
+            torch.zeros(*mask_IK.shape, 5, device=features.device),
         )
 
 
@@ -112,9 +119,16 @@ def cells_of(tokens: int) -> tuple[int, int]:
     return rows, tokens // rows
 
 
+def places_of(grid: tuple[int, int], device: torch.device) -> Tensor:
+    """Row and column of each patch, (N,2) long."""
+    index_N = torch.arange(grid[0] * grid[1], device=device)
+    return torch.stack([index_N // grid[1], index_N % grid[1]], dim=-1)
+
+
 def means_of(features: Tensor, cluster_IN: Tensor, grid: tuple[int, int], tokens: int) -> AggregationOutput:
-    """The mean feature of each cluster, -1 for patches of none; scores are the shares of patches."""
+    """The mean feature and the geometry of each cluster, none of them empty; scores are the shares of patches."""
     groups = Groups.of(cluster_IN, tokens)
     tokens_IKD = groups.means(features.float()).to(features.dtype)
     share_IK = groups.count_IK / cluster_IN.shape[1]
-    return AggregationOutput(tokens_IKD, groups.count_IK > 0, cluster_IN.unflatten(1, grid), share_IK)
+    mask_IK, assignment_IHW = groups.count_IK > 0, cluster_IN.unflatten(1, grid)
+    return AggregationOutput(tokens_IKD, mask_IK, assignment_IHW, share_IK, geometry(groups, grid))

@@ -93,9 +93,18 @@ def text_tokens(config, inputs):
     return (inputs["attention_mask"].sum(-1) - slots_B).tolist()
 
 
-def level_of(name):
-    """A level as the model takes it: a text of digits is an index, all else is a name or None."""
-    return int(name) if isinstance(name, str) and name.isdecimal() else name
+def level_of(config, name):
+    """
+    The index of a level that is given by name or index, also by an index as text; None for None.
+
+    Raises:
+        ValueError: the model has no such level.
+    """
+    if name is None:
+        return None
+    if not config.granularities:
+        raise ValueError(f"granularity is {name!r}, but this model has no levels; leave it out")
+    return config.granularity_index(int(name) if str(name).isdecimal() else name)
 
 
 def ask(model, processor, image, question, granularity=None, view="full", max_new_tokens=256, stream=False):
@@ -116,7 +125,7 @@ def ask(model, processor, image, question, granularity=None, view="full", max_ne
         ValueError: an unknown level or view.
     """
     inputs = question_inputs(model, processor, image, question)
-    visual = model.explain(**inputs, granularity=level_of(granularity))
+    visual = model.explain(**inputs, granularity=level_of(model.config, granularity))
     (seen,) = visual.describe(view)
     (clusters,) = seen.pop("images")
     (text,) = text_tokens(model.config, inputs)

@@ -196,7 +196,7 @@ def _generate(model, processor, questions, images, asked):
     prompts = processor.apply_chat_template(conversations, add_generation_prompt=True)
     inputs = processor(text=prompts, images=[[image] for image in images], padding=True, return_tensors="pt")
     inputs = inputs.to(model.device, dtype=model.dtype)
-    visual = model.explain(**inputs, granularity=level_of(asked["granularity"]))
+    visual = model.explain(**inputs, granularity=level_of(model.config, asked["granularity"]))
     output = model.generate(
         **prompt_of(inputs),
         visual=visual,
@@ -274,8 +274,7 @@ def run_batch(arguments):
     state = PartialState(cpu=not torch.accelerator.is_available())
     rows = read_rows(arguments.batch, arguments.question, arguments.split)
     model = GranulonForConditionalGeneration.from_pretrained(arguments.model, device_map={"": state.device}).eval()
-    if arguments.granularity is not None:
-        model.config.granularity_index(level_of(arguments.granularity))
+    level_of(model.config, arguments.granularity)  # refuses an unknown one before anything is asked
     asked = {name: asdict(arguments)[name] for name in ("model", "granularity", "view", "max_new_tokens")}
     return answer_rows(
         model,

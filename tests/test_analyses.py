@@ -8,6 +8,7 @@ import pytest
 import torch
 from conftest import make_image, make_model, make_processor
 from PIL import Image, ImageColor
+from test_encode import count_calls
 
 from granulon.evaluation import alignment as aligning
 from granulon.evaluation.alignment import alignment, alignment_markdown, compared, draw_alignment, mean_states
@@ -149,6 +150,12 @@ def test_states_at_the_input_are_those_of_the_projector_and_of_the_words(model, 
     assert states_LCE.shape == (1 + model.config.text_config.num_hidden_layers, 4, 32)
 
 
+def test_states_come_from_images_that_were_encoded_once(model, processor):
+    calls = count_calls(model)
+    mean_states(model, processor, make_rows(), granularity="coarse", batch_size=4)
+    assert calls == {"vision_tower": 1, "granularity_controller": 1, "aggregation": 1}
+
+
 def test_a_sample_in_a_padded_batch_is_the_sample_alone(model, processor):
     rows = make_rows()
     together, images = mean_states(model, processor, rows, batch_size=4)
@@ -214,7 +221,7 @@ def test_the_sheet_has_a_picture_for_each_level_and_frames_the_chosen_one(model,
         page = np.asarray(draw_clusters_sheet([row], model.config.granularities))
         framed = np.flatnonzero((page == ImageColor.getrgb(CHOSEN)).all(-1).sum(0) > 100)
         assert len(framed) and framed.min() > 200 * column and framed.max() < 230 * (column + 1)
-    assert f"{found[0]['levels']['fine']['kept']} tokens" in clusters_markdown(found)
+    assert f"{len(found[0]['levels']['fine']['clusters'])} tokens" in clusters_markdown(found)
 
 
 def test_a_sheet_needs_levels_and_rows(model, processor):
@@ -418,7 +425,8 @@ def test_calibration_is_that_of_the_levels_that_the_model_chooses(model, process
         right = []
         for row in own:
             ids_1T = torch.tensor([processor.tokenizer(row["question"])["input_ids"]])
-            right.append(model.config.granularity_names[int(model.model.choose_level(1, ids_1T)[1])] == row["level"])
+            level = int(model.model.question_logits(ids_1T).argmax())
+            right.append(model.config.granularity_names[level] == row["level"])
         assert part["rows"] == len(own) and part["accuracy"][0] == pytest.approx(np.mean(right))
     assert "| test_kinds | 4 |" in calibration_markdown(report)
     assert len(draw_calibration(report).axes) == 4

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import spacy
 import yaml
+from test_encode import count_calls
 from test_evaluation_metrics import make_bert
 
 from granulon.evaluation import lmms_adapter
@@ -126,6 +127,19 @@ def test_every_task_of_ours_runs_offline_and_keeps_what_a_rerun_needs(evaluate, 
     before = {file: file.stat().st_mtime_ns for file in tmp_path.rglob("result.json")}
     evaluate("--tasks", *sorted(OWN), "--limit", "3")
     assert len(answered) == 3 * len(OWN) and before == {f: f.stat().st_mtime_ns for f in tmp_path.rglob("result.json")}
+
+
+def test_one_answer_runs_each_part_once(evaluate, monkeypatch):
+    calls, load = [], lmms_adapter.load
+
+    def watched(*arguments, **options):
+        model = load(*arguments, **options)
+        calls.append(count_calls(model))
+        return model
+
+    monkeypatch.setattr(lmms_adapter, "load", watched)
+    evaluate("--tasks", "granulon_surgvlm_phase", "--limit", "3", "--batch_size", "1")
+    assert calls == [{"vision_tower": 3, "granularity_controller": 3, "aggregation": 3}]
 
 
 def test_lmms_evals_own_tasks_run_offline_and_every_figure_has_an_interval(evaluate):

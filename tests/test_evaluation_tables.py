@@ -26,6 +26,7 @@ from granulon.evaluation.sample_rows import MAKERS
 from granulon.evaluation.scoring import figures, metric_of
 from granulon.evaluation.tables import Results, write_tables
 from granulon.train import sft
+from modeling_granulon import GranulonConfig
 
 PAPER = yaml.safe_load((MATRICES / "paper_tables.yaml").read_text())
 SETTINGS = Settings()
@@ -170,7 +171,7 @@ def test_the_ablations_cover_each_of_the_papers_and_ours():
     assert rows["Controller", "random level"].overrides == {"controller": "random"}
     assert {name for group, name in rows if group == "Parts"} == {"neither", "AdaTA alone", "controller alone", "both"}
     weights = [row.overrides["relation_weight"] for (group, _), row in rows.items() if group == "Attention term"]
-    assert weights == sorted(weights) and weights[0] == 0 and 0.1 in weights
+    assert weights == sorted(weights) and weights[0] == 0 and GranulonConfig().relation_weight in weights
     joint = set()
     for (group, _), row in rows.items():
         if group == "Joint objective":

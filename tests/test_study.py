@@ -79,7 +79,7 @@ def test_every_source_of_tokens_keeps_the_aggregations_contract(source, tokens, 
     assert out.tokens.shape == (6, tokens, patches.shape[-1]) and out.tokens.dtype == patches.dtype
     assert out.mask.shape == out.scores.shape == (6, tokens) and out.mask.dtype == torch.bool
     assert out.assignment.shape == (6, *GRID)
-    assert -1 <= out.assignment.min() and out.assignment.max() < tokens
+    assert 0 <= out.assignment.min() and out.assignment.max() < tokens
     assert out.tokens.isfinite().all()
     assert torch.equal(state, torch.get_rng_state())
     if source != "learned":  # a token is the mean of the patches assigned to it
@@ -124,9 +124,7 @@ def test_arms_of_one_budget_have_as_many_tokens(tokens, features, tokenizer, enc
         assert embeds.shape[1] == tokens
         shown[arm.source] = seen.sum(1).tolist()
     assert set(shown) == {"semantic", "grid", "random", "colour"}
-    # Clusters that nothing joins stay empty: few colours, or an encoder with random weights.
-    assert shown["grid"] == shown["random"] == [tokens] * len(features)
-    assert all(tokens / 2 < count <= tokens for counts in shown.values() for count in counts)
+    assert all(counts == [tokens] * len(features) for counts in shown.values())
 
 
 @pytest.mark.parametrize("name", ["pixels", "semantic 8", "pixels + grid", "pixels + learned", "levels, equal K"])
