@@ -52,11 +52,8 @@ class GranulonPreTrainedModel(PreTrainedModel):
     base_model_prefix = "model"
     input_modalities = ("image", "text")
     supports_gradient_checkpointing = True
-    # Not quantized by any quantizer either; with the name within the head and within the base model.
-    _keep_in_fp32_modules = [
-        *("model.multi_modal_projector", "multi_modal_projector"),
-        *("model.granularity_controller", "granularity_controller"),
-    ]
+    # Quantizers leave these modules out too. The pattern holds within the head and within the base model.
+    _keep_in_fp32_modules = [r"(?:model\.)?(?:multi_modal_projector|granularity_controller)"]
     _skip_keys_device_placement = ["past_key_values"]
     _supports_flash_attn = True
     _supports_sdpa = True

@@ -3,7 +3,6 @@
 Collected by run.py, not by `make test`: the tests are fetched from PyPI on first use.
 """
 
-import inspect
 import unittest
 from unittest.mock import patch
 
@@ -92,8 +91,8 @@ class GranulonModelTest(common.ModelTesterMixin, unittest.TestCase):
     all_model_classes = (GranulonModel, GranulonForConditionalGeneration)
     additional_model_inputs = ["pixel_values", "question_input_ids", "question_attention_mask"]
     test_can_init_all_missing_weights_before_2023 = True
-    # Older versions want a gradient even where a model is frozen on purpose.
-    test_all_params_have_gradient = "intentionally_frozen" in inspect.getsource(common.ModelTesterMixin)
+    # The controller learns from the trainer's losses; the loss of the next token gives it no gradient.
+    test_all_params_have_gradient = False
     _is_composite = True
     model_tester = Inputs()
 
