@@ -13,7 +13,7 @@ class GranularityController(nn.Module):
     """Logits over the candidates g_1..g_G from the states of the question's tokens (Eq. 2, 3).
 
     The states are standardised token by token before the mean (ours): hidden states differ in scale between language
-    models and layers, and the first token's state can be a thousand times as long as all others. Both run in fp32. The
+    models and layers, and the first token's state can be a hundred times as long as any other. Both run in fp32. The
     activation is the projector's (our choice, the paper leaves it open).
     """
 
