@@ -254,12 +254,8 @@ def lent(seconds):
     return (lambda function: function) if spaces is None else spaces.GPU(duration=seconds)
 
 
-def handlers(granulon):
-    """The functions behind the buttons and the API. Uploads are read and refused before a GPU is asked for."""
-
-    def checked(*values):
-        with shown("Cannot be asked"):
-            return granulon.read(*values)
+def gpu_functions(granulon):
+    """What needs the model, each of (image, settings): looked, answered, answered_at_each_level."""
 
     def seconds(image, settings, answers=1):
         return LOOK + int(answers * min(SECONDS, LOOK + TOKEN * settings["max_new_tokens"]))
@@ -290,6 +286,14 @@ def handlers(granulon):
         for level in granulon.levels or [None]:
             *_, last = written(image, {**settings, "level": level})
             yield level, *last
+
+    return looked, answered, answered_at_each_level
+
+
+def handlers(granulon):
+    """The functions behind the buttons and the API. Uploads are read and refused before a GPU is asked for."""
+    looked, answered, answered_at_each_level = gpu_functions(granulon)
+    checked = shown("Cannot be asked")(granulon.read)
 
     def respond(*values):
         image, settings = checked(*values)
@@ -380,6 +384,22 @@ LINK = """(question, level, view, tokens, temperature, seed) => {
 }"""
 
 
+def _examples(image, question):
+    gr.Examples(
+        [[str(HERE / "examples" / f"{name}.png"), text] for name, text in EXAMPLES],
+        [image, question],
+        label="A question of each level",
+        cache_examples=False,
+        example_labels=[f"{name}: {text}" for name, text in EXAMPLES],
+    )
+
+
+def _outputs():
+    """What an answer fills: the answer, the numbers, the bars of the levels, and the clusters."""
+    answer = gr.HTML(START, elem_id="answer", padding=False)
+    return [answer, *(gr.HTML(elem_id=name, padding=False) for name in ("facts", "bars", "seen"))]
+
+
 def build(granulon):
     """The page and its API, as a `gr.Blocks` that is not launched yet."""
     functions = handlers(granulon)
@@ -407,20 +427,9 @@ def build(granulon):
                     tokens = gr.Slider(1, MAX_TOKENS, 128, step=1, label="Longest answer, in tokens")
                     temperature = gr.Slider(0, 2, 0, step=0.05, label="Temperature (0: always the likeliest word)")
                     seed = gr.Number(0, precision=0, minimum=0, label="Seed")
-                gr.Examples(
-                    [[str(HERE / "examples" / f"{name}.png"), text] for name, text in EXAMPLES],
-                    [image, question],
-                    label="A question of each level",
-                    cache_examples=False,
-                    example_labels=[f"{name}: {text}" for name, text in EXAMPLES],
-                )
+                _examples(image, question)
             with gr.Column(scale=6, min_width=320):
-                answer = gr.HTML(
-                    overlay.answer_box("", "The answer appears here.", done=True), elem_id="answer", padding=False
-                )
-                facts = gr.HTML(elem_id="facts", padding=False)
-                bars = gr.HTML(elem_id="bars", padding=False)
-                seen = gr.HTML(elem_id="seen", padding=False)
+                outputs = _outputs()
         compared = gr.HTML(elem_id="compared", padding=False)
         with gr.Row(elem_id="share"):
             share = gr.Button("Copy a link to this question", elem_id="link-button", min_width=120)
@@ -433,7 +442,7 @@ def build(granulon):
         inputs = [image, *settings]
         model = {"concurrency_id": "model", "concurrency_limit": 1}  # one answer at a time, seeds included
         asked = gr.on(
-            [ask.click, question.submit], functions["respond"], inputs, [answer, facts, bars, seen],
+            [ask.click, question.submit], functions["respond"], inputs, outputs,
             api_visibility="private", show_progress="minimal", trigger_mode="once", **model,
         )  # fmt: skip
         comparing = compare.click(

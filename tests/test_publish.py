@@ -146,7 +146,7 @@ def test_large_files_go_in_parts_and_arrive_whole(checkpoint, hub, unverified):
 def newer(checkpoint, tmp_path):
     folder = shutil.copytree(checkpoint, tmp_path / "newer")
     weights = load_file(folder / "model.safetensors")
-    weights["model.multi_modal_projector.gains"] += 1
+    weights["model.multi_modal_projector.gain_offsets"] += 1
     save_file(weights, folder / "model.safetensors", {"format": "pt"})
     return folder
 
