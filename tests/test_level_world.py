@@ -1,8 +1,8 @@
 """A world in which the level decides: the controller finds it from the answers alone, without a label.
 
-An image has three bands, each of one of four colours, and a question asks for the colour of one band. The aggregation
-of this world shows band k at level k and nothing else, so from semantic tokens an answer can be read at one level only.
-All levels have the same number of tokens: only what they show tells them apart.
+An image has three bands, each of one of four colours of its own, and a question asks for the colour of one band. The
+aggregation of this world shows band k at level k and nothing else, so that from semantic tokens an answer can be read
+at one level only. All levels have the same number of tokens: only what they show tells them apart.
 """
 
 from random import Random
@@ -21,20 +21,26 @@ from granulon.train.trainer import GranulonTrainer
 from modeling_granulon import AdaptiveTokenAggregation, GranulonForConditionalGeneration, GranulonProcessor
 
 LEVELS = [{"name": name, "stride": 3 - k, "clusters": 2, "keep": 2} for k, name in enumerate(("low", "mid", "high"))]
-COLOURS = {"red": (220, 30, 30), "green": (30, 200, 40), "blue": (40, 50, 230), "yellow": (240, 230, 40)}
-WORDS = (("sky", "clouds", "sun"), ("house", "wall", "door"), ("lawn", "grass", "path"))  # what stands in each band
+BANDS = {  # what stands in each band, and its colours
+    "sky": {"blue": (40, 60, 230), "pink": (250, 150, 190), "grey": (130, 130, 130), "white": (250, 250, 250)},
+    "house": {"red": (220, 30, 30), "brown": (110, 60, 20), "yellow": (240, 230, 40), "black": (5, 5, 5)},
+    "lawn": {"green": (30, 200, 40), "olive": (120, 120, 20), "beige": (230, 210, 160), "teal": (20, 130, 130)},
+}
 TEMPLATES = (
     "what colour is the {}?", "the {} is of which colour?", "name the colour of the {}", "{}: which colour?",
-    "tell me which colour the {} has", "colour of the {}, please", "is the {} red, green, blue or yellow?",
-    "look at the {} and say its colour",
+    "which colour has the {}?", "tell me the colour of the {}", "what is the {} painted in?", "describe the {}",
+    "look at the {} and say its colour", "the colour of the {}, please", "I want to know how the {} looks",
+    "can you see what colour the {} has?", "what about the {}?", "say what the {} looks like",
 )  # fmt: skip
-QUESTIONS = [
-    (band, template.format(word), (number + place) % 4 == 3)
-    for number, template in enumerate(TEMPLATES)
-    for band, words in enumerate(WORDS)
-    for place, word in enumerate(words)
-]  # the level that shows the answer, the text, and whether the question is held out
-STEPS = 300
+HELD_OUT = (
+    "please look: which colour is the {}?",
+    "how is the {} painted?",
+    "the {}, what colour?",
+    "name it: the {}",
+)
+
+
+STEPS = 400
 
 
 class OneBandPerLevel(AdaptiveTokenAggregation):
@@ -49,16 +55,17 @@ class OneBandPerLevel(AdaptiveTokenAggregation):
 
 def draw(colours) -> Image.Image:
     image = Image.new("RGB", (24, 24))
-    for band, colour in enumerate(colours):
-        image.paste(COLOURS[colour], (0, 8 * band, 24, 8 * band + 8))
+    for band, (known, colour) in enumerate(zip(BANDS.values(), colours, strict=True)):
+        image.paste(known[colour], (0, 8 * band, 24, 8 * band + 8))
     return image
 
 
 def make_rows(count, seed):
     random, rows = Random(seed), []
     for _ in range(count):
-        colours = random.choices(list(COLOURS), k=3)
-        band, text, _ = random.choice([question for question in QUESTIONS if not question[2]])
+        colours = [random.choice(list(known)) for known in BANDS.values()]
+        band = random.randrange(3)
+        text = random.choice(TEMPLATES).format(list(BANDS)[band])
         rows.append(
             {
                 "prompt": [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": text}]}],
@@ -72,7 +79,8 @@ def make_rows(count, seed):
 def make_processor() -> GranulonProcessor:
     """One token a word, so that the world is learned in a minute."""
     split = pre_tokenizers.Whitespace()
-    texts = [text for _, text, _ in QUESTIONS] + list(COLOURS) + ["user assistant"]
+    texts = [template.format(band) for template in TEMPLATES + HELD_OUT for band in BANDS]
+    texts += [colour for known in BANDS.values() for colour in known] + ["user assistant"]
     words = sorted({word for text in texts for word, _ in split.pre_tokenize_str(text)})
     backend = Tokenizer(
         models.WordLevel(
@@ -94,16 +102,16 @@ def make_model(seed, processor):
     text = config.text_config.to_dict() | {"hidden_size": 64, "intermediate_size": 128, "initializer_range": 0.08}
     config.text_config = Qwen2Config(**text)
     model = GranulonForConditionalGeneration(config)
-    for parameter in model.model.vision_tower.parameters():
-        if parameter.dim() > 1:  # a random tower that tells colours apart
-            torch.nn.init.normal_(parameter, std=0.2)
+    for name, parameter in model.model.vision_tower.named_parameters():  # a random tower that tells colours apart,
+        if parameter.dim() > 1:  # and whose patches know nothing of each other
+            torch.nn.init.normal_(parameter, std=0.0 if "o_proj" in name else 0.2)
     model.model.aggregation = OneBandPerLevel()
     return model
 
 
-def agreement(model, processor, held_out: bool) -> float:
+def agreement(model, processor, templates) -> float:
     """Share of questions for which the controller chooses the level that shows what is asked for."""
-    levels, texts, _ = zip(*(question for question in QUESTIONS if question[2] == held_out), strict=True)
+    levels, texts = zip(*[(band, t.format(name)) for t in templates for band, name in enumerate(BANDS)], strict=True)
     inputs = processor.tokenizer(
         list(texts), padding=True, padding_side="right", add_special_tokens=False, return_tensors="pt"
     )
@@ -117,12 +125,12 @@ def test_the_controller_finds_the_right_level_from_the_task_alone(tmp_path, seed
     processor = make_processor()
     model = make_model(seed, processor)
     args = GranulonSFTConfig(
-        output_dir=str(tmp_path), per_device_train_batch_size=32, max_steps=STEPS, learning_rate=3e-3,
+        output_dir=str(tmp_path), per_device_train_batch_size=32, max_steps=STEPS, learning_rate=5e-3,
         warmup_steps=20, lr_scheduler_type="cosine", pixel_loss_weight=0.0, semantic_loss_weight=1.0,
         granularity_loss_weight=1.0, logging_steps=50, save_strategy="no", report_to="none", bf16=False, use_cpu=True,
         gradient_checkpointing=False, disable_tqdm=True, seed=seed,
     )  # fmt: skip
     trainer = GranulonTrainer(model, args, processor, train_dataset=Dataset.from_list(make_rows(3000, seed)))
-    assert agreement(model, processor, held_out=True) < 0.7
+    assert agreement(model, processor, HELD_OUT) < 0.7
     trainer.train()
-    assert agreement(model, processor, held_out=True) >= 0.9
+    assert agreement(model, processor, HELD_OUT) >= 0.9

@@ -229,8 +229,12 @@ def test_the_command_keeps_the_options_of_transformers_serve():
 
 
 def test_the_processor_keeps_the_contract_of_vllms_transformers_backend(server):
-    """What vLLM asks a processor without a question: as many tokens as the processor makes, one placeholder id."""
+    """What vLLM asks a processor without a question: as many tokens as the processor makes, one placeholder id.
+
+    There is one level for that backend, the default one, and no slot of it may stay empty.
+    """
     model, processor = load_model(server.model)
+    model.config.default_granularity = model.config.granularity_names[-1]
     sizes = [(64, 64), (120, 160), (1000, 30)]
     promised = processor._get_num_multimodal_tokens(image_sizes=sizes)
     for (height, width), tokens in zip(sizes, promised["num_image_tokens"], strict=True):

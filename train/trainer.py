@@ -177,7 +177,10 @@ class GranulonTrainer(SFTTrainer):
             asked, labelled = own if self.rows_of_step is None or not self.model.training else self.rows_of_step
             asked_B = self._asked_rows(inputs)
             cost_BS = nll_BS.detach() + self.args.token_cost * self._token_shares(views.levels, nll_BS.device)
-            parts["controller"] = ((probs_BS * cost_BS).sum(-1) * asked_B).sum(), asked, own[0]
+            # The posterior over levels given the answer. The expected cost has the same minimum, but its gradient
+            # vanishes once the controller is sure, and early differences are chance.
+            loss_B = -((-cost_BS).softmax(-1) * probs_BS.clamp_min(1e-9).log()).sum(-1)
+            parts["controller"] = (loss_B * asked_B).sum(), asked, own[0]
             if level_B is not None:
                 level_B = level_B.masked_fill(~asked_B, -100)
                 parts["labels"] = F.cross_entropy(logits_BG.float(), level_B, reduction="sum"), labelled, own[1]
