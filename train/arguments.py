@@ -26,7 +26,7 @@ class GranulonSFTConfig(SFTConfig):
     )
     granularity_loss_weight: float = field(
         default=0.0,
-        metadata={"help": "lambda_g: weight of the controller's loss: expected cost of its choice, and known levels"},
+        metadata={"help": "lambda_g: weight of the controller's loss: levels that answer well, and known levels"},
     )
     level_exploration: float = field(
         default=0.1, metadata={"help": "share of the semantic loss that all levels get alike, so that none starves"}

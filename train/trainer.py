@@ -110,9 +110,9 @@ class GranulonTrainer(SFTTrainer):
             tokens, processes = views.tokens_B.sum(), 1
         else:  # the count is that of all processes, and their gradients are averaged
             tokens = torch.as_tensor(num_items_in_batch, device=views.tokens_B.device)
-        nll_BS, probs_BS = self._levels(views, inputs)
-        likelihoods = self._likelihoods(views, nll_BS, probs_BS)
-        controller = self._controller_losses(views, inputs, level_B, nll_BS, probs_BS)
+        nll_BS, logits_BS = self._levels(views, inputs)
+        likelihoods = self._likelihoods(views, nll_BS, logits_BS)
+        controller = self._controller_losses(views, inputs, level_B, nll_BS, logits_BS)
         self._stop_unless_finite(likelihoods | {name: total for name, (total, *_) in controller.items()}, "loss")
         self._measure(inputs, views, likelihoods, controller, nll_BS)
         self.visual = None
@@ -137,9 +137,9 @@ class GranulonTrainer(SFTTrainer):
         return (FULL, *pixel, *names)
 
     def _levels(self, views: "AnswerViews", inputs: dict) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-        """Each level's negative log-likelihood of the answers, and the controller's probabilities of these levels.
+        """Each level's negative log-likelihood of the answers, and the controller's logits of these levels.
 
-        (B,S) each, or None without levels. A row whose level the controller does not choose has equal probabilities.
+        (B,S) each, or None without levels. A row whose level the controller does not choose has equal logits.
         """
         levels = [level for level, name in enumerate(self.level_names) if name in views.log_probs]
         if not levels:
@@ -147,11 +147,10 @@ class GranulonTrainer(SFTTrainer):
         nll_BS = torch.stack([-views.log_probs[self.level_names[level]].sum(-1) for level in levels], dim=1)
         logits_BG = views.visual.granularity_logits
         if logits_BG is None:
-            return nll_BS, torch.full_like(nll_BS, 1 / len(levels))
-        asked_B1 = self._asked_rows(inputs).unsqueeze(-1)
-        return nll_BS, (logits_BG[:, levels].float() * asked_B1).softmax(-1)
+            return nll_BS, torch.zeros_like(nll_BS)
+        return nll_BS, logits_BG[:, levels].float() * self._asked_rows(inputs).unsqueeze(-1)
 
-    def _likelihoods(self, views: "AnswerViews", nll_BS, probs_BS) -> dict[str, torch.Tensor]:
+    def _likelihoods(self, views: "AnswerViews", nll_BS, logits_BS) -> dict[str, torch.Tensor]:
         """The parts of Eq. 9: sums over answer tokens, in nats."""
         parts = {"task": -views.log_probs[FULL].sum()}
         if PIXEL in views.log_probs:
@@ -160,12 +159,12 @@ class GranulonTrainer(SFTTrainer):
             parts["semantic"] = -views.log_probs[SEMANTIC].sum()
         if nll_BS is not None and self.args.semantic_loss_weight > 0:
             share = self.args.level_exploration
-            weights_BS = (1 - share) * probs_BS.detach() + share / probs_BS.shape[1]  # no level starves
+            weights_BS = (1 - share) * logits_BS.detach().softmax(-1) + share / logits_BS.shape[1]  # no level starves
             parts["semantic"] = (weights_BS * nll_BS).sum()
         return parts
 
-    def _controller_losses(self, views: "AnswerViews", inputs: dict, level_B, nll_BS, probs_BS) -> dict[str, tuple]:
-        """Eq. 11: the expected cost of the controller's choice, and the cross-entropy of known levels.
+    def _controller_losses(self, views: "AnswerViews", inputs: dict, level_B, nll_BS, logits_BS) -> dict[str, tuple]:
+        """Eq. 11: cross-entropy with the levels' posterior given the answer, with known levels, of replayed questions.
 
         Each part is a sum, the number of rows that divides it (of the whole step) and that of this batch.
         """
@@ -179,7 +178,7 @@ class GranulonTrainer(SFTTrainer):
             cost_BS = nll_BS.detach() + self.args.token_cost * self._token_shares(views.levels, nll_BS.device)
             # The posterior over levels given the answer. The expected cost has the same minimum, but its gradient
             # vanishes once the controller is sure, and early differences are chance.
-            loss_B = -((-cost_BS).softmax(-1) * probs_BS.clamp_min(1e-9).log()).sum(-1)
+            loss_B = F.cross_entropy(logits_BS, (-cost_BS).softmax(-1), reduction="none")
             parts["controller"] = (loss_B * asked_B).sum(), asked, own[0]
             if level_B is not None:
                 level_B = level_B.masked_fill(~asked_B, -100)
