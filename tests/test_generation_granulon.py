@@ -5,7 +5,7 @@ import functools
 import pytest
 import torch
 from conftest import DECODERS, make_image, make_inputs, make_model, make_processor
-from transformers import DynamicCache, GenerationConfig, TextStreamer
+from transformers import DynamicCache, GenerationConfig, GenerationMixin, TextStreamer
 
 QUESTIONS = ["what is it?", "and how many small marks are there?", "A"]
 IMAGES = [[0], [1, 2], [3]]
@@ -217,6 +217,20 @@ def test_the_tower_runs_once_per_generation(setup):
     answers(model, inputs)
     hook.remove()
     assert len(calls) == 1
+
+
+def test_upstreams_generate_gets_no_pixels_to_encode(setup, monkeypatch):
+    """transformers 5.23 encodes pixel values itself, at the default level and before the mask has its holes."""
+    model, _, inputs, expected = setup
+    seen, upstream = [], GenerationMixin.generate
+    monkeypatch.setattr(
+        GenerationMixin,
+        "generate",
+        lambda self, *args, **kwargs: seen.append(kwargs) or upstream(self, *args, **kwargs),
+    )
+    monkeypatch.setattr(model, "get_image_features", None)
+    assert torch.equal(answers(model, inputs), expected)
+    assert seen[0].keys() & {*inputs, "granularity", "visual", "visual_view"} == {"attention_mask"}
 
 
 def test_text_alone_generates(setup):

@@ -302,3 +302,27 @@ def test_in_the_auto_view_each_row_follows_its_level(model, processor):
     for row, level in enumerate(levels):
         forced = model(**inputs, granularity=levels, visual_view=views[level]).logits[row, -1]
         close(auto[row], forced)
+
+
+@pytest.mark.slow
+def test_a_compiled_forward_breaks_only_where_values_are_read_and_hooks_are_set(model, processor):
+    inputs = make_inputs(processor, QUESTIONS, images_of())
+    with torch.no_grad():
+        expected = model(**inputs).logits
+        torch._dynamo.reset()
+        breaks = torch._dynamo.explain(model)(**inputs).break_reasons
+        reading = {entry.user_stack[-1].name for entry in breaks}
+        assert reading <= {"slot_layout", "_check_spans", "_encode", "_check_rows", "__init__"}, reading
+        torch._dynamo.reset()
+        close(torch.compile(model, backend="aot_eager")(**inputs).logits, expected)
+
+
+def test_reading_image_tokens_that_are_in_order_compiles_to_one_graph(model, processor):
+    """What `generate` hands over: no value of the prompt is needed on the host."""
+    inputs = make_inputs(processor, QUESTIONS[1:2], images_of()[1:2])
+    visual = model.explain(**inputs, granularity="fine")
+    prompt = {name: inputs[name] for name in ("input_ids", "attention_mask")}
+    embeds = visual.image_hidden_states.flatten(0, 1).unsqueeze(0)
+    torch._dynamo.reset()
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    close(compiled(**prompt, image_embeds=embeds).logits, model(**inputs, granularity="fine").logits)
