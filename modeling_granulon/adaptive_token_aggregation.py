@@ -5,7 +5,7 @@ quality filter, and the mean of the patches of each cluster. No parameters, no h
 images, no random numbers; the result for an image does not depend on the other images of the batch. Needs torch alone.
 
 Shapes by suffix: I images, N patches of the H x W grid, M pooled cells, X cells or patches, C candidate seeds,
-K clusters or token slots, D feature width, P width of the clustered points.
+K clusters or token slots, D feature width, S width of the folded features, P width of the clustered points.
 """
 
 from contextlib import nullcontext
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 CANDIDATES = 64  # cells that may seed a cluster
-SKETCH_WIDTH = 128  # width of the folded points on which seeds are chosen
+FOLDED_WIDTH = 128  # of the features that are clustered; tokens are means of the whole ones
 ROUNDING = 1e-6  # values that differ by less count as equal
 
 
@@ -54,6 +54,19 @@ def pool_features(features: Tensor, grid: tuple[int, int], stride: int) -> Tenso
         return features_IND
     grid_IDHW = features_IND.mT.unflatten(2, grid)  # (I,N,D) -> (I,D,H,W)
     return F.avg_pool2d(grid_IDHW, stride, ceil_mode=True).flatten(2).mT  # -> (I,M,D)
+
+
+def fold(features_IND: Tensor) -> Tensor:
+    """Narrows the features to FOLDED_WIDTH, adding blocks of columns with alternating signs: (I,N,<=FOLDED_WIDTH).
+
+    Inner products stay about what they were, and each round of k-means costs a fraction.
+    """
+    blocks = -(-features_IND.shape[-1] // FOLDED_WIDTH)
+    if blocks == 1:
+        return features_IND
+    padded_IND = F.pad(features_IND, (0, blocks * FOLDED_WIDTH - features_IND.shape[-1]))
+    blocks_INBS = padded_IND.unflatten(-1, (blocks, FOLDED_WIDTH))  # (I,N,D) -> (I,N,blocks,FOLDED_WIDTH)
+    return blocks_INBS[..., ::2, :].sum(-2) - blocks_INBS[..., 1::2, :].sum(-2)
 
 
 class AdaptiveTokenAggregation(nn.Module):
@@ -98,8 +111,9 @@ class AdaptiveTokenAggregation(nn.Module):
         with torch.autocast(features.device.type, enabled=False) if features.device.type != "meta" else nullcontext():
             features_IND = features.float()
             with torch.no_grad():
-                points_INP = self._points(features_IND, attention, grid, 1)
-                cells_IMP = points_INP if alpha == 1 else self._points(features_IND, attention, grid, alpha)
+                folded_INS = fold(features_IND)
+                points_INP = self._points(folded_INS, attention, grid, 1)
+                cells_IMP = points_INP if alpha == 1 else self._points(folded_INS, attention, grid, alpha)
                 groups, centers_IKP = self._cluster(cells_IMP, points_INP, clusters)
                 scores_IK = self._score(groups, points_INP, centers_IKP, grid)
                 scores_IK, chosen_IK = (part[:, :kept] for part in scores_IK.sort(descending=True, stable=True))
@@ -117,13 +131,13 @@ class AdaptiveTokenAggregation(nn.Module):
             F.pad(geometry(groups, grid), (0, 0, 0, unused)),
         )
 
-    def _points(self, features_IND: Tensor, attention: Tensor | None, grid: tuple[int, int], stride: int) -> Tensor:
+    def _points(self, features_INS: Tensor, attention: Tensor | None, grid: tuple[int, int], stride: int) -> Tensor:
         """What is clustered (I,X,P): [a, sqrt(lambda_f) sqrt(A)], both parts at unit length, of pooled cells."""
-        unit_IXD = F.normalize(pool_features(features_IND, grid, stride), dim=-1)
+        unit_IXS = F.normalize(pool_features(features_INS, grid, stride), dim=-1)
         if attention is None or self.relation_weight == 0:
-            return unit_IXD
+            return unit_IXS
         profile_IXC = F.normalize(pool_features(attention, grid, stride).sqrt(), dim=-1)
-        return torch.cat([unit_IXD, self.relation_weight**0.5 * profile_IXC], dim=-1)
+        return torch.cat([unit_IXS, self.relation_weight**0.5 * profile_IXC], dim=-1)
 
     def _cluster(self, cells_IMP: Tensor, points_INP: Tensor, clusters: int) -> tuple["Groups", Tensor]:
         """Eq. 5: k-means, first on the cells, then on the patches. Returns the clusters and their means (I,K,P)."""
@@ -204,20 +218,11 @@ def spread_candidates(cells: int, candidates: int, device: torch.device) -> Tens
     return ((rank_C + rank_C * 0.6180339887 % 1) * (cells / len(rank_C))).long()
 
 
-def sketch(points_IXP: Tensor) -> Tensor:
-    """Folds the width to SKETCH_WIDTH at most, adding blocks with alternating signs: good enough for seeds."""
-    blocks = -(-points_IXP.shape[-1] // SKETCH_WIDTH)
-    padded_IXP = F.pad(points_IXP, (0, blocks * SKETCH_WIDTH - points_IXP.shape[-1]))
-    blocks_IXBS = padded_IXP.unflatten(-1, (blocks, SKETCH_WIDTH))  # (I,X,P) -> (I,X,blocks,SKETCH_WIDTH)
-    return blocks_IXBS[..., ::2, :].sum(-2) - blocks_IXBS[..., 1::2, :].sum(-2)
-
-
 def seed_centers(cells_IMP: Tensor, clusters: int) -> Tensor:
     """Greedy seeds (I,K,P): each is the candidate that most lowers the distance of all cells to their nearest seed."""
     image_I = torch.arange(len(cells_IMP), device=cells_IMP.device)
     candidate_C = spread_candidates(cells_IMP.shape[1], max(CANDIDATES, clusters), cells_IMP.device)
-    sketch_IMS = sketch(cells_IMP)
-    similar_ICM = sketch_IMS[:, candidate_C] @ sketch_IMS.mT
+    similar_ICM = cells_IMP[:, candidate_C] @ cells_IMP.mT
     nearest_IM = torch.full_like(similar_ICM[:, 0], -torch.inf)
     seeds = []
     for _ in range(clusters):

@@ -12,10 +12,12 @@ import torch
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from modeling_granulon import adaptive_token_aggregation as module
 from modeling_granulon.adaptive_token_aggregation import (
     AdaptiveTokenAggregation,
     Groups,
     fill_empty_clusters,
+    fold,
     kept_tokens,
     pool_features,
     quality_terms,
@@ -160,6 +162,27 @@ def test_a_coarse_level_follows_regions_and_not_its_cells():
     assert len(torch.stack([label, result.assignment.flatten()]).unique(dim=1).T) == 2
 
 
+@pytest.mark.parametrize("width, folded", [(48, 48), (128, 128), (200, 128), (384, 128), (1024, 128)])
+def test_folding_keeps_distances_between_patches(width, folded):
+    features, _ = draw(2, width=width)
+    narrow = fold(features)
+    assert narrow.shape[-1] == folded
+    before, after = (torch.cdist(x, x)[:, *torch.triu_indices(192, 192, 1)] for x in (features, narrow))
+    assert torch.stack([before.flatten(), after.flatten()]).corrcoef()[0, 1] > 0.9
+    assert (after / before).mean().item() == pytest.approx(1, abs=0.1)
+
+
+@pytest.mark.parametrize("alpha, clusters", [(1, 24), (2, 12), (4, 6)])
+def test_folding_costs_little_of_the_objective(alpha, clusters, monkeypatch):
+    features, attention = draw(4, width=768)
+    folded = AdaptiveTokenAggregation()(features, attention, alpha, clusters, (12, 16), clusters)
+    monkeypatch.setattr(module, "FOLDED_WIDTH", 768)
+    whole = AdaptiveTokenAggregation()(features, attention, alpha, clusters, (12, 16), clusters)
+    points = points_of(features, attention, 3.0)
+    ratio = objective(points, folded.assignment, clusters) / objective(points, whole.assignment, clusters)
+    assert ratio.mean() < 1.03
+
+
 @pytest.mark.parametrize("clusters, limit", [(5, 1.10), (12, 1.05), (20, 1.05)])
 def test_inertia_is_close_to_the_best_of_ten_restarts(clusters, limit):
     kmeans = pytest.importorskip("sklearn.cluster").KMeans
@@ -234,6 +257,16 @@ def test_each_quality_term_says_what_it_should():
     torch.testing.assert_close(size, torch.tensor([1.0, 0.25, 0.25, 1 / 64]))
     assert (coherence[[0, 2, 3]] > 0.999).all() and 0.3 < coherence[1] < 0.9
     assert dispersion[1] < 0.1 and dispersion[3] < 0.1 and dispersion[2] > 0.7
+
+
+@every_level
+def test_every_quality_term_varies_over_the_clusters(alpha, beta, top_k):
+    features, attention = draw(6)
+    scores = [
+        AdaptiveTokenAggregation(score_weights=eta)(features, attention, alpha, beta, (12, 16), beta).scores
+        for eta in ((1.0, 0.0, 0.0), (0.0, 1.0, 0.0), (0.0, 0.0, 1.0))
+    ]
+    assert all(score.std() > 0.05 for score in scores)
 
 
 @pytest.mark.parametrize("alpha, beta, grid", [(1, 8, (12, 16)), (3, 6, (13, 11))])
