@@ -179,8 +179,9 @@ def _check_decoder(text_config):
             f"choose one of {TEXT_MODELS}"
         )
     layer_types = getattr(text_config, "layer_types", None)
-    # Mistral and Phi-3 have no layer types: a window is that of all layers.
-    has_window = layer_types is None and getattr(text_config, "sliding_window", None) is not None
+    # Mistral and Phi-3 have no layer types: a window is that of all layers. One as long as the context cuts nothing.
+    window = getattr(text_config, "sliding_window", None) or text_config.max_position_embeddings
+    has_window = layer_types is None and window < text_config.max_position_embeddings
     if has_window or "sliding_attention" in (layer_types or ()):
         raise ValueError(
             f"text_config ({text_config.model_type}) uses sliding-window attention, which would cut off the image; "

@@ -17,7 +17,7 @@ HIDDEN_ROLE = {FULL: -1, PIXEL: SEMANTIC_ROLE, SEMANTIC: PIXEL_ROLE}
 
 
 class SlotLayout(NamedTuple):
-    """The image slots of each row, in the order of the prompt.
+    """The image slots of each row, in the order of the prompt, on the CPU.
 
     index_BR: long, place of the slot in the flattened (I * (N + K)) image tokens; 0 beyond the row's last slot.
     role_BR: long, PIXEL_ROLE or SEMANTIC_ROLE; TEXT_ROLE beyond the row's last slot.
@@ -48,6 +48,7 @@ def slot_layout(
     Raises:
         ValueError: naming the first row whose placeholders are not whole spans, or the total that does not fit.
     """
+    placeholder_BT = placeholder_BT.cpu()  # read once: everything below is computed on the host
     counts = placeholder_BT.sum(-1).tolist()
     lengths = view_lengths(num_pixel, num_semantic)
     misfit = {name: abs(length * num_images - sum(counts)) for name, length in lengths.items()}
@@ -56,9 +57,8 @@ def slot_layout(
     _check_spans(placeholder_BT, counts, num_images, span, f"{span} ({span_view} view)")
     images_per_row = [count // span for count in counts]
 
-    device = placeholder_BT.device
-    rank_R = torch.arange(max(counts), device=device)
-    images_B1 = torch.tensor(images_per_row, device=device).unsqueeze(-1)
+    rank_R = torch.arange(max(counts))
+    images_B1 = torch.tensor(images_per_row).unsqueeze(-1)
     first_image_B1 = images_B1.cumsum(0) - images_B1
     slot_R = rank_R % span + (num_pixel if span_view == SEMANTIC else 0)
     index_BR = (first_image_B1 + rank_R // span) * (num_pixel + num_semantic) + slot_R

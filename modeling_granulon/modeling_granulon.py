@@ -206,7 +206,7 @@ class GranulonModel(GranulonPreTrainedModel):
         self, pixel_values, images_per_row, question_input_ids, question_attention_mask, granularity, every_level
     ) -> GranulonVisualOutput:
         vision = self._vision(pixel_values)
-        count_B = torch.tensor(images_per_row, device=vision.features.device)
+        count_B = torch.tensor(images_per_row)
         finite_I = vision.features.isfinite().flatten(1).all(-1)
         if not self.config.granularities:
             _check_finite(finite_I.tolist())
@@ -214,9 +214,9 @@ class GranulonModel(GranulonPreTrainedModel):
             return GranulonVisualOutput.of(self.config, image_hidden_states=tokens_ISE, images_per_row=count_B)
 
         logits_BG, index_B, chosen_B = self._choose_levels(
-            len(images_per_row), question_input_ids, question_attention_mask, granularity, count_B.device
+            len(images_per_row), question_input_ids, question_attention_mask, granularity, vision.features.device
         )
-        level_I = index_B.repeat_interleave(count_B, output_size=len(pixel_values))
+        level_I = index_B.repeat_interleave(count_B.to(index_B.device), output_size=len(pixel_values))
         # The level decides how many tokens there are, so it is read on the host, here and once.
         levels, finite = torch.stack([level_I, finite_I.long()]).tolist()
         _check_finite(finite)

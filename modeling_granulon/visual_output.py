@@ -25,7 +25,7 @@ class GranulonVisualOutput(ModelOutput):
 
     image_hidden_states (I,N+K,E): projected pixel tokens, then semantic slots in the order of the prompt: unused slots
         first, so that text follows a real token.
-    images_per_row (B,) long: number of images of each row.
+    images_per_row (B,) long, on the CPU: number of images of each row.
     semantic_mask (I,K) bool: which entries of cluster_scores are used.
     granularity_logits (B,G) or None: the controller's logits; None without controller or question.
     granularity_index (B,) long: the level of each row.
