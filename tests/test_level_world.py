@@ -5,6 +5,7 @@ aggregation of this world shows band k at level k and nothing else, so that from
 at one level only. All levels have the same number of tokens: only what they show tells them apart.
 """
 
+from itertools import product
 from random import Random
 
 import pytest
@@ -26,20 +27,15 @@ BANDS = {  # what stands in each band, and its colours
     "house": {"red": (220, 30, 30), "brown": (110, 60, 20), "yellow": (240, 230, 40), "black": (5, 5, 5)},
     "lawn": {"green": (30, 200, 40), "olive": (120, 120, 20), "beige": (230, 210, 160), "teal": (20, 130, 130)},
 }
-TEMPLATES = (
-    "what colour is the {}?", "the {} is of which colour?", "name the colour of the {}", "{}: which colour?",
-    "which colour has the {}?", "tell me the colour of the {}", "what is the {} painted in?", "describe the {}",
-    "look at the {} and say its colour", "the colour of the {}, please", "I want to know how the {} looks",
-    "can you see what colour the {} has?", "what about the {}?", "say what the {} looks like",
+PARTS = (
+    ("", "please look and say:", "now", "tell me,", "I ask you:", "look here,"),
+    ("what colour is the {}", "the {} is of which colour", "name the colour of the {}", "describe the {}",
+     "how is the {} painted", "which colour has the {}"),
+    ("?", ", please", "in this picture?", "that you see"),
 )  # fmt: skip
-HELD_OUT = (
-    "please look: which colour is the {}?",
-    "how is the {} painted?",
-    "the {}, what colour?",
-    "name it: the {}",
-)
-
-
+EVERY = [" ".join(parts) for parts in product(*PARTS)]
+HELD_OUT = EVERY[::5]
+TEMPLATES = [template for template in EVERY if template not in HELD_OUT]
 STEPS = 400
 
 
@@ -79,7 +75,7 @@ def make_rows(count, seed):
 def make_processor() -> GranulonProcessor:
     """One token a word, so that the world is learned in a minute."""
     split = pre_tokenizers.Whitespace()
-    texts = [template.format(band) for template in TEMPLATES + HELD_OUT for band in BANDS]
+    texts = [template.format(band) for template in EVERY for band in BANDS]
     texts += [colour for known in BANDS.values() for colour in known] + ["user assistant"]
     words = sorted({word for text in texts for word, _ in split.pre_tokenize_str(text)})
     backend = Tokenizer(
