@@ -389,18 +389,12 @@ class GranulonModel(GranulonPreTrainedModel):
         placeholder_BT = self.placeholders(input_ids, inputs_embeds)
         text_BTE = self.get_input_embeddings()(input_ids) if inputs_embeds is None else inputs_embeds
 
-        layout, placed = None, PlacedImages(image_embeds)
-        if pixel_values is not None or visual is not None:
-            layout = self.layout(placeholder_BT, pixel_values, visual, visual_view)
-            if visual is None:
-                question = question_input_ids, question_attention_mask, granularity
-                every_level = any(view in self.config.granularity_names for view in views)
-                visual = self._encode(pixel_values, layout.images_per_row, *question, every_level)
-            placed = visual.place(layout, visual_view)
-        elif image_embeds is None and past_key_values is None:
+        question = question_input_ids, question_attention_mask, granularity
+        layout, visual = self._look(placeholder_BT, pixel_values, visual, visual_view, views, question)
+        placed = PlacedImages(image_embeds) if visual is None else visual.place(layout, visual_view)
+        if visual is None and image_embeds is None and past_key_values is None:
             check_images_present(placeholder_BT)
             text_BTE = text_BTE + self._zero_loss_for_ddp() if self.training else text_BTE
-
         prompt = Prompt(placeholder_BT, text_BTE, attention_mask)
         if views:
             packed, embeds, attention_mask, position_ids = self._pack(views, prompt, visual, layout, placed)
@@ -423,6 +417,16 @@ class GranulonModel(GranulonPreTrainedModel):
             packed_views=packed,
             **(visual or {}),
         )
+
+    def _look(self, placeholder_BT, pixel_values, visual, visual_view, views: tuple[str, ...], question: tuple):
+        """Where each image token goes, and what was seen: encoded before, or now; (None, None) without images."""
+        if pixel_values is None and visual is None:
+            return None, None
+        layout = self.layout(placeholder_BT, pixel_values, visual, visual_view)
+        if visual is None:
+            every_level = any(view in self.config.granularity_names for view in views)
+            visual = self._encode(pixel_values, layout.images_per_row, *question, every_level)
+        return layout, visual
 
     def _partial_views(self, joint_views: bool | Sequence[str], visual_view: str | None) -> tuple[str, ...]:
         """The partial views of a packed pass, by name; raises ValueError for those that cannot be packed."""

@@ -152,16 +152,15 @@ def load_rows(
         streaming (`bool`): read as training goes, without the check before it.
         max_bad_share (`float`): the largest share of a source's rows that may be bad, of `FEWEST_ROWS` at least.
         max_length (`int`, *optional*): rows of more tokens, image tokens included, are bad; nothing is cut.
-        levels (`list[str]`, *optional*): the names of the model's granularities; rows that name others are bad. An
-            empty list (a model without a controller) checks nothing.
+        levels (`list[str]`, *optional*): names of the model's levels; rows that name others are bad. `[]` checks none.
         num_proc (`int`, *optional*): processes that check rows in memory.
 
     Returns:
         `Dataset` (rows are made at access) or `IterableDataset`.
 
     Raises:
-        ValueError: a source that cannot be loaded, is empty or has no columns of a known format; too many bad rows
-            (for streams when the row is met); no usable row; weights for some sources only.
+        ValueError: a source that cannot be loaded, is empty or of no known format; too many bad rows (for streams when
+            the row is met); no usable row; weights for some sources only.
     """
     sources = [DataSource.of(entry) for entry in sources]
     weighted = [source.weight is not None for source in sources]
@@ -175,13 +174,10 @@ def load_rows(
         opened = [open_source(source, streaming) for source in sources]
         if streaming:
             return _streamed(sources, opened, check, keeper, seed)
-        tables = [
-            _checked_table(number, raw, RowCheck(number, reader, check), num_proc)
-            for number, (raw, reader) in enumerate(opened)
-        ]
+        checks = [RowCheck(number, reader, check) for number, (_, reader) in enumerate(opened)]
+        tables = [_checked_table(n, raw, checks[n], num_proc) for n, (raw, _) in enumerate(opened)]
     for number, (table, (raw, reader)) in enumerate(zip(tables, opened, strict=True)):
         _quarantine_bad(keeper, number, table, raw, reader)
-    for number in range(len(sources)):
         keeper.report(number)
     rows = _mixed([_good(table) for table in tables], sources, seed)
     return rows.with_transform(RowsAtAccess([raw for raw, _ in opened], [reader for _, reader in opened]))
