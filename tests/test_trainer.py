@@ -16,6 +16,10 @@ from granulon.train.trainer import GranulonTrainer
 ANSWERS = ["a dog", "two large cats on a sofa", "no", "blue, and then some more words", "x", "yes", "seven", "a car"]
 LEVELS = ["coarse", None, "coarse", "coarse", "fine", None, "coarse", "fine"]
 PARTS = ("task", "pixel", "semantic", "controller", "labels")
+THREE_LEVELS = [
+    {"name": name, "stride": stride, "clusters": 7 - stride, "keep": 6 - stride}
+    for name, stride in (("coarse", 3), ("medium", 2), ("fine", 1))
+]
 WEIGHTS = {"task": 1, "pixel": 0.5, "semantic": 0.5, "controller": 0.3, "labels": 0.3}
 
 
@@ -80,7 +84,10 @@ def close(first, second, tolerance):
 @pytest.mark.parametrize("decoder", ["qwen2", "llama"])
 @pytest.mark.parametrize("images", [(1, 2, 0, 1, 1, 0, 1, 1), (0,) * 8, (1,) * 8])
 def test_one_packed_pass_gives_the_losses_and_gradients_of_separate_passes(tmp_path, decoder, images):
-    rows, trainer = make_rows(images), make_trainer(tmp_path, model=make_model(decoder=decoder))
+    model = make_model(decoder=decoder, granularities=THREE_LEVELS)
+    gains = 1 + model.model.multi_modal_projector.gain_offsets
+    assert (gains[:, None] - gains).abs().sum(-1).fill_diagonal_(9).min() > 0.1, "gains are unequal"
+    rows, trainer = make_rows(images), make_trainer(tmp_path, model=model)
     packed = loss_and_gradients(trainer, rows)
     trainer.packs_views = False
     close(packed, loss_and_gradients(trainer, rows), 1e-5)
@@ -146,12 +153,8 @@ def test_the_controller_learns_from_the_likelihoods_alone(tmp_path):
 
 
 def test_levels_can_be_drawn_for_each_step(tmp_path):
-    levels = [
-        {"name": name, "stride": stride, "clusters": 7 - stride, "keep": 6 - stride}
-        for name, stride in (("a", 3), ("b", 2), ("c", 1))
-    ]
     rows = [row | {"granularity": None} for row in make_rows()]
-    trainer = make_trainer(tmp_path, rows, make_model(granularities=levels), levels_per_step=2)
+    trainer = make_trainer(tmp_path, rows, make_model(granularities=THREE_LEVELS), levels_per_step=2)
     drawn = set()
     for step in range(8):
         trainer.state.global_step = step
