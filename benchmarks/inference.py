@@ -14,7 +14,7 @@ from timing import interleaved, machine, milliseconds, table
 from transformers import DINOv3ViTConfig, Qwen2Config
 
 from modeling_granulon import GranulonConfig, GranulonForConditionalGeneration
-from modeling_granulon.vision_features import RelationMap, rotate, vision_features
+from modeling_granulon.vision_features import COLUMN_STRIDE, RelationMap, rotate, vision_features
 
 SHAPES = {
     "tiny": (
@@ -72,7 +72,7 @@ def visual_parts(head: GranulonForConditionalGeneration, size: int) -> dict:
 
     def relation() -> torch.Tensor:
         query, key = (rotate(x, cos_NC, sin_NC) for x in (vision.relation.query, vision.relation.key))
-        return RelationMap(query, key, vision.relation.scale, vision.grid).profiles()
+        return RelationMap(query, key, vision.relation.scale, vision.grid).profiles(COLUMN_STRIDE)
 
     attention = relation()
 

@@ -35,7 +35,7 @@ from .image_tokens import (
 )
 from .joint_views import PackedViews, PartialView, pack_views
 from .multi_modal_projector import GEOMETRY, GranulonMultiModalProjector
-from .vision_features import VisionFeatures, feature_width_of, patch_grid, vision_features
+from .vision_features import COLUMN_STRIDE, VisionFeatures, feature_width_of, patch_grid, vision_features
 from .visual_output import (
     CONTROLLER,
     DEFAULT,
@@ -239,7 +239,7 @@ class GranulonModel(GranulonPreTrainedModel):
             )
 
     def _relation(self, vision: VisionFeatures) -> torch.Tensor | None:
-        return vision.relation.profiles() if self.config.relation_weight > 0 else None
+        return vision.relation.profiles(COLUMN_STRIDE) if self.config.relation_weight > 0 else None
 
     def _semantic_tokens(
         self,

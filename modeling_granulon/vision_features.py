@@ -24,6 +24,10 @@ TOWERS = ("dinov3_vit", CONVNEXT, "dinov2", "dinov2_with_registers", *FIXED_SIZE
 # Query and key projections of an attention module; the second pair is DINOv2's in transformers 5.17.
 PROJECTIONS = (("q_proj", "k_proj"), ("query", "key"))
 
+# Patches per side of the squares over which the columns of the relation map are summed: 4 costs no things found
+# (benchmarks/results/things.md) and makes the map sixteen times smaller.
+COLUMN_STRIDE = 4
+
 # Attention weights held at a time: 4 MB in fp32, which a CPU's cache holds; elsewhere 32 MB, for few kernel launches.
 SCRATCH = {"cpu": 2**20, "other": 2**23}
 

@@ -50,7 +50,7 @@ from .seed_corpus import seed_corpus
 from .trainer import GranulonTrainer
 
 PATCH = 8
-# The default levels at half their strides, since a picture has 8 x 8 patches only.
+# The default levels with smaller strides, since a picture has 8 x 8 patches only.
 GRANULARITIES = [
     {"name": "coarse", "stride": 2, "clusters": 6, "keep": 5},
     {"name": "medium", "stride": 1, "clusters": 12, "keep": 10},
