@@ -30,28 +30,30 @@ def authors_kmeans(features: Tensor, clusters: int) -> tuple[list[Tensor], list[
     return tokens, labels
 
 
-def fast_pytorch_kmeans(features: Tensor, clusters: int) -> tuple[list[Tensor], list[Tensor]]:
+def fast_pytorch_kmeans_round(patches_ND: Tensor, centers_KD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The part of fast_pytorch_kmeans that can be compiled: new centres, labels and the squared shift."""
+    similar_NK = 2 * patches_ND @ centers_KD.T - centers_KD.square().sum(1)
+    label_N = (similar_NK - patches_ND.square().sum(1, keepdim=True)).max(-1).indices
+    member_KN = (label_N[None] == torch.arange(len(centers_KD), device=label_N.device)[:, None]).to(patches_ND.dtype)
+    moved_KD = (member_KN @ patches_ND / member_KN.sum(-1, keepdim=True)).nan_to_num()
+    return moved_KD, label_N, (moved_KD - centers_KD).square().sum()
+
+
+def fast_pytorch_kmeans(
+    features: Tensor, clusters: int, one_round=fast_pytorch_kmeans_round
+) -> tuple[list[Tensor], list[Tensor]]:
     """k-means on the features, image by image, random seeds, until the squared shift of the centres is below 1e-4."""
     tokens, labels = [], []
     for patches_ND in features:
         order = torch.randperm(len(patches_ND), generator=torch.Generator().manual_seed(42))
         centers_KD = patches_ND[order[:clusters].to(patches_ND.device)]
         for _ in range(100):
-            centers_KD, label_N, shift = fast_pytorch_kmeans_round(patches_ND, centers_KD)
+            centers_KD, label_N, shift = one_round(patches_ND, centers_KD)
             if shift <= 1e-4:
                 break
         tokens.append(centers_KD)
         labels.append(label_N)
     return tokens, labels
-
-
-def fast_pytorch_kmeans_round(patches_ND: Tensor, centers_KD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The part of it that can be compiled: new centres, labels and the squared shift."""
-    similar_NK = 2 * patches_ND @ centers_KD.T - centers_KD.square().sum(1)
-    label_N = (similar_NK - patches_ND.square().sum(1, keepdim=True)).max(-1).indices
-    member_KN = (label_N[None] == torch.arange(len(centers_KD), device=label_N.device)[:, None]).to(patches_ND.dtype)
-    moved_KD = (member_KN @ patches_ND / member_KN.sum(-1, keepdim=True)).nan_to_num()
-    return moved_KD, label_N, (moved_KD - centers_KD).square().sum()
 
 
 def tome(features: Tensor, kept: int) -> tuple[Tensor, Tensor]:

@@ -1,6 +1,7 @@
 """Do tokens follow things? Scenes of photographed things with true masks, seen by DINOv2-small.
 
     python benchmarks/things.py --tune > benchmarks/results/things.md     # without --tune, held-out things alone
+    python benchmarks/things.py --figure docs/clusters-photographs.png    # photographs and their clusters
 
 A scene is a ground (a photograph, a texture or smooth noise) with one to four stamps pasted onto it; their
 transparency is the true mask. A thing is found if the patches of one token have an intersection over union above .5
@@ -31,7 +32,8 @@ from tqdm import tqdm
 from granulon.evaluation.bootstrap import interval
 from modeling_granulon import AdaptiveTokenAggregation
 from modeling_granulon.adaptive_token_aggregation import fold, quality_terms
-from modeling_granulon.vision_features import vision_features
+from modeling_granulon.configuration_granulon import DEFAULT_GRANULARITIES
+from modeling_granulon.vision_features import COLUMN_STRIDE, vision_features
 
 ROOT = Path(__file__).parents[1]
 STAMPS = ROOT / "build/parts/tuxpaint-stamps/usr/share/tuxpaint/stamps"
@@ -46,7 +48,10 @@ THINGS = 4  # in a scene, at most
 PATCH = 14
 FEWEST_PATCHES = 4  # a thing that fewer patches show is not pasted, nor anything that would hide more than half of one
 
-LEVELS, KEPT, GOALS = ("coarse", "medium", "fine"), (5, 10, 20), (1.10, 1.10, 1.00)
+LEVELS, STRIDES, CLUSTERS, KEPT = (
+    tuple(level[key] for level in DEFAULT_GRANULARITIES) for key in ("name", "stride", "clusters", "keep")
+)
+GOALS = (1.10, 1.10, 1.00)  # things found over those of k-means on patches, level by level
 BASELINE = "k-means on patches"
 THERE, FOUND, IOU, KEPT_SHARE = range(4)  # columns of `sums_by_scene`
 PREFACE = """\
@@ -58,8 +63,8 @@ of {stamps} photographed stamps held out from the search for the defaults ({tuni
 half covered). "Kept" is the share of the things' patches that any token stands for; methods that merge keep all. In
 brackets 95% bootstrap intervals over scenes. Every method gives as many tokens at a level.
 k-means on patches is scikit-learn's on features of unit length, best of 4 restarts. The defaults of AdaTA: strides
-2, 2, 2; 6, 12, 24 clusters; 5, 10, 20 kept; λ_f 3; η (1, 1, 1); 2 rounds on cells, 3 on patches; columns of attention
-summed over 4 x 4 patches.
+{strides}, clusters {clusters}, kept {kept}; λ_f 3; η (1, 1, 1); 2 rounds on cells, 3 on patches; columns of
+attention summed over 4 x 4 patches.
 
 The scenes are composed: photographs or noise with stamps pasted on them. No weights of DINOv3 could be had, so its
 defaults are those of DINOv2.
@@ -210,9 +215,9 @@ def sums_by_scene(label_SN: Tensor, things_SN: Tensor, tokens: int) -> np.ndarra
 class Settings:
     """Of AdaTA: strides and clusters by level, sums of attention's columns, arguments that are not the defaults."""
 
-    strides: tuple[int, ...] = (2, 2, 2)
-    clusters: tuple[int, ...] = (6, 12, 24)
-    column_stride: int = 4
+    strides: tuple[int, ...] = STRIDES
+    clusters: tuple[int, ...] = CLUSTERS
+    column_stride: int = COLUMN_STRIDE
     arguments: tuple[tuple[str, object], ...] = ()
 
     def labels(self, seen: Seen, level: int, batch: int = 20) -> Tensor:
@@ -365,12 +370,10 @@ def term_table(half: dict[int, Seen]) -> str:
     for level, name in enumerate(LEVELS):
         terms = []
         for seen in half.values():
-            aggregate, clusters = AdaptiveTokenAggregation(), VARIATIONS["the defaults"].clusters[level]
-            profiles = sum_columns(seen.attention, seen.grid, 4)
-            folded = fold(seen.features)
-            stride = VARIATIONS["the defaults"].strides[level]
-            points, cells = (aggregate._points(folded, profiles, seen.grid, s) for s in (1, stride))
-            groups, centers = aggregate._cluster(cells, points, clusters)
+            aggregate, folded = AdaptiveTokenAggregation(), fold(seen.features)
+            profiles = sum_columns(seen.attention, seen.grid, COLUMN_STRIDE)
+            points, cells = (aggregate._points(folded, profiles, seen.grid, s) for s in (1, STRIDES[level]))
+            groups, centers = aggregate._cluster(cells, points, CLUSTERS[level])
             terms.append(torch.stack([x.flatten() for x in quality_terms(groups, points, centers, seen.grid)]))
         terms = torch.cat(terms, dim=1)
         quantiles = terms.quantile(torch.tensor([0.1, 0.5, 0.9]), dim=1).T
@@ -396,14 +399,51 @@ def measure(half: dict[int, Seen]) -> dict[int, dict[str, list[np.ndarray]]]:
     return sums
 
 
+def figure(tile: int = 232, gap: int = 6) -> Image.Image:
+    """Photographs, each beside its clusters at every level. No stamps, which are under the GPL."""
+    pictures = []
+    for name in ("chelsea.png", "coffee.png", "astronaut.png", "rocket.jpg"):
+        photograph = photographs()[PHOTOGRAPHS.index(name)]
+        size = min(photograph.shape[:2])
+        left = (photograph.shape[1] - size) // 2
+        pictures.append(Image.fromarray(photograph[:size, left : left + size]).resize((448, 448)))
+    features, attention = encode(pictures)
+    seen = Seen(features, attention, torch.zeros(features.shape[:2]))
+    labels = [VARIATIONS["the defaults"].labels(seen, level).unflatten(1, seen.grid) for level in range(len(LEVELS))]
+    sheet = Image.new("RGB", (4 * (tile + gap) - gap, len(pictures) * (tile + gap) - gap), "white")
+    for row, picture in enumerate(pictures):
+        columns = [picture, *(paint(picture, level[row].numpy(), kept) for level, kept in zip(labels, KEPT))]
+        for column, shown in enumerate(columns):
+            shown = shown.resize((tile, tile), Image.Resampling.LANCZOS)
+            sheet.paste(shown, (column * (tile + gap), row * (tile + gap)))
+    return sheet.quantize(256, dither=Image.Dither.NONE)
+
+
+def paint(picture: Image.Image, label_HW: np.ndarray, tokens: int) -> Image.Image:
+    """The picture in grey under the colours of its clusters, with white lines between them."""
+    hues = [Image.new("HSV", (1, 1), (int(255 * (0.618 * k % 1)), 190, 235)).convert("RGB") for k in range(tokens)]
+    palette_K3 = np.array([hue.getpixel((0, 0)) for hue in hues])
+    pixels_LL = label_HW.repeat(PATCH, 0).repeat(PATCH, 1)
+    grey_LL3 = np.asarray(picture.convert("L").convert("RGB"))
+    mixed_LL3 = (0.5 * grey_LL3 + 0.5 * palette_K3[pixels_LL]).astype(np.uint8)
+    for axis in (0, 1):
+        for shift in (1, -1):
+            mixed_LL3[pixels_LL != np.roll(pixels_LL, shift, axis)] = 255
+    return Image.fromarray(mixed_LL3)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tune", action="store_true", help="print the search on the tuning half too")
+    parser.add_argument("--figure", type=Path, help="write a figure of clusters here, and measure nothing")
     options = parser.parse_args()
     missing = [str(path.relative_to(ROOT)) for path in (STAMPS, ENCODER) if not path.exists()]
     if missing:
         sys.exit(f"{' and '.join(missing)} not found; `make parts` fetches them")
     torch.set_grad_enabled(False)
+    if options.figure:
+        figure().save(options.figure, optimize=True)
+        return
     held_out = {side: see("held-out", side) for side in SCENES}
     sums = measure(held_out)
     counts = {side: int(sums[side]["AdaTA"][0][:, THERE].sum()) for side in SCENES}
@@ -412,6 +452,9 @@ def main() -> None:
             arguments=" --tune" if options.tune else "",
             stamps=len(stamps("held-out")),
             tuning=len(stamps("tuning")),
+            strides=STRIDES,
+            clusters=CLUSTERS,
+            kept=KEPT,
             scenes=" and ".join(f"{SCENES[side]} scenes of {counts[side]} things at {side} px" for side in SCENES),
         ),
         "## Held-out things\n",

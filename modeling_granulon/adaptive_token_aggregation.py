@@ -61,11 +61,12 @@ def fold(features_IND: Tensor) -> Tensor:
 
     Inner products stay about what they were, and each round of k-means costs a fraction.
     """
-    blocks = -(-features_IND.shape[-1] // FOLDED_WIDTH)
-    if blocks == 1:
+    width = features_IND.shape[-1]
+    if width <= FOLDED_WIDTH:
         return features_IND
-    padded_IND = F.pad(features_IND, (0, blocks * FOLDED_WIDTH - features_IND.shape[-1]))
-    blocks_INBS = padded_IND.unflatten(-1, (blocks, FOLDED_WIDTH))  # (I,N,D) -> (I,N,blocks,FOLDED_WIDTH)
+    if width % FOLDED_WIDTH:
+        features_IND = F.pad(features_IND, (0, -width % FOLDED_WIDTH))
+    blocks_INBS = features_IND.unflatten(-1, (-1, FOLDED_WIDTH))  # (I,N,D) -> (I,N,blocks,FOLDED_WIDTH)
     return blocks_INBS[..., ::2, :].sum(-2) - blocks_INBS[..., 1::2, :].sum(-2)
 
 
@@ -142,10 +143,11 @@ class AdaptiveTokenAggregation(nn.Module):
     def _cluster(self, cells_IMP: Tensor, points_INP: Tensor, clusters: int) -> tuple["Groups", Tensor]:
         """Eq. 5: k-means, first on the cells, then on the patches. Returns the clusters and their means (I,K,P)."""
         centers_IKP = seed_centers(cells_IMP, clusters)
-        groups = None
         for points_IXP in [cells_IMP] * self.iterations + [points_INP] * self.refinement_iterations:
             groups = Groups.of(first_of_best(gains(points_IXP, centers_IKP)), clusters)
             centers_IKP = torch.where(groups.count_IK[..., None] > 0, groups.means(points_IXP), centers_IKP)
+        if self.refinement_iterations == 0:
+            groups = Groups.of(first_of_best(gains(points_INP, centers_IKP)), clusters)
         return groups, centers_IKP
 
     def _score(self, groups: "Groups", points_INP: Tensor, centers_IKP: Tensor, grid: tuple[int, int]) -> Tensor:
@@ -166,7 +168,8 @@ def quality_terms(
     """
     patches, clusters = points_INP.shape[1], centers_IKP.shape[1]
     size_IK = (groups.count_IK * (clusters / patches)).clamp(max=1)
-    within_IK = (points_INP[:, :1].square().sum(-1) - centers_IKP.square().sum(-1)).clamp_min(0)
+    square_I1 = points_INP.square().sum(-1).mean(1, keepdim=True)
+    within_IK = (square_I1 - centers_IKP.square().sum(-1)).clamp_min(0)
     between_IK = (centers_IKP - points_INP.mean(1, keepdim=True)).square().sum(-1)
     coherence_IK = between_IK / (between_IK + within_IK).clamp_min(1e-6) * (groups.count_IK > 0)
     row_IK, column_IK, row_variance_IK, column_variance_IK = places(groups, grid)

@@ -309,6 +309,17 @@ def test_equal_scores_keep_the_order_of_the_clusters():
     assert torch.equal(result.assignment[0], label)
 
 
+@pytest.mark.parametrize("rounds", [(0, 0), (2, 0), (0, 2), (1, 1)])
+@pytest.mark.parametrize("alpha", [1, 3])
+def test_scores_and_geometry_are_of_patches_whatever_the_rounds(alpha, rounds):
+    features, attention = draw()
+    aggregate = AdaptiveTokenAggregation(3.0, *rounds, score_weights=(1.0, 0.0, 0.0))
+    result = aggregate(features, attention, alpha, 8, (12, 16), 8)
+    size = (one_hot(result.assignment, 8).sum(-1) / 192 * 8).clamp(max=1)
+    assert (result.scores - size).abs().mean() < 0.2  # the last assignment may move a few patches
+    torch.testing.assert_close(result.geometry[..., 4].exp().sum(-1), torch.ones(3))
+
+
 def test_a_weight_on_size_alone_keeps_the_largest():
     features, attention = draw()
     aggregate = AdaptiveTokenAggregation(refinement_iterations=40, score_weights=(1.0, 0.0, 0.0))
