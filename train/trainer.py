@@ -164,7 +164,7 @@ class GranulonTrainer(SFTTrainer):
         return parts
 
     def _controller_losses(self, views: "AnswerViews", inputs: dict, level_B, nll_BS, logits_BS) -> dict[str, tuple]:
-        """Eq. 11: cross-entropy with the levels' posterior given the answer, with known levels, of replayed questions.
+        """Eq. 11: the answer's likelihood over all levels, and the cross-entropy of known and of replayed levels.
 
         Each part is a sum, the number of rows that divides it (of the whole step) and that of this batch.
         """
@@ -176,9 +176,8 @@ class GranulonTrainer(SFTTrainer):
             asked, labelled = own if self.rows_of_step is None or not self.model.training else self.rows_of_step
             asked_B = self._asked_rows(inputs)
             cost_BS = nll_BS.detach() + self.args.token_cost * self._token_shares(views.levels, nll_BS.device)
-            # The posterior over levels given the answer. The expected cost has the same minimum, but its gradient
-            # vanishes once the controller is sure, and early differences are chance.
-            loss_B = F.cross_entropy(logits_BS, (-cost_BS).softmax(-1), reduction="none")
+            # Its gradient is p minus the posterior of the levels: none where all levels answer alike.
+            loss_B = -(logits_BS.log_softmax(-1) - cost_BS).logsumexp(-1)
             parts["controller"] = (loss_B * asked_B).sum(), asked, own[0]
             if level_B is not None:
                 level_B = level_B.masked_fill(~asked_B, -100)
