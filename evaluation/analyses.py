@@ -19,9 +19,9 @@ from transformers import HfArgumentParser
 from transformers.utils import logging
 
 from granulon.hub.ask import level_of, load_model
-from granulon.train.controller import SEED_CORPUS
-from granulon.train.corpus import read_corpus
-from granulon.train.seed_corpus import seed_corpus
+from granulon.train.controller.corpus import read_corpus
+from granulon.train.controller.fit import SEED_CORPUS
+from granulon.train.controller.templates import seed_corpus
 
 from .alignment import alignment, alignment_markdown, draw_alignment
 from .analyses_cells import (

@@ -12,9 +12,9 @@ from PIL import Image, ImageDraw, ImageFont
 
 from granulon.hub.ask import question_inputs
 from granulon.hub.overlay import overlay_clusters
-from granulon.train.controller import Labelled, bootstrap_group, controller_logits, question_states
-from granulon.train.corpus import TEST, check_rows
-from granulon.train.level_scores import BINS, mean_interval, scores
+from granulon.train.controller.corpus import TEST, check_rows
+from granulon.train.controller.fit import Labelled, bootstrap_group, controller_logits, question_states
+from granulon.train.controller.level_scores import BINS, mean_interval, scores
 
 from .analyses_files import COLOURS, FAINT, INK, opened, ranged, table
 
@@ -140,13 +140,13 @@ def calibration(model, processor, rows: list[dict], seed: int = 0) -> dict:
     How far the controller's confidence is its accuracy, on the test splits of a granularity corpus.
 
     Args:
-        rows: of the corpus, see granulon.train.corpus.
+        rows: of the corpus, see granulon.train.controller.corpus.
         seed: of the bootstrap.
 
     Returns:
-        dict: `levels` and `splits`; each split has its rows, the scores of granulon.train.level_scores (accuracy,
-        macro-F1 and ECE with intervals, confusion), mean `confidence`, and `bins`, those of the ECE that hold rows:
-        `low`, `high`, `rows`, `confidence` and `accuracy` (value, low, high).
+        dict: `levels` and `splits`; each split has its rows, the scores of granulon.train.controller.level_scores
+        (accuracy, macro-F1 and ECE with intervals, confusion), mean `confidence`, and `bins`, those of the ECE that
+        hold rows: `low`, `high`, `rows`, `confidence` and `accuracy` (value, low, high).
 
     Raises:
         ValueError: the model has no controller, the corpus no labels or no test split of two rows.
@@ -177,7 +177,7 @@ def calibration(model, processor, rows: list[dict], seed: int = 0) -> dict:
 
 
 def reliability(probs_BG: np.ndarray, level_B: np.ndarray, groups: list[str], seed: int = 0) -> dict:
-    """The scores of `granulon.train.level_scores`, and the bins that its ECE is made of."""
+    """The scores of `granulon.train.controller.level_scores`, and the bins that its ECE is made of."""
     confidence_B, right_B = probs_BG.max(1), (probs_BG.argmax(1) == level_B).astype(float)
     bin_B = np.minimum((confidence_B * BINS).astype(int), BINS - 1)
     bins = []

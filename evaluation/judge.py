@@ -24,7 +24,7 @@ from pathlib import Path
 
 from transformers import HfArgumentParser
 
-from granulon.train.journal import Endpoint, Journal, Prices, Request, StopRun, ask_with_bar, call_key
+from granulon.train.controller.journal import Endpoint, Journal, Prices, Request, StopRun, ask_with_bar, call_key
 
 from .cells import fullest_cells, read_results, read_samples, write_whole
 from .disagreements import write_report

@@ -10,8 +10,8 @@ import numpy as np
 import torch
 
 from granulon.train import world
-from granulon.train.controller import controller_logits, question_states, train_controller
-from granulon.train.corpus import MEASURED, TEMPLATE, TRAIN, VALIDATION, corpus_row
+from granulon.train.controller.corpus import MEASURED, TEMPLATE, TRAIN, VALIDATION, corpus_row
+from granulon.train.controller.fit import controller_logits, question_states, train_controller
 
 from .study_arms import Arm, ImageTokens, Questions, ask, make_processor
 

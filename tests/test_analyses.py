@@ -46,7 +46,7 @@ from granulon.evaluation.analyses_speed import (
     ways_of,
 )
 from granulon.hub.tiny import assemble_tiny
-from granulon.train.level_scores import scores
+from granulon.train.controller.level_scores import scores
 
 QUESTIONS = ("Red?", "What is in the far left corner of it?", "How many of these are there?", "Is it day?")
 

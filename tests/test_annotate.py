@@ -19,13 +19,13 @@ from huggingface_hub import DatasetCard
 from pydantic import ValidationError
 from sklearn.metrics import cohen_kappa_score
 
-from granulon.train import annotate as module
-from granulon.train import corpus_card
-from granulon.train.annotate import AnnotateArguments, agreement, label_schema, main
-from granulon.train.corpus import check_rows, read_corpus
+from granulon.train.controller import annotate as module
+from granulon.train.controller import corpus_card
+from granulon.train.controller.annotate import AnnotateArguments, agreement, label_schema, main
+from granulon.train.controller.corpus import check_rows, read_corpus
+from granulon.train.controller.journal import Journal
+from granulon.train.controller.questions import image_key, read_questions
 from granulon.train.data import DataSource
-from granulon.train.journal import Journal
-from granulon.train.questions import image_key, read_questions
 
 LEVELS = ["coarse", "medium", "fine"]
 PRICES = {"--input_price": 1.0, "--output_price": 4.0}
@@ -217,7 +217,8 @@ def test_interrupted_it_says_how_to_go_on_and_a_rerun_repeats_no_journalled_call
 def test_killed_at_random_moments_a_rerun_repeats_no_journalled_call(server, tmp_path, kills):
     server.fault_share, server.faults = 0.2, ("429", "500", "half", "schema")
     write_rows(tmp_path / "questions.jsonl", make_rows(300))
-    line = [sys.executable, "-m", "granulon.train.annotate", "--data", tmp_path / "questions.jsonl", "--output"]
+    line = [sys.executable, "-m", "granulon.train.controller.annotate"]
+    line += ["--data", tmp_path / "questions.jsonl", "--output"]
     line += [
         tmp_path / "corpus",
         "--model",

@@ -10,7 +10,8 @@ from PIL import Image
 from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText
 
-from granulon.train.controller import (
+from granulon.train.controller.corpus import write_corpus
+from granulon.train.controller.fit import (
     PICTURE,
     PREFIX,
     REPORT,
@@ -22,8 +23,7 @@ from granulon.train.controller import (
     tables,
     train_controller,
 )
-from granulon.train.corpus import write_corpus
-from granulon.train.measured import measure_rows
+from granulon.train.controller.measure import measure_rows
 
 WORDS = {"coarse": ("whole scene", "place", "weather"), "fine": ("tiny mark", "small text", "last digit")}
 SETTINGS = {"epochs": 60, "lr": 1e-2}

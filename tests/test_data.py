@@ -559,12 +559,12 @@ def test_a_repaired_image_comes_back_and_a_lost_one_is_named(load, pictures, qua
 
 
 def test_checks_are_cached_until_what_they_depend_on_changes(load, pictures, monkeypatch):
-    from granulon.train import data
+    from granulon.train.data import rows as module
 
     path = lines(pictures / "rows.jsonl", [llava("<image>A?", "a")])
     opened = []
-    original = data.open_image
-    monkeypatch.setattr(data, "open_image", lambda image: opened.append(image) or original(image))
+    original = module.open_image
+    monkeypatch.setattr(module, "open_image", lambda image: opened.append(image) or original(image))
     counts = []
     for kwargs in ({}, {}, {"max_length": 300}, {"max_length": 300}, {"levels": NAMES}):
         processor = make_processor()
@@ -575,12 +575,12 @@ def test_checks_are_cached_until_what_they_depend_on_changes(load, pictures, mon
 
 
 def test_pictures_are_opened_at_access_and_not_kept(load, pictures, monkeypatch):
-    from granulon.train import data
+    from granulon.train.data import rows as module
 
     rows = load(lines(pictures / "rows.jsonl", [llava("<image>A?", "a", image=f"{index}.png") for index in range(3)]))
     opened = []
-    original = data.open_image
-    monkeypatch.setattr(data, "open_image", lambda image: opened.append(image) or original(image))
+    original = module.open_image
+    monkeypatch.setattr(module, "open_image", lambda image: opened.append(image) or original(image))
     assert rows[1]["images"][0].size == (40, 30) and len(opened) == 1
     assert rows[1]["images"][0].size == (40, 30) and len(opened) == 2
     assert len(rows[:2]["images"]) == 2

@@ -11,7 +11,7 @@ from PIL import Image
 
 from granulon.hub.assemble import MANIFEST
 from granulon.train import demo
-from granulon.train.scenes import LEVELS, make_questions, make_scene
+from granulon.train.data.scenes import LEVELS, make_questions, make_scene
 
 needs_masks = pytest.mark.skipif(
     Version(transformers.__version__) < Version("5.18"),

@@ -24,7 +24,7 @@ from granulon.evaluation.cells import Matrix, Row, read_results
 from granulon.evaluation.judge import PROMPT, main
 from granulon.evaluation.judge_form import Verdict, cut_words, no_answer, segments, statistics_of
 from granulon.evaluation.metrics import JUDGED
-from granulon.train.journal import Prices
+from granulon.train.controller.journal import Prices
 
 TASK = "granulon_cc12m"
 FLAGS = {"model": "m", "input_price": 1.0, "output_price": 4.0, "max_cost": 5.0, "first_wait": 0.0}

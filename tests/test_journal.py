@@ -10,9 +10,9 @@ import openai
 import pytest
 from fault_server import FAULTS, INPUT_TOKENS, FaultServer
 
-from granulon.train import journal as module
-from granulon.train.annotate import label_schema
-from granulon.train.journal import (
+from granulon.train.controller import journal as module
+from granulon.train.controller.annotate import label_schema
+from granulon.train.controller.journal import (
     BudgetExceeded,
     Endpoint,
     Journal,

@@ -5,7 +5,7 @@ import pytest
 from PIL import Image
 from sklearn.metrics import accuracy_score, confusion_matrix, f1_score
 
-from granulon.train.level_scores import draw_confusions, mean_interval, scores
+from granulon.train.controller.level_scores import draw_confusions, mean_interval, scores
 
 
 def make_predictions(rows=200, levels=3, seed=0):

@@ -8,8 +8,8 @@ import torch
 from conftest import make_image, make_model, make_processor
 from test_encode import count_calls
 
-from granulon.train.corpus import check_rows
-from granulon.train.measured import answer_nll, compare_levels, measure_rows
+from granulon.train.controller.corpus import check_rows
+from granulon.train.controller.measure import answer_nll, compare_levels, measure_rows
 from granulon.train.trainer import GranulonCollator
 
 ANSWERS = ["a dog", "two large cats on a sofa", "no", "blue, and then some more words", "x"]
@@ -130,7 +130,7 @@ def test_rows_of_one_image_share_a_split_and_differ_in_id():
 
 def test_rows_without_images_are_left_out_and_counted(caplog):
     model, processor = make_model(), make_processor()
-    with caplog.at_level(logging.WARNING, logger="granulon.train.measured"):
+    with caplog.at_level(logging.WARNING, logger="granulon.train.controller.measure"):
         measured = list(measure_rows(model, processor, make_rows((1, 0, 1, 0, 1)), batch_size=2))
     assert len(measured) == 3
     assert "2 of 5 rows have no image" in caplog.text

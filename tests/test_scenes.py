@@ -6,7 +6,7 @@ from math import isclose
 import numpy as np
 import pytest
 
-from granulon.train.scenes import ANSWERS, COLOURS, INKS, KIND_LEVEL, LEVELS, SIZE, make_questions, make_scene
+from granulon.train.data.scenes import ANSWERS, COLOURS, INKS, KIND_LEVEL, LEVELS, SIZE, make_questions, make_scene
 
 SCENES = [make_scene(seed) for seed in range(600)]
 

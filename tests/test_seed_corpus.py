@@ -5,8 +5,16 @@ from collections import Counter
 
 import pytest
 
-from granulon.train.corpus import TRAIN, VALIDATION, check_rows, corpus_row, read_corpus, split_of, write_corpus
-from granulon.train.seed_corpus import KINDS, LEVELS, SLOTS, TEST_SPLITS, seed_corpus
+from granulon.train.controller.corpus import (
+    TRAIN,
+    VALIDATION,
+    check_rows,
+    corpus_row,
+    read_corpus,
+    split_of,
+    write_corpus,
+)
+from granulon.train.controller.templates import KINDS, LEVELS, SLOTS, TEST_SPLITS, seed_corpus
 
 ROWS = seed_corpus()
 COLUMNS = {

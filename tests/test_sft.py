@@ -15,7 +15,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, TrainerCall
 
 from granulon.train import sft
 from granulon.train.checkpoints import newest_complete
-from granulon.train.data import DataSource, drawn_rows
+from granulon.train.data.sources import DataSource, drawn_rows
 from granulon.train.memory import ENGINES, Sizes, sizes_of
 from granulon.train.stages import STAGES, load_model, parameter_counts, set_trainable
 

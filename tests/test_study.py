@@ -36,7 +36,7 @@ from granulon.evaluation.study_report import (
 )
 from granulon.evaluation.study_tokens import SEMANTIC, SOURCES, ColourClusters, cells_of, make_aggregation
 from granulon.train import world
-from granulon.train.controller import train_controller
+from granulon.train.controller.fit import train_controller
 from modeling_granulon.adaptive_token_aggregation import AdaptiveTokenAggregation
 
 KINDS = tuple(world.ANSWERS)

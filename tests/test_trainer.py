@@ -10,7 +10,7 @@ from datasets import Dataset
 from peft import LoraConfig
 
 from granulon.train.arguments import GranulonSFTConfig
-from granulon.train.replay import QuestionReplay
+from granulon.train.controller.replay import QuestionReplay
 from granulon.train.trainer import GranulonTrainer
 
 ANSWERS = ["a dog", "two large cats on a sofa", "no", "blue, and then some more words", "x", "yes", "seven", "a car"]

@@ -30,16 +30,16 @@ from transformers import HfArgumentParser
 
 from granulon.hub.assemble import complete_or_absent
 from granulon.hub.licences import public_name
+from granulon.train.checkpoints import tell_training
+from granulon.train.stages import load_model, load_processor
 from modeling_granulon import GranulonForConditionalGeneration, GranulonProcessor
 from modeling_granulon.granularity_controller import GranularityController
 from modeling_granulon.granularity_controller import question_states as read_questions
 
-from .checkpoints import tell_training
 from .corpus import ANNOTATED, TEST, TRAIN, VALIDATION, check_rows, read_corpus
 from .level_scores import draw_confusions, scores
-from .measured import compare_levels
-from .seed_corpus import seed_corpus
-from .stages import load_model, load_processor
+from .measure import compare_levels
+from .templates import seed_corpus
 
 SEED_CORPUS = "seed"
 REPORT, PICTURE = "controller_report.json", "controller_confusion.png"

@@ -20,13 +20,13 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from granulon.train.trainer import GranulonCollator, answer_tokens
 from modeling_granulon import GranulonForConditionalGeneration, GranulonProcessor
 from modeling_granulon.image_tokens import FULL, SEMANTIC
 from modeling_granulon.visual_output import GranulonVisualOutput
 
 from .corpus import MEASURED, corpus_row, split_of
 from .level_scores import mean_interval
-from .trainer import GranulonCollator, answer_tokens
 
 COLUMNS = ("prompt", "completion", "images")
 MEASURED_VIEWS = SEMANTIC, FULL
@@ -48,8 +48,8 @@ def measure_rows(
     Corpus rows with soft labels, measured as the answers' likelihood under each level of the model.
 
     Args:
-        rows: training rows (`prompt`, `completion`, `images`, as data.py yields them) whose latest user turn is the
-            question. Rows without images are left out: no level changes their answer.
+        rows: training rows (`prompt`, `completion`, `images`, as `load_rows` yields them) whose latest user turn is
+            the question. Rows without images are left out: no level changes their answer.
         batch_size: rows at a time.
         temperature: τ, above 0; the larger, the softer the labels.
         cost_per_token: in nats of the answer's likelihood, for every image token that a level shows.
@@ -244,6 +244,8 @@ def _pixels(image) -> bytes:
 def _check_columns(number: int, row: dict):
     missing = [name for name in COLUMNS if row.get(name) is None]
     if missing:
-        raise ValueError(f"row {number} to be measured has no {missing}, only {sorted(row)}; see data.py for the form")
+        raise ValueError(
+            f"row {number} to be measured has no {missing}, only {sorted(row)}; see data/rows.py for the form"
+        )
     if not row["completion"] or not _text(row["completion"][-1]).strip():
         raise ValueError(f"row {number} to be measured has no answer; its likelihood says nothing")

@@ -11,7 +11,7 @@ import torch
 from modeling_granulon import GranulonProcessor
 
 from .corpus import ANNOTATED, TRAIN, check_rows, read_corpus
-from .seed_corpus import seed_corpus
+from .templates import seed_corpus
 
 SEED_CORPUS = "seed"  # the name of the corpus that ships with the package
 

@@ -1,6 +1,6 @@
 """A granularity corpus made from templates, so that a controller can be trained without a network or an annotator.
 
-Each kind of question in seed_corpus.yaml is written for one level: coarse asks for the gist of the whole, medium for
+Each kind of question in templates.yaml is written for one level: coarse asks for the gist of the whole, medium for
 things and how they relate, fine for small details, text and counts of small parts. Nobody measured that; the rows say
 source "template". A controller that learns from templates learns their words first of all, so three things are held
 out:

@@ -7,7 +7,7 @@ Annotated: every distinct question goes once to an OpenAI-compatible endpoint (`
 share of them twice, to see how far the annotator agrees with itself. Every call is in the journal (`run/calls.jsonl`)
 before it is sent: a rerun after any crash repeats none, and the cap on the cost (`--max_cost`) holds over all runs.
 
-Measured: a checkpoint answers the rows at every level, and the answers' likelihood is the label; see measured.py.
+Measured: a checkpoint answers the rows at every level, and the answers' likelihood is the label; see measure.py.
 
 Both leave a folder that `granulon-train-controller --corpus` and `datasets.load_dataset` read: a file per split and
 the card; what could not be labelled is in `run/quarantine.jsonl`. Rows of one image are in one split.
@@ -26,13 +26,14 @@ from pydantic import BaseModel, ConfigDict, Field, create_model, field_validator
 from tqdm import tqdm
 from transformers import HfArgumentParser
 
+from granulon.train.data import DataSource, load_rows
+from granulon.train.stages import load_model, load_processor
+
 from .corpus import ANNOTATED, corpus_row, draw_of, read_corpus, split_of, write_corpus
 from .corpus_card import upload_folder, write_folder
-from .data import DataSource, load_rows
 from .journal import Endpoint, Journal, Prices, Request, StopRun, ask_with_bar, call_key
-from .measured import measure_rows
+from .measure import measure_rows
 from .questions import Asked, read_questions
-from .stages import load_model, load_processor
 
 PROMPT = Path(__file__).with_name("labelling_prompt.md")
 RUN = "run"  # folder of what belongs to the run and not to the corpus

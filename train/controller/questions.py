@@ -6,9 +6,9 @@ from dataclasses import dataclass
 
 from datasets import Dataset
 
-from .conversations import BadRow, parsed
-from .data import DataSource, load_source, open_source
-from .quarantine import FEWEST_ROWS
+from granulon.train.data.formats import BadRow, parsed
+from granulon.train.data.quarantine import FEWEST_ROWS
+from granulon.train.data.sources import DataSource, load_source, open_source
 
 
 @dataclass
