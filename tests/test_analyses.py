@@ -10,10 +10,20 @@ from conftest import make_image, make_model, make_processor
 from PIL import Image, ImageColor
 from test_encode import count_calls
 
-from granulon.evaluation import alignment as aligning
-from granulon.evaluation.alignment import alignment, alignment_markdown, compared, draw_alignment, mean_states
-from granulon.evaluation.analyses import main
-from granulon.evaluation.analyses_cells import (
+from granulon.evaluation.analyses import alignment as aligning
+from granulon.evaluation.analyses.alignment import alignment, alignment_markdown, compared, draw_alignment, mean_states
+from granulon.evaluation.analyses.files import one_image_each, read_questions, write_analysis
+from granulon.evaluation.analyses.levels import (
+    CHOSEN,
+    calibration,
+    calibration_markdown,
+    cluster_rows,
+    clusters_markdown,
+    draw_calibration,
+    draw_clusters_sheet,
+    reliability,
+)
+from granulon.evaluation.analyses.results import (
     accuracy_against_tokens,
     chosen_levels,
     draw_levels,
@@ -24,18 +34,8 @@ from granulon.evaluation.analyses_cells import (
     question_types,
     tokens_markdown,
 )
-from granulon.evaluation.analyses_files import one_image_each, read_questions, write_analysis
-from granulon.evaluation.analyses_levels import (
-    CHOSEN,
-    calibration,
-    calibration_markdown,
-    cluster_rows,
-    clusters_markdown,
-    draw_calibration,
-    draw_clusters_sheet,
-    reliability,
-)
-from granulon.evaluation.analyses_speed import (
+from granulon.evaluation.analyses.run import main
+from granulon.evaluation.analyses.speed import (
     Way,
     _begin_peak,
     _peak,

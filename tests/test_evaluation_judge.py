@@ -21,8 +21,8 @@ from pydantic import ValidationError
 from test_evaluation_tables import SETTINGS, make_cell, write
 
 from granulon.evaluation.cells import Matrix, Row, read_results
-from granulon.evaluation.judge import PROMPT, main
-from granulon.evaluation.judge_form import Verdict, cut_words, no_answer, segments, statistics_of
+from granulon.evaluation.judge.form import Verdict, cut_words, no_answer, segments, statistics_of
+from granulon.evaluation.judge.run import PROMPT, main
 from granulon.evaluation.metrics import JUDGED
 from granulon.train.controller.journal import Prices
 
@@ -269,7 +269,7 @@ def test_killed_at_random_moments_a_rerun_repeats_no_paid_call(server, tmp_path,
     server.fault_share, server.faults = 0.2, ("429", "500", "half", "schema")
     cells = tmp_path / "results"
     make_cell(cells, Row("many", "a"), TASK, make_answers(200))
-    command = [sys.executable, "-m", "granulon.evaluation.judge", *line(cells, server, concurrency=4)]
+    command = [sys.executable, "-m", "granulon.evaluation.judge.run", *line(cells, server, concurrency=4)]
     draws = random.Random(kills)
     for _ in range(kills):
         sent = sum(server.asked.values())

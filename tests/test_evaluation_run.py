@@ -440,7 +440,7 @@ def test_the_entry_point_of_lmms_eval_names_the_adapter():
 def test_the_package_imports_without_lmms_eval():
     code = (
         "import sys; sys.modules['lmms_eval'] = None; import granulon.evaluation.run as run, "
-        "granulon.evaluation.judge, granulon.evaluation.tables, granulon.evaluation.metrics; "
+        "granulon.evaluation.judge.run, granulon.evaluation.tables, granulon.evaluation.metrics; "
         "run.main(['--model', 'x', '--tasks', 'y', '--output', 'z'])"
     )
     done = subprocess.run([sys.executable, "-c", code], env=ENVIRONMENT, capture_output=True, text=True)

@@ -24,17 +24,8 @@ from granulon.train.controller.fit import SEED_CORPUS
 from granulon.train.controller.templates import seed_corpus
 
 from .alignment import alignment, alignment_markdown, draw_alignment
-from .analyses_cells import (
-    accuracy_against_tokens,
-    chosen_levels,
-    draw_levels,
-    draw_tokens,
-    finished_cells,
-    levels_markdown,
-    tokens_markdown,
-)
-from .analyses_files import asked_of, one_image_each, read_questions, save, write_analysis
-from .analyses_levels import (
+from .files import asked_of, one_image_each, read_questions, save, write_analysis
+from .levels import (
     calibration,
     calibration_markdown,
     cluster_rows,
@@ -43,7 +34,16 @@ from .analyses_levels import (
     draw_calibration,
     draw_clusters_sheet,
 )
-from .analyses_speed import draw_speed, measure_speed, speed_markdown
+from .results import (
+    accuracy_against_tokens,
+    chosen_levels,
+    draw_levels,
+    draw_tokens,
+    finished_cells,
+    levels_markdown,
+    tokens_markdown,
+)
+from .speed import draw_speed, measure_speed, speed_markdown
 
 MODEL = {"help": "a Granulon: a folder, or a Hub id"}
 ROWS = {

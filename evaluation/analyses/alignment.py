@@ -30,11 +30,11 @@ import torch
 from matplotlib.figure import Figure
 from tqdm import tqdm
 
+from granulon.evaluation.bootstrap import percentiles, resampled
 from granulon.hub.ask import prompt_of
 from modeling_granulon.image_tokens import PIXEL_ROLE, SEMANTIC_ROLE, hide_slots, slot_roles
 
-from .analyses_files import FAINT, opened, ranged, table
-from .bootstrap import percentiles, resampled
+from .files import FAINT, opened, ranged, table
 
 GROUPS = PIXEL, SEMANTIC, QUESTION, ANSWER = "pixel", "semantic", "question", "answer"
 PROJECTOR = "projector"

@@ -5,10 +5,9 @@ import hashlib
 import io
 from pathlib import Path
 
+from granulon.evaluation.engine import make_task, task_config
+from granulon.evaluation.sample_rows import write_rows
 from modeling_granulon import load_rgb
-
-from .engine import make_task, task_config
-from .sample_rows import write_rows
 
 
 class Images:

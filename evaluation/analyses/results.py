@@ -14,11 +14,11 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullLocator, ScalarFormatter
 
+from granulon.evaluation.bootstrap import percentiles, resampled
+from granulon.evaluation.cells import fullest_cells, read_results, read_samples
 from modeling_granulon.configuration_granulon import DEFAULT_GRANULARITIES
 
-from .analyses_files import COLOURS, FAINT, INK, LEVEL_COLOURS, MARKS, ranged, table
-from .bootstrap import percentiles, resampled
-from .cells import fullest_cells, read_results, read_samples
+from .files import COLOURS, FAINT, INK, LEVEL_COLOURS, MARKS, ranged, table
 
 KNOWN_LEVELS = [entry["name"] for entry in DEFAULT_GRANULARITIES]
 # Columns that say what kind of question it is, the most telling first.

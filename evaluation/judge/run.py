@@ -24,14 +24,14 @@ from pathlib import Path
 
 from transformers import HfArgumentParser
 
+from granulon.evaluation.cells import fullest_cells, read_results, read_samples, write_whole
+from granulon.evaluation.scoring import figures
 from granulon.train.controller.journal import Endpoint, Journal, Prices, Request, StopRun, ask_with_bar, call_key
 
-from .cells import fullest_cells, read_results, read_samples, write_whole
 from .disagreements import write_report
-from .judge_form import Verdict, cut_words, no_answer, segments, statistics_of
-from .scoring import figures
+from .form import Verdict, cut_words, no_answer, segments, statistics_of
 
-PROMPT = Path(__file__).with_name("judge_prompt.md")
+PROMPT = Path(__file__).with_name("prompt.md")
 FOLDER, JOURNAL, QUARANTINE = "judge", "calls.jsonl", "quarantine.jsonl"
 TASKS = ("granulon_cc12m", "granulon_imagenet21k_recap", "granulon_flux_reason")  # what the paper has judged
 SIGHTS = ("image", "reference", "both")

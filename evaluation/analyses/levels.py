@@ -16,7 +16,7 @@ from granulon.train.controller.corpus import TEST, check_rows
 from granulon.train.controller.fit import Labelled, bootstrap_group, controller_logits, question_states
 from granulon.train.controller.level_scores import BINS, mean_interval, scores
 
-from .analyses_files import COLOURS, FAINT, INK, opened, ranged, table
+from .files import COLOURS, FAINT, INK, opened, ranged, table
 
 SIDE, GAP, LINE = 200, 14, 19  # pixels: of a shown image's longer side, between panels, of a line of text
 CHOSEN = "#0072B2"

@@ -31,7 +31,7 @@ from transformers.utils import logging
 
 from granulon.hub.ask import load_model, question_inputs
 
-from .analyses_files import COLOURS, FAINT, opened, table
+from .files import COLOURS, FAINT, opened, table
 
 FULL = "full"
 VIEWS = (FULL, "pixel", "semantic", "auto")

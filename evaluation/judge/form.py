@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
-from .metrics import JUDGED, SEGMENTS
+from granulon.evaluation.metrics import JUDGED, SEGMENTS
 
 SCORES = dict(zip(("accuracy", "hallucination", "granularity"), JUDGED))  # in a reply, and as figures
 EMPTY = "the answer is empty; scored without a call"

@@ -8,10 +8,9 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
+from granulon.evaluation.cells import model_identity, used_versions, write_whole
 from granulon.hub.ask import open_image
 from granulon.hub.batch import read_rows
-
-from .cells import model_identity, used_versions, write_whole
 
 # Okabe and Ito's colours, told apart with any colour vision; and marks, told apart without any colour.
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#000000", "#F0E442")

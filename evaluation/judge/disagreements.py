@@ -7,10 +7,11 @@ from pathlib import Path
 import numpy as np
 from scipy.stats import spearmanr
 
-from .bootstrap import percentiles, resampled
-from .cells import read_samples, write_whole
-from .judge_form import SCORES
-from .metrics import METRICS
+from granulon.evaluation.bootstrap import percentiles, resampled
+from granulon.evaluation.cells import read_samples, write_whole
+from granulon.evaluation.metrics import METRICS
+
+from .form import SCORES
 
 SHOWN = 50  # samples; the table counts all
 LONGEST = 3000  # letters of a text that are shown
