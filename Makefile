@@ -56,7 +56,7 @@ test-browser: setup
 
 # Does it work? docs/study.md; within an hour on two cores, goes on where it was.
 study: setup
-	$(PY) -m granulon.evaluation.study
+	$(PY) -m studies.run
 
 conformance: setup
 	$(PY) tests/conformance/run.py

@@ -8,9 +8,11 @@ import numpy as np
 import pytest
 import torch
 
-from granulon.evaluation import study, study_jobs
-from granulon.evaluation.study import QUICK, comparison, preparation, run_jobs
-from granulon.evaluation.study_arms import (
+from granulon.train.controller.fit import train_controller
+from modeling_granulon.adaptive_token_aggregation import AdaptiveTokenAggregation
+from studies import run as study
+from studies import world
+from studies.arms import (
     ARMS,
     BUDGET_ARMS,
     BUDGETS,
@@ -24,20 +26,18 @@ from granulon.evaluation.study_arms import (
     make_processor,
     make_tokenizer,
 )
-from granulon.evaluation.study_encoders import as_pixels, decodable_kinds, encode, make_encoder
-from granulon.evaluation.study_jobs import Scale, digits, first_step, numbers, once, open_test_split
-from granulon.evaluation.study_levels import chosen_levels, label_rows, template_level
-from granulon.evaluation.study_report import (
+from studies.encoders import as_pixels, decodable_kinds, encode, make_encoder
+from studies.jobs import TEXT_FIRST, Scale, digits, first_step, numbers, once, open_test_split
+from studies.levels import chosen_levels, label_rows, template_level
+from studies.report import (
     Comparison,
     comparisons_section,
     mean_over_seeds,
     statistics,
     with_interval,
 )
-from granulon.evaluation.study_tokens import SEMANTIC, SOURCES, ColourClusters, cells_of, make_aggregation
-from granulon.train import world
-from granulon.train.controller.fit import train_controller
-from modeling_granulon.adaptive_token_aggregation import AdaptiveTokenAggregation
+from studies.run import QUICK, comparison, preparation, run_jobs
+from studies.tokens import SEMANTIC, SOURCES, ColourClusters, cells_of, make_aggregation
 
 KINDS = tuple(world.ANSWERS)
 GRID = (world.GRID, world.GRID)
@@ -331,4 +331,4 @@ def test_the_quick_study_runs_to_its_report_and_a_rerun_repeats_nothing(tmp_path
 def test_scales_say_how_much_of_everything():
     for scale in (study.SHORT, study.FULL):
         assert isinstance(scale, Scale) and scale.test_scenes >= 400 and scale.gate_margin > 0
-    assert study_jobs.TEXT_FIRST >= study.FULL.train_scenes  # no arm sees the scenes of the language model's texts
+    assert TEXT_FIRST >= study.FULL.train_scenes  # no arm sees the scenes of the language model's texts

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from granulon.evaluation.study_encoders import linear_probe
-from granulon.evaluation.study_tokens import ColourClusters, RandomClusters, separation
-from granulon.train.world import (
+from studies.encoders import linear_probe
+from studies.tokens import ColourClusters, RandomClusters, separation
+from studies.world import (
     ANSWERS,
     GRID,
     KIND_LEVEL,

@@ -19,14 +19,14 @@ from torch.nn import functional as F
 from transformers import PreTrainedTokenizerFast, Qwen2Config
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
-from granulon.train import world
 from modeling_granulon import GranulonConfig, GranulonForConditionalGeneration, GranulonProcessor
 from modeling_granulon.adaptive_token_aggregation import AggregationOutput, kept_tokens
 from modeling_granulon.image_tokens import FULL, PIXEL, SEMANTIC
 
-from .study_encoders import CONTRASTIVE, DEVICE, MASKED, Features
-from .study_tokens import COLOUR, GRID, LEARNED, RANDOM, make_aggregation
-from .study_tokens import SEMANTIC as CLUSTERS
+from . import world
+from .encoders import CONTRASTIVE, DEVICE, MASKED, Features
+from .tokens import COLOUR, GRID, LEARNED, RANDOM, make_aggregation
+from .tokens import SEMANTIC as CLUSTERS
 
 BUDGETS = (4, 8, 16, 32)
 K = 16  # where the number of tokens is not what is studied

@@ -18,10 +18,10 @@ import numpy as np
 import torch
 from transformers import DINOv3ViTModel
 
-from granulon.train import world
+from granulon.evaluation.cells import write_whole
 
-from .cells import write_whole
-from .study_arms import (
+from . import world
+from .arms import (
     ARMS,
     BASE,
     BUDGET_ARMS,
@@ -40,7 +40,7 @@ from .study_arms import (
     make_tokenizer,
     train_arm,
 )
-from .study_encoders import (
+from .encoders import (
     DEVICE,
     MASKED,
     Features,
@@ -53,9 +53,9 @@ from .study_encoders import (
     train_contrastive,
     train_masked,
 )
-from .study_levels import level_answers
-from .study_tokens import GRID, LEARNED, separation
-from .study_tokens import SEMANTIC as CLUSTERS
+from .levels import level_answers
+from .tokens import GRID, LEARNED, separation
+from .tokens import SEMANTIC as CLUSTERS
 
 SHARED_PARTS = ("model.language_model.", "lm_head.", "model.multi_modal_projector.linear_")
 # Pixels and pixels beside tokens as often as each number of tokens.

@@ -11,13 +11,14 @@ import torch
 from sklearn.metrics import adjusted_mutual_info_score
 from torch import Tensor, nn
 
-from granulon.train import world
 from modeling_granulon.adaptive_token_aggregation import (
     AdaptiveTokenAggregation,
     AggregationOutput,
     Groups,
     geometry,
 )
+
+from . import world
 
 SEMANTIC, GRID, RANDOM, COLOUR, LEARNED = SOURCES = "semantic", "grid", "random", "colour", "learned"
 

@@ -12,11 +12,11 @@ from pathlib import Path
 
 import numpy as np
 
-from granulon.train import world
+from granulon.evaluation.bootstrap import holm, interval, paired
+from granulon.evaluation.cells import used_versions, write_whole
 
-from .bootstrap import holm, interval, paired
-from .cells import used_versions, write_whole
-from .study_arms import (
+from . import world
+from .arms import (
     ARMS,
     BASE,
     BUDGET_ARMS,
@@ -30,9 +30,9 @@ from .study_arms import (
     Arm,
     K,
 )
-from .study_encoders import CONTRASTIVE, ENCODERS, MASKED, PROBED_BY
-from .study_jobs import arm_path, numbers
-from .study_levels import LABELS, template_level
+from .encoders import CONTRASTIVE, ENCODERS, MASKED, PROBED_BY
+from .jobs import arm_path, numbers
+from .levels import LABELS, template_level
 
 RESAMPLES = 20_000  # so that p may fall below what Holm's correction for some 40 comparisons asks
 
@@ -113,7 +113,7 @@ def write_report(folder: Path, seeds: tuple[int, ...], path: Path):
     parts = [
         "# What the study measured",
         "",
-        "Written by `python -m granulon.evaluation.study`; the protocol, and what follows from these figures, is in "
+        "Written by `python -m studies.run`; the protocol, and what follows from these figures, is in "
         "[study.md](study.md). In brackets stand 95 % bootstrap intervals over scenes and seeds. "
         f"{len(seeds)} seeds, {gate['scale']['test_scenes']} test scenes, {len(gate['kinds'])} questions about each; "
         f"{gate['scale']['recipe']['steps']} steps of {gate['scale']['recipe']['batch']} scenes for every arm.",

@@ -9,11 +9,11 @@ Shapes by suffix: S scenes, Q questions of a scene, G levels.
 import numpy as np
 import torch
 
-from granulon.train import world
 from granulon.train.controller.corpus import MEASURED, TEMPLATE, TRAIN, VALIDATION, corpus_row
 from granulon.train.controller.fit import controller_logits, question_states, train_controller
 
-from .study_arms import Arm, ImageTokens, Questions, ask, make_processor
+from . import world
+from .arms import Arm, ImageTokens, Questions, ask, make_processor
 
 LABELS = TEMPLATE, MEASURED
 EPOCHS = 20

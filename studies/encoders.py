@@ -17,8 +17,9 @@ from torch.nn import functional as F
 from tqdm import tqdm
 from transformers import DINOv3ViTConfig, DINOv3ViTModel
 
-from granulon.train import world
 from modeling_granulon.vision_features import vision_features
+
+from . import world
 
 MASKED, CONTRASTIVE = ENCODERS = "masked", "contrastive"
 MASKED_SHARE = 0.5

@@ -3,9 +3,9 @@
 The protocol is docs/study.md, the results are written to docs/study-results.md. Every job leaves one file under the
 output folder; what is there is not made again, so that an interrupted study goes on where it was.
 
-    python -m granulon.evaluation.study            the short form: two processes, within an hour on two cores
-    python -m granulon.evaluation.study --full     everything longer, for a GPU
-    python -m granulon.evaluation.study --choose   compare recipes on validation data; opens no test scene
+    python -m studies.run            the short form: two processes, within an hour on two cores
+    python -m studies.run --full     everything longer, for a GPU
+    python -m studies.run --choose   compare recipes on validation data; opens no test scene
 """
 
 import json
@@ -21,9 +21,9 @@ import numpy as np
 import torch
 from transformers import HfArgumentParser
 
-from .study_arms import ARMS, BASE, PIXELS, Recipe
-from .study_encoders import CONTRASTIVE, ENCODERS, MASKED
-from .study_jobs import (
+from .arms import ARMS, BASE, PIXELS, Recipe
+from .encoders import CONTRASTIVE, ENCODERS, MASKED
+from .jobs import (
     Scale,
     arm_job,
     arm_path,
@@ -35,7 +35,7 @@ from .study_jobs import (
     start_job,
     text_job,
 )
-from .study_report import write_report
+from .report import write_report
 
 SHORT = Scale(
     train_scenes=4000, validation_scenes=400, test_scenes=400, probe_scenes=2000, watch_scenes=60,
@@ -77,7 +77,7 @@ class StudyArguments:
 
 @dataclass(frozen=True)
 class Job:
-    """A call of one of study_jobs.py, once the jobs that it needs are done."""
+    """A call of one of jobs.py, once the jobs that it needs are done."""
 
     name: str
     call: Callable
