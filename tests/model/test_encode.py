@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from conftest import LEVELS, make_image, make_inputs, make_model, make_processor
+from conftest import LEVELS, count_calls, make_image, make_inputs, make_model, make_processor
 
 QUESTIONS = ["what is it?", "and how many small marks are there?", "A"]
 IMAGES = [[0], [1, 2], [3]]
@@ -17,18 +17,6 @@ def inputs(processor):
 
 def text_of(inputs):
     return {name: inputs[name] for name in ("input_ids", "attention_mask")}
-
-
-def count_calls(model):
-    """How often tower, controller, aggregation and projector run from now on."""
-    parts = {"vision_tower": 0, "granularity_controller": 0, "aggregation": 0}
-    for name in parts:
-
-        def count(module, args, output, name=name):
-            parts[name] += 1
-
-        getattr(model.model, name).register_forward_hook(count)
-    return parts
 
 
 @pytest.mark.parametrize("visual_view", [None, "pixel", "semantic", "auto"])

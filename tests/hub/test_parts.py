@@ -549,7 +549,7 @@ def test_a_part_that_fails_does_not_keep_the_others_away(index, debian, tmp_path
 
 # ----- the real ones
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 def real_part(name):

@@ -15,8 +15,8 @@ import numpy as np
 import pytest
 import spacy
 import yaml
-from test_encode import count_calls
-from test_evaluation_metrics import make_bert
+from conftest import count_calls
+from test_metrics import make_bert
 
 from granulon.evaluation import lmms_adapter
 from granulon.evaluation.cells import MATRICES, read_matrix, read_results, read_samples

@@ -18,7 +18,7 @@ import pytest
 from fault_server import INPUT_TOKENS, OUTPUT_TOKENS, FaultServer
 from PIL import Image
 from pydantic import ValidationError
-from test_evaluation_tables import SETTINGS, make_cell, write
+from test_tables import SETTINGS, make_cell, write
 
 from granulon.evaluation.cells import Matrix, Row, read_results
 from granulon.evaluation.judge.form import Verdict, cut_words, no_answer, segments, statistics_of

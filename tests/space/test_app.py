@@ -12,9 +12,9 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import yaml
+from conftest import count_calls
 from PIL import Image
 from space_load import bad_files, data_url, good_picture, peak_memory, png_bomb, running_space
-from test_encode import count_calls
 
 from granulon.hub import ask as command_line
 from granulon.hub.tiny import assemble_tiny
@@ -24,7 +24,7 @@ gradio = pytest.importorskip("gradio")
 from gradio_client import Client, handle_file  # noqa: E402
 from gradio_client.exceptions import AppError  # noqa: E402
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 SPACE = ROOT / "space"
 SETTINGS = ("full", 12, 0, 0)  # view, longest answer, temperature, seed
 

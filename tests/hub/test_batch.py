@@ -11,8 +11,8 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from conftest import count_calls
 from PIL import Image
-from test_encode import count_calls
 
 from granulon.hub import ask as ask_command
 from granulon.hub import batch

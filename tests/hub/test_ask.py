@@ -10,9 +10,9 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import numpy as np
 import pytest
 import torch
+from conftest import count_calls
 from PIL import Image
 from sources import text_source, vision_source
-from test_encode import count_calls
 
 from granulon.hub import ask as module
 from granulon.hub.ask import ask, load_model, open_image

@@ -15,7 +15,7 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from granulon.train.checkpoints import SEAL, is_complete, newest_complete, resume_point, seal
 
-SCRIPT = Path(__file__).with_name("training_run.py")
+SCRIPT = Path(__file__).parents[1] / "training_run.py"
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
 FOUR_STEPS = {"steps": 4}  # saves after 2 and 4; the second rotates the first away
 KILLED = -9

@@ -312,7 +312,7 @@ def test_a_huge_picture_in_a_small_file_is_refused_before_memory_is_taken(format
     (tmp_path / "huge").write_bytes(huge)
     (tmp_path / "small").write_bytes(encoded(Image.new("RGB", (64, 48), "red"), format))
     command = [sys.executable, "-W", "ignore", "-c", MEASURE, tmp_path / "small", tmp_path / "huge"]
-    root = Path(__file__).parents[1]
+    root = Path(__file__).parents[2]
     grown = subprocess.run(command, cwd=root, capture_output=True, text=True, check=True).stdout
     assert len(huge) < 200_000
     assert int(grown) < 20_000, f"{grown} kB for a file of {len(huge)} bytes"

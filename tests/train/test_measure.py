@@ -5,8 +5,7 @@ import math
 
 import pytest
 import torch
-from conftest import make_image, make_model, make_processor
-from test_encode import count_calls
+from conftest import count_calls, make_image, make_model, make_processor
 
 from granulon.train.controller.corpus import check_rows
 from granulon.train.controller.measure import answer_nll, compare_levels, measure_rows

@@ -6,9 +6,8 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import make_image, make_model, make_processor
+from conftest import count_calls, make_image, make_model, make_processor
 from PIL import Image, ImageColor
-from test_encode import count_calls
 
 from granulon.evaluation.analyses import alignment as aligning
 from granulon.evaluation.analyses.alignment import alignment, alignment_markdown, compared, draw_alignment, mean_states

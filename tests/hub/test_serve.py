@@ -8,8 +8,8 @@ import time
 from types import SimpleNamespace
 
 import pytest
+from conftest import count_calls
 from space_load import bad_files, data_url, good_picture
-from test_encode import count_calls
 
 from granulon.hub.ask import load_model
 from granulon.hub.tiny import assemble_tiny
