@@ -52,11 +52,11 @@ test-oldest: $(OLDEST_VENV)/stamp
 test-browser: setup
 	command -v chromium || command -v google-chrome || apt-get install --yes chromium
 	$(PY) -m pip install --constraint constraints.txt playwright
-	$(PY) -m pytest -m slow tests/test_space_browser.py
+	$(PY) -m pytest -m slow tests/space/test_browser.py
 
 # Does it work? docs/study.md; within an hour on two cores, goes on where it was.
 study: setup
-	$(PY) -m granulon.evaluation.study
+	$(PY) -m studies.run
 
 conformance: setup
 	$(PY) tests/conformance/run.py

@@ -19,7 +19,7 @@ What is counted:
   wrong, and counted in `yes_no_unclear`. `yes_no_always_yes` is what a model scores that says yes to everything.
 - `chair_*`: hallucinated objects among the mentioned ones, captions with at least one, and share of the true objects
   that are mentioned.
-- `gptscore`, `gpt_hallucination`, `gpt_granularity`: a judge's scores of the whole answer, 0 to 100 (judge.py); with
+- `gptscore`, `gpt_hallucination`, `gpt_granularity`: a judge's scores of the whole answer, 0 to 100 (judge/); with
   `_1` to `_5` behind, those of a segment, as the authors have them.
 
 Shapes: N samples, S statistics, R resamples.

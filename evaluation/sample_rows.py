@@ -12,7 +12,7 @@ from random import Random
 
 from datasets import Dataset, DatasetDict, Features, Image, List, Value
 
-from granulon.train.scenes import ANSWERS, Question, Scene, make_questions, make_scene
+from granulon.train.data.scenes import ANSWERS, Question, Scene, make_questions, make_scene
 
 from .metrics import LETTERS
 

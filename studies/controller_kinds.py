@@ -16,10 +16,10 @@ import torch
 from torch import nn
 from transformers import AutoModel, AutoTokenizer
 
-from granulon.train.controller import Labelled, bag_of_words, bootstrap_group, controller_logits, fit
-from granulon.train.corpus import TEST, TRAIN
-from granulon.train.level_scores import mean_interval, scores
-from granulon.train.seed_corpus import KINDS, LEVELS, TEST_SPLITS, seed_corpus
+from granulon.train.controller.corpus import TEST, TRAIN
+from granulon.train.controller.fit import Labelled, bag_of_words, bootstrap_group, controller_logits, fit
+from granulon.train.controller.level_scores import mean_interval, scores
+from granulon.train.controller.templates import KINDS, LEVELS, TEST_SPLITS, seed_corpus
 from modeling_granulon import GranularityController
 from modeling_granulon.granularity_controller import question_states
 

@@ -157,6 +157,18 @@ def make_inputs(processor, questions, images, **kwargs) -> dict:
     return processor(text=texts, images=images if has_images else None, padding=True, return_tensors="pt", **kwargs)
 
 
+def count_calls(model):
+    """How often tower, controller, aggregation and projector run from now on."""
+    parts = {"vision_tower": 0, "granularity_controller": 0, "aggregation": 0}
+    for name in parts:
+
+        def count(module, args, output, name=name):
+            parts[name] += 1
+
+        getattr(model.model, name).register_forward_hook(count)
+    return parts
+
+
 @pytest.fixture
 def processor():
     return make_processor()

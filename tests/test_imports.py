@@ -3,6 +3,7 @@
 import ast
 import re
 import sys
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -15,13 +16,21 @@ RELATIVE_IMPORT = re.compile(r"^\s*(?:import|from)\s+\.(\S+)", re.MULTILINE)
 
 REMOTE_CODE = {"torch", "transformers", "PIL", "numpy", "huggingface_hub"}
 TORCH_ONLY = {"adaptive_token_aggregation.py", "image_tokens.py", "joint_views.py"}  # for use with any encoder
-OURS = {"modeling_granulon", "granulon.hub", "granulon.train", "granulon.evaluation"}
+# What of ours a folder's files import beside their own folder; of two folders that hold a file the inner one counts.
 MAY_IMPORT = {
     "hub": {"modeling_granulon"},
-    "train": {"modeling_granulon", "granulon.hub"},
+    "train": {"modeling_granulon", "granulon.train.controller", "granulon.train.data"}
+    | {f"granulon.hub.{module}" for module in ("assemble", "overlay", "provenance", "tiny")},
+    "train/controller": {"modeling_granulon", "granulon.hub.assemble", "granulon.hub.licences", "granulon.train"},
+    "train/data": {"modeling_granulon"},
     "evaluation": {"modeling_granulon", "granulon.hub", "granulon.train"},
+    "evaluation/analyses": {"modeling_granulon", "granulon.hub", "granulon.train", "granulon.evaluation"},
+    "evaluation/judge": {"modeling_granulon", "granulon.train", "granulon.evaluation"},
+    "evaluation/tasks": {"modeling_granulon", "granulon.hub", "granulon.train", "granulon.evaluation"},
     "space": set(),
+    "studies": {"modeling_granulon", "granulon.hub", "granulon.train", "granulon.evaluation"},
 }
+ALONE = "evaluation/tasks"  # lmms-eval loads the functions of a task from their file, so that nothing is relative
 NEEDS_LMMS_EVAL = {"engine.py", "images.py", "lmms_adapter.py"}
 NETWORK = {"socket", "ssl", "urllib", "http", "ftplib", "smtplib", "xmlrpc", "asyncio", "subprocess"}
 
@@ -39,9 +48,13 @@ def imports(path):
             yield node.level, node.module or "", [alias.name for alias in node.names]
 
 
-def ours(module):
-    """The part of the project that an absolute import names, or None for an installed package."""
-    return next((part for part in OURS if module == part or module.startswith(part + ".")), None)
+def folder_of(path):
+    """The innermost folder of `MAY_IMPORT` that holds a file."""
+    return max((folder for folder in MAY_IMPORT if path.is_relative_to(ROOT / folder)), key=len)
+
+
+def within(module, packages):
+    return any(module == package or module.startswith(package + ".") for package in packages)
 
 
 remote_code = pytest.mark.parametrize("path", sources("modeling_granulon"), ids=lambda path: path.name)
@@ -85,17 +98,34 @@ def test_remote_code_does_not_look_at_the_environment_or_run_text(path):
 
 @pytest.mark.parametrize("folder", MAY_IMPORT)
 def test_folders_import_in_one_direction(folder):
-    for path in sources(folder):
-        # lmms-eval loads the functions of a task from their file, so that nothing is relative to them.
-        alone = path.is_relative_to(ROOT / "evaluation" / "tasks")
-        allowed = MAY_IMPORT[folder] | ({"granulon.evaluation"} if alone else set())
+    top_level = {name.split("/")[0] for name in MAY_IMPORT}
+    for path in (path for path in sources(folder) if folder_of(path) == folder):
+        own = ".".join(("granulon", *path.relative_to(ROOT).parent.parts))
+        beside = {file.stem for file in path.parent.glob("*.py")}
         for level, module, names in imports(path):
             where = f"{path.relative_to(ROOT)} imports {'.' * level}{module} {names}"
-            assert level <= (0 if alone else 1), where
-            if level == 0:
-                assert module.split(".")[0] not in MAY_IMPORT, f"{where}; write granulon.{module}"
-                assert ours(module) is None or ours(module) in allowed, where
-                assert module != "granulon", where
+            if level:
+                assert level == 1 and folder != ALONE, where
+                assert ({module} if module else set(names)) <= beside, f"{where}; across folders write granulon.FOLDER"
+                continue
+            assert module.split(".")[0] not in top_level, f"{where}; write granulon.{module}"
+            if within(module, {"granulon", "modeling_granulon"}):
+                assert within(module, MAY_IMPORT[folder]), where
+                parent, _, name = module.rpartition(".")
+                assert module != own and (parent != own or name not in beside), f"{where}; inside a folder write ."
+
+
+def test_no_modules_import_each_other():
+    graph = {}
+    for path in (path for folder in MAY_IMPORT if "/" not in folder for path in sources(folder)):
+        parts = path.relative_to(ROOT).with_suffix("").parts
+        of_folder = ".".join(("granulon", *parts[:-1]))
+        needed = graph.setdefault(of_folder if parts[-1] == "__init__" else f"{of_folder}.{parts[-1]}", set())
+        for node in ast.parse(path.read_text()).body:
+            if isinstance(node, ast.ImportFrom):
+                module = ".".join(filter(None, (of_folder if node.level else "", node.module)))
+                needed |= {module, *(f"{module}.{alias.name}" for alias in node.names)}
+    TopologicalSorter(graph).prepare()
 
 
 def test_evaluation_needs_lmms_eval_only_where_tasks_are_run():
@@ -104,4 +134,5 @@ def test_evaluation_needs_lmms_eval_only_where_tasks_are_run():
             for node in ast.parse(path.read_text()).body:  # what is imported with the module, not when it is called
                 if isinstance(node, ast.Import | ast.ImportFrom):
                     named = node.module or "" if isinstance(node, ast.ImportFrom) else node.names[0].name
-                    assert named.split(".")[0] != "lmms_eval" and f"{named}.py" not in NEEDS_LMMS_EVAL, path
+                    assert named.split(".")[0] != "lmms_eval", path
+                    assert f"{named.rpartition('.')[2]}.py" not in NEEDS_LMMS_EVAL, path

@@ -37,16 +37,16 @@ from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPi
 from trl import SFTConfig, SFTTrainer
 
 from granulon.hub.assemble import assemble
+from granulon.train.controller.corpus import TRAIN
+from granulon.train.controller.fit import train_controller
+from granulon.train.controller.replay import QuestionReplay
+from granulon.train.controller.templates import seed_corpus
+from granulon.train.data.scenes import ANSWERS, LEVELS, SIZE, make_questions, make_scene
 from modeling_granulon import GranulonForConditionalGeneration, GranulonProcessor
 
 from .arguments import GranulonSFTConfig
 from .checkpoints import record_training
-from .controller import train_controller
-from .corpus import TRAIN
 from .picture import draw_answers
-from .replay import QuestionReplay
-from .scenes import ANSWERS, LEVELS, SIZE, make_questions, make_scene
-from .seed_corpus import seed_corpus
 from .trainer import GranulonTrainer
 
 PATCH = 8

@@ -5,8 +5,7 @@ from pathlib import Path
 from PIL import Image, ImageDraw, ImageFont
 
 from granulon.hub.overlay import overlay_clusters
-
-from .scenes import LEVELS
+from granulon.train.data.scenes import LEVELS
 
 SIDE, GAP, LINE = 300, 16, 26
 INK, RIGHT, WRONG = (20, 20, 20), (0, 95, 60), (165, 60, 0)

@@ -31,11 +31,11 @@ from transformers.trainer import TRAINING_ARGS_NAME
 from trl import ModelConfig, TrlParser
 
 from granulon.hub.tiny import assemble_tiny
+from granulon.train.controller.replay import QuestionReplay, load_corpus
+from granulon.train.data import DataSource, load_rows
 
 from .arguments import GranulonSFTConfig
 from .checkpoints import newest_complete, record_training, resume_point
-from .data import DataSource, load_rows
-from .replay import QuestionReplay, load_corpus
 from .stages import STAGES, load_model, load_processor, lora_config, merge, parameter_counts, set_trainable
 from .trainer import GranulonTrainer
 

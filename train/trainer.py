@@ -19,12 +19,12 @@ from transformers import ProgressCallback
 from trl import SFTTrainer
 from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
 
+from granulon.train.controller.replay import QuestionReplay
 from modeling_granulon.image_tokens import FULL, PIXEL, SEMANTIC, compact, take
 
 from .arguments import GranulonSFTConfig
 from .checkpoints import complete_checkpoint
 from .meters import Meter, peak_memory_gb
-from .replay import QuestionReplay
 
 LIKELIHOODS = ("task", "pixel", "semantic")  # parts of the loss that count answer tokens
 CONTROLLER_PARTS = ("controller", "labels", "replay")  # parts that count rows

@@ -1,0 +1,1 @@
+"""What happens inside a model, and what finished evaluations tell beside their scores."""

@@ -1,0 +1,1 @@
+"""GPTscores of finished answers, by a judge at an OpenAI-compatible endpoint."""

@@ -1,0 +1,64 @@
+"""The benchmarks run and report: their quick form, on the smallest shapes, and what they say about a goal."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+
+
+@pytest.mark.parametrize(
+    "name, rows",
+    [
+        ("aggregation", ["196 x 2", "ToMe", "20 clusters"]),
+        (
+            "inference",
+            ["tower", "controller", "relation map", "AdaTA, coarse", "prefill, semantic", "first token, full"],
+        ),
+        ("training", ["plain fine-tuning", "three separate passes", "packed views"]),
+    ],
+)
+def test_quick_form_prints_a_table_of_numbers(name, rows):
+    run = [sys.executable, BENCHMARKS / f"{name}.py", "--quick"]
+    done = subprocess.run(run, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    lines = [line.strip("| ").split(" | ") for line in done.stdout.splitlines() if line.startswith("| ")]
+    measured = {cells[0]: cells[1] for cells in lines}
+    for row in rows:
+        assert float(measured[row]) > 0, row
+
+
+@pytest.fixture
+def inference(monkeypatch):
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    import inference
+
+    return inference
+
+
+def seconds(controller=0.001, semantic=0.1, first_token=1.1):
+    """Tower and full prefill take 2 s together."""
+    return {
+        "tower": 1.0, "prefill, full": 1.0, "prefill, semantic": semantic, "decode step, semantic": 0.05,
+        "controller": controller, "relation map": 0.002, "AdaTA, fine": 0.002,
+        "first token, full": 2.0, "first token, semantic": first_token,
+    }  # fmt: skip
+
+
+def test_a_goal_is_met_only_by_what_was_measured(inference):
+    lengths = {"full": 800, "semantic": 40}
+    assert all(line.endswith(": met.") for line in inference.verdicts(448, seconds(), lengths, ["fine"]))
+    slow = seconds(controller=0.017, semantic=0.11, first_token=2.5)
+    share, ratio, end = inference.verdicts(448, slow, lengths, ["fine"])
+    assert "1.05% (fine)" in share and "not met. controller alone takes 17.0 ms" in share and "20.0 ms for" in share
+    assert "9.1x faster" in ratio and "not met" in ratio and "20.0x shorter" in ratio and "45%" in ratio
+    assert "0.8x faster" in end and end.endswith("not met.")
+
+
+def test_a_size_that_the_patch_does_not_divide_is_refused(inference, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["inference.py", "--sizes", "224", "230"])
+    with pytest.raises(SystemExit):
+        inference.main()
+    assert "[230]: a size must be a multiple of the patch size, 16" in capsys.readouterr().err

@@ -1,0 +1,435 @@
+"""`granulon-judge`: every answer is scored or told why not, no paid call is made twice, no cap is exceeded."""
+
+import asyncio
+import base64
+import hashlib
+import io
+import json
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+from fault_server import INPUT_TOKENS, OUTPUT_TOKENS, FaultServer
+from PIL import Image
+from pydantic import ValidationError
+from test_tables import SETTINGS, make_cell, write
+
+from granulon.evaluation.cells import Matrix, Row, read_results
+from granulon.evaluation.judge.form import Verdict, cut_words, no_answer, segments, statistics_of
+from granulon.evaluation.judge.run import PROMPT, main
+from granulon.evaluation.metrics import JUDGED
+from granulon.train.controller.journal import Prices
+
+TASK = "granulon_cc12m"
+FLAGS = {"model": "m", "input_price": 1.0, "output_price": 4.0, "max_cost": 5.0, "first_wait": 0.0}
+
+
+class JudgeServer(FaultServer):
+    """The endpoint that fails as endpoints do, which scores answers: by the text alone, so that they are known."""
+
+    def __init__(self, *arguments, **settings):
+        super().__init__(*arguments, **settings)
+        self.shift, self.images = 0, []
+
+    async def _exchange(self, reader, writer):
+        head = await reader.readuntil(b"\r\n\r\n")
+        length = int(re.search(rb"content-length: *(\d+)", head.lower())[1])
+        body = json.loads(await reader.readexactly(length))
+        content = body["messages"][-1]["content"]
+        if isinstance(content, list):
+            self.images += [part["image_url"]["url"] for part in content if part["type"] == "image_url"]
+            content = content[-1]["text"]
+        body["messages"][-1]["content"] = json.dumps(content)
+        text = json.dumps(body).encode()
+        again = asyncio.StreamReader()
+        again.feed_data(re.sub(rb"(?i)(content-length: *)\d+", rb"\g<1>%d" % len(text), head) + text)
+        again.feed_eof()
+        return await super()._exchange(again, writer)
+
+    def answer(self, question):
+        parts = {name: text for name, text in json.loads(question).items() if name.startswith("segment")}
+        scored = {name: self.scores(text) for name, text in parts.items()}
+        return {"reason": f"`{self.shift}` apart", "whole": self.scores(question), **scored}
+
+    def scores(self, text):
+        draws = hashlib.sha256(text.encode()).digest()
+        return {
+            name: min(100, draw % 60 + self.shift)
+            for name, draw in zip(("accuracy", "hallucination", "granularity"), draws)
+        }
+
+
+@pytest.fixture
+def server():
+    with JudgeServer() as server:
+        yield server
+
+
+def make_answers(count, start=0):
+    return [
+        {
+            "id": number, "question": "What is this?", "references": [f"A thing number {number}."],
+            "answer": f"It is thing {start + number}. It is red. It stands there. It is old! Is it? Yes.",
+            "statistics": {},
+        }
+        for number in range(count)
+    ]  # fmt: skip
+
+
+@pytest.fixture
+def cells(tmp_path):
+    """Two rows: the second says of the first ten samples what the first says."""
+    folder = tmp_path / "results"
+    make_cell(folder, Row("one", "a"), TASK, make_answers(20))
+    make_cell(folder, Row("two", "b", view="pixel"), TASK, make_answers(10) + make_answers(20, 100)[10:])
+    return folder
+
+
+@pytest.fixture
+def judge(cells, server, monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", "secret-key")
+
+    def run(*more, **settings):
+        main(line(cells, server, *more, **settings))
+        return read_results(cells)
+
+    return run
+
+
+def line(cells, server, *more, **settings):
+    values = FLAGS | {"results": cells, "base_url": server.base_url, "sees": "reference"} | settings
+    return [
+        *(str(part) for name, value in values.items() if value is not None for part in (f"--{name}", value)),
+        *more,
+    ]
+
+
+def scores_of(results):
+    return [result["judges"][name] for result in results for name in sorted(result["judges"])]
+
+
+def test_every_answer_is_scored_once_as_a_whole_and_by_segment_and_equal_ones_share_a_call(judge, server):
+    results = judge()
+    assert len(server.asked) == 30 and set(server.asked.values()) == {1}
+    for told in scores_of(results):
+        assert told["waiting"] == 0 and len(told["samples"]) == 20 and told["model"] == "m"
+        assert len(told["prompt_sha"]) == 64 and told["judge"].startswith(f"judge-m-{told['prompt_sha'][:12]}")
+        assert set(told["metrics"]) == {f"{name}{part}" for name in JUDGED for part in ("", *"_1 _2 _3 _4 _5".split())}
+        whole = told["metrics"]["gptscore"]
+        scores = [sample["verdict"]["whole"]["accuracy"] for sample in told["samples"]]
+        assert whole["value"] == pytest.approx(np.mean(scores)) and whole["low"] < whole["value"] < whole["high"]
+        assert whole["n"] == 20 and not told["metrics"]["gpt_hallucination"]["higher_is_better"]
+
+
+def test_the_judge_gets_the_prompt_a_strict_schema_and_the_segments_and_the_key_is_never_written(judge, server, cells):
+    judge()
+    body = server.bodies[-1]
+    assert body["messages"][0]["content"] == PROMPT.read_text()
+    schema = body["response_format"]["json_schema"]
+    assert schema["strict"] and schema["schema"]["additionalProperties"] is False
+    assert list(schema["schema"]["properties"]) == ["reason", "whole", *(f"segment_{n}" for n in range(1, 6))]
+    asked = json.loads(json.loads(body["messages"][1]["content"]))
+    assert list(asked) == ["question", "reference", *(f"segment_{n}" for n in range(1, 6))]
+    assert [asked[f"segment_{n}"] for n in range(2, 6)] == [
+        "It is red.",
+        "It stands there.",
+        "It is old!",
+        "Is it? Yes.",
+    ]
+    assert server.keys == {"secret-key"}
+    assert not any(b"secret-key" in file.read_bytes() for file in cells.rglob("*") if file.is_file())
+
+
+def test_the_same_command_again_sends_nothing_and_leaves_the_same_scores(judge, server):
+    first = judge()
+    again = judge()
+    assert sum(server.asked.values()) == 30
+    for before, after in zip(scores_of(first), scores_of(again)):
+        assert before | {"finished_at": None} == after | {"finished_at": None}
+
+
+def test_another_prompt_or_sight_or_cut_is_another_judge(judge, server, tmp_path):
+    (tmp_path / "other.md").write_text("Score it.")
+    for settings in ({}, {"prompt_file": tmp_path / "other.md"}, {"max_words": 5}, {"run": "again"}):
+        results = judge(**settings)
+    assert len({told["judge"] for told in scores_of(results)}) == 4
+
+
+def test_a_dry_run_counts_and_estimates_and_sends_nothing(judge, server, capsys):
+    results = judge("--dry_run")
+    printed = capsys.readouterr().out
+    assert "40 answers in 2 cells, 30 distinct ones" in printed and "30 are to be made" in printed
+    estimate = float(printed.split("estimated cost ")[1].split()[0])
+    letters = len(PROMPT.read_text())
+    assert estimate == pytest.approx(30 * ((letters + 300) / 4 + 4 * 260) / 1e6, rel=0.1)
+    assert not server.asked and not scores_of(results)
+
+
+def test_an_empty_answer_is_scored_without_a_call_and_a_long_one_is_cut_and_both_are_counted(cells, judge, server):
+    odd = make_answers(4)
+    odd[0]["answer"], odd[1]["answer"], odd[2]["answer"] = "", " \n", "word " * 5000
+    make_cell(cells, Row("odd", "c", view="semantic"), TASK, odd)
+    results = judge("--only", "odd", max_words=300)
+    (told,) = scores_of(results)
+    assert (told["empty"], told["cut"], told["max_words"]) == (2, 1, 300) and len(server.asked) == 2
+    verdicts = {sample["id"]: sample["verdict"] for sample in told["samples"]}
+    assert verdicts[0] == verdicts[1] == no_answer() and told["metrics"]["gptscore"]["n"] == 4
+    longest = max(server.asked, key=len)
+    assert longest.count("word") == 300
+    assert told["metrics"]["gptscore_2"]["n"] == 1, "what has no sentence for a segment has no score for it"
+
+
+def test_a_missing_reference_is_told_and_the_others_are_scored(cells, judge):
+    odd = make_answers(4)
+    odd[1]["references"], odd[2]["references"] = [], ["", None]
+    make_cell(cells, Row("odd", "c", view="semantic"), TASK, odd)
+    (told,) = scores_of(judge("--only", "odd"))
+    assert told["unscored"] == {"the sample has no reference": 2} and told["metrics"]["gptscore"]["n"] == 2
+
+
+def test_faults_of_all_kinds_cost_no_score_and_no_answer_is_paid_for_twice(judge, server, cells):
+    server.fault_share = 0.4
+    results = judge(timeout=0.5, concurrency=4)
+    for told in scores_of(results):
+        assert told["waiting"] == 0 and len(told["samples"]) + sum(told["unscored"].values()) == 20
+    assert all(count <= 1 for count in server.answered.values())
+    before = sum(server.asked.values())
+    server.fault_share = 0
+    judge()
+    assert sum(server.asked.values()) == before
+
+
+def test_what_gets_no_usable_reply_is_quarantined_with_the_reason_and_asked_again_when_told(judge, server, cells):
+    judge("--dry_run")
+    text = json.dumps({
+        "question": "What is this?", "reference": "A thing number 3.",
+        "segment_1": "It is thing 3.", "segment_2": "It is red.", "segment_3": "It stands there.",
+        "segment_4": "It is old!", "segment_5": "Is it? Yes.",
+    })  # fmt: skip
+    server.always[text] = "schema"
+    results = judge()
+    (line,) = (cells / "judge" / "quarantine.jsonl").read_text().splitlines()
+    assert json.loads(line)["id"] == 3 and "not what was asked for" in json.loads(line)["reason"]
+    assert [sum(told["unscored"].values()) for told in scores_of(results)] == [1, 1]
+    del server.always[text]
+    assert all(not told["unscored"] for told in scores_of(judge("--retry_quarantined")))
+
+
+def test_the_cap_holds_what_was_scored_is_kept_and_the_message_says_how_to_go_on(judge, server, cells):
+    prices = Prices(FLAGS["input_price"], FLAGS["output_price"])
+    with pytest.raises(SystemExit, match="higher --max_cost to go on"):
+        judge(max_cost=0.03)
+    assert 0 < server.cost(prices) <= 0.03
+    told = scores_of(read_results(cells))
+    assert sum(len(one["samples"]) for one in told) > 0 and sum(one["waiting"] for one in told) > 0
+    table = {"name": "t", "title": "T", "columns": [{"title": "GPTscore", "cells": [[TASK, "gptscore"]]}]}
+    text = write(cells, Matrix([Row("one", "a")], [TASK], [table]))["t.md"]
+    assert "not judged yet" in text
+    judge()
+    assert max(server.asked.values()) == 1 and server.cost(prices) == pytest.approx(30 * call_cost(prices))
+
+
+def call_cost(prices):
+    return prices.of(INPUT_TOKENS, OUTPUT_TOKENS)
+
+
+def test_a_judge_that_is_down_is_told_and_what_was_scored_is_kept(judge, server, cells):
+    judge("--only", "one")
+    server.fault_share, server.faults = 1.0, ("500",)
+    with pytest.raises(SystemExit, match="gave no reply for the last .*run the same command again when it is back"):
+        judge(concurrency=1)
+    told = {result["row"]["name"]: scores_of([result])[0] for result in read_results(cells)}
+    assert told["one"]["waiting"] == 0 and told["two"]["waiting"] == 10 and len(told["two"]["samples"]) == 10
+
+
+def test_nobody_at_the_address_is_told(judge):
+    with pytest.raises(SystemExit, match="gave no reply"):
+        judge(base_url="http://127.0.0.1:9/v1", concurrency=1)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_interrupted_it_says_how_to_go_on(judge, server, number, interruptible):
+    server.hold = 0.01
+    server.arrived = lambda count: os.kill(os.getpid(), number) if count == 8 else None
+    with pytest.raises(SystemExit, match="stopped; the same command goes on from here"):
+        judge(concurrency=2)
+    results = judge()
+    assert all(told["waiting"] == 0 for told in scores_of(results))
+    assert sum(count > 1 for count in server.answered.values()) <= 2
+
+
+@pytest.mark.parametrize("kills", [1, pytest.param(5, marks=pytest.mark.slow)])
+def test_killed_at_random_moments_a_rerun_repeats_no_paid_call(server, tmp_path, kills):
+    server.fault_share, server.faults = 0.2, ("429", "500", "half", "schema")
+    cells = tmp_path / "results"
+    make_cell(cells, Row("many", "a"), TASK, make_answers(200))
+    command = [sys.executable, "-m", "granulon.evaluation.judge.run", *line(cells, server, concurrency=4)]
+    draws = random.Random(kills)
+    for _ in range(kills):
+        sent = sum(server.asked.values())
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        while sum(server.asked.values()) < sent + draws.randint(10, 40) and process.poll() is None:
+            time.sleep(0.002)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    main(line(cells, server, concurrency=4))
+    (told,) = scores_of(read_results(cells))
+    assert len(told["samples"]) + sum(told["unscored"].values()) == 200
+    entries = (cells / "judge" / "calls.jsonl").read_text().splitlines()
+    answered = [json.loads(entry)["key"] for entry in entries if '"answered"' in entry]
+    assert len(answered) == len(set(answered)) == len(told["samples"])
+    twice = [text for text, count in server.answered.items() if count > 1]
+    assert len(twice) <= 4 * kills, "only calls under way when the process died are made again"
+
+
+def test_the_judge_sees_the_image_that_was_asked_about(tmp_path, server, monkeypatch):
+    from granulon.evaluation import lmms_adapter
+    from granulon.evaluation.run import main as evaluate
+    from granulon.hub.tiny import assemble_tiny
+
+    monkeypatch.setattr(lmms_adapter, "_cut", lambda text, until: f"A picture. It has {len(text)} letters.")
+    task, model = "granulon_aokvqa_direct", str(assemble_tiny(tmp_path / "tiny"))
+    settings = ["--sample_rows", "--max_new_tokens", "6", "--limit", "3"]
+    evaluate(["--model", model, "--tasks", task, "--output", str(tmp_path / "results"), *settings])
+    main(line(tmp_path / "results", server, sees="image", image_side=32, image_tokens=500, tasks=task))
+    (told,) = scores_of(read_results(tmp_path / "results"))
+    assert len(told["samples"]) == 3 and told["sees"] == "image" and len(server.images) == 3
+    pictures = [Image.open(io.BytesIO(base64.b64decode(url.partition(",")[2]))) for url in server.images]
+    assert {picture.size for picture in pictures} == {(32, 32)} and len(set(server.images)) == 3
+    assert "reference" not in json.loads(next(iter(server.asked)))
+    main(line(tmp_path / "results", server, sees="image", image_side=32, image_tokens=500, tasks=task))
+    assert sum(server.asked.values()) == 3
+    most = [json.loads(entry)["cost"] for entry in (tmp_path / "results/judge/calls.jsonl").read_text().splitlines()]
+    assert max(most) < 0.015, "an image is reckoned by its tokens, not by the letters of its file"
+
+
+def test_two_judges_are_compared_in_a_report_for_people(judge, server, cells, capsys):
+    judge()
+    server.shift = 25
+    results = judge(run="strict")
+    first, second = sorted(results[0]["judges"], key=len)
+    main(["--results", str(cells), "--compare", first, second])
+    text = (cells / "judge" / "disagreements.md").read_text()
+    assert f"First: `{first}`. Second: `{second}`. 40 answers were scored by both" in text
+    rows = {
+        entry.split(" | ")[0].strip("| "): entry.split(" | ") for entry in text.splitlines() if entry.startswith("| ")
+    }
+    assert rows["accuracy"][3].startswith("+25.0") and rows["accuracy"][5].startswith("1.00")
+    assert text.count("## ") == 40 and "25 apart" in text and "What is this?" in text and "A thing number 7." in text
+    assert "It is thing 7. It is red." in text and "`0` apart" in text and "`25` apart" in text
+
+
+def test_the_widest_differences_come_first_and_markdown_in_an_answer_changes_nothing(cells, judge, server):
+    odd = make_answers(3)
+    odd[1]["answer"] = "# A title\n```\n| a | b |\n````\nend."
+    make_cell(cells, Row("odd", "c", view="semantic"), TASK, odd)
+    judge("--only", "odd")
+    scores = server.scores
+    server.scores = lambda text: scores(text) | ({"granularity": 100} if "# A title" in text else {})
+    (told, other) = scores_of(judge("--only", "odd", run="b"))
+    main(
+        [
+            "--results",
+            str(cells),
+            "--only",
+            "odd",
+            "--compare",
+            told["judge"],
+            other["judge"],
+            "--report",
+            str(cells / "r.md"),
+        ]
+    )
+    text = (cells / "r.md").read_text()
+    headings = [entry for entry in text.splitlines() if re.match(r"## \d", entry)]
+    assert headings[0].startswith("## 1. odd / granulon_cc12m, sample 1: ") and headings[1].endswith(": 0 apart")
+    assert "`````text\n# A title\n" in text
+
+
+def test_scores_of_two_judges_do_not_mix_in_a_table(cells, judge, server):
+    judge()
+    server.shift = 40
+    judge("--only", "one", run="newer")
+    rows = [Row("one", "a"), Row("two", "b", view="pixel")]
+    columns = [
+        {"title": "GPTscore", "cells": [[TASK, "gptscore"]]},
+        {"title": "H", "cells": [[TASK, "gpt_hallucination"]]},
+    ]
+    matrix = Matrix(rows, [TASK], [{"name": "t", "title": "T", "columns": columns, "compare": "one"}])
+    written = write(cells, matrix)
+    older, newer = sorted({told["judge"] for told in scores_of(read_results(cells))}, key=len)
+    assert f"Judged by `{older}`; the paper's judge was GPT-4o." in written["t.md"]
+    assert "not judged" not in written["t.md"]
+    (test, other) = json.loads(written["t.json"])["tests"]
+    assert test["figure"] == "gptscore" and test["samples"] == 20 and other["test"] == "bootstrap"
+    chosen = write(cells, matrix, SETTINGS, newer)["t.md"]
+    assert f"Judged by `{newer}`" in chosen and "| two | not judged | not judged |" in chosen
+    with pytest.raises(ValueError, match="there are no scores by judge-x, there are by: judge-m-"):
+        write(cells, matrix, SETTINGS, "judge-x")
+
+
+def test_segments_are_the_authors():
+    def authors(text, number=5):
+        sentences = re.split(r"(?<=[.!?。！？])\s*", text.strip())
+        size, found = max(1, len(sentences) // number), []
+        for place in range(number):
+            end = (place + 1) * size if place < number - 1 else len(sentences)
+            found.append(" ".join(sentences[place * size : end]).strip())
+        return found
+
+    for count in range(1, 23):
+        text = " ".join(f"Sentence {number} here" for number in range(count)).replace(" S", ". S")
+        assert segments(text) == authors(text), count
+    assert segments("One. Two!") == ["One.", "Two!", "", "", ""] and segments("") == [""] * 5
+
+
+def test_a_text_is_cut_between_words_and_an_empty_segment_has_no_score():
+    assert cut_words(" one  two\nthree ", 3) == ("one  two\nthree", False)
+    assert cut_words("one  two\nthree four", 2) == ("one  two", True)
+    found = statistics_of(no_answer(), ["One.", "", "", "", ""])
+    assert set(found) == {*JUDGED, *(f"{name}_1" for name in JUDGED)}
+
+
+@pytest.mark.parametrize("score", ["-1", "101", "50.5", '"high"', "null"])
+def test_scores_that_are_none_miss_the_schema(score):
+    reply = json.dumps(no_answer())
+    Verdict.model_validate_json(reply)
+    with pytest.raises(ValidationError):
+        Verdict.model_validate_json(reply.replace('"accuracy": 0', f'"accuracy": {score}', 1))
+
+
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        ({"model": None}, "name the judging model with --model"),
+        ({"input_price": None}, "say what the model costs"),
+        ({"input_price": "nan"}, "prices are 0 or more"),
+        ({"max_cost": "nan"}, "expected 0 or more"),
+        ({"concurrency": 0}, "--concurrency is 0; expected 1 or more"),
+        ({"tasks": "pope"}, "has no finished cell of pope; it has granulon_cc12m"),
+        ({"only": "nobody"}, "no finished cell of .* in the rows nobody"),
+        ({"results": "/nowhere"}, "run granulon-evaluate first"),
+        ({"run": "a/b"}, "expected letters, digits"),
+        ({"prompt_file": "absent.md"}, "absent.md"),
+    ],
+)
+def test_what_cannot_be_done_is_refused_in_a_sentence(judge, server, settings, message):
+    with pytest.raises(SystemExit, match=message):
+        judge(**settings)
+    assert not server.asked
+
+
+def test_a_report_needs_two_judges_that_have_scored(judge, cells):
+    (name, *_) = {told["judge"] for told in scores_of(judge())}
+    for names, message in (
+        ((name,), "names 1 judges; expected two"),
+        ((name, "judge-x"), f"no judge judge-x .* {name}"),
+    ):
+        with pytest.raises(SystemExit, match=message):
+            main(["--results", str(cells), "--compare", *names])

@@ -1,0 +1,439 @@
+"""`granulon-annotate`: every row is labelled or told why not, nothing is paid twice, a corpus comes out."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import fields
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pytest
+from conftest import make_image, make_model, make_processor
+from fault_server import INPUT_TOKENS, OUTPUT_TOKENS, FaultServer
+from huggingface_hub import DatasetCard
+from pydantic import ValidationError
+from sklearn.metrics import cohen_kappa_score
+
+from granulon.train.controller import annotate as module
+from granulon.train.controller import corpus_card
+from granulon.train.controller.annotate import AnnotateArguments, agreement, label_schema, main
+from granulon.train.controller.corpus import check_rows, read_corpus
+from granulon.train.controller.journal import Journal
+from granulon.train.controller.questions import image_key, read_questions
+from granulon.train.data import DataSource
+
+LEVELS = ["coarse", "medium", "fine"]
+PRICES = {"--input_price": 1.0, "--output_price": 4.0}
+
+
+def write_rows(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def make_rows(count=60):
+    """Three questions about each image; every tenth question was asked before."""
+    return [
+        {"question": f"What is {number - (number % 10 == 9)}?", "image": f"{number // 3}.png", "other": number}
+        for number in range(count)
+    ]
+
+
+@pytest.fixture
+def server():
+    with FaultServer() as server:
+        yield server
+
+
+@pytest.fixture
+def command(tmp_path, monkeypatch, server):
+    monkeypatch.setenv("OPENAI_API_KEY", "secret-key")
+    write_rows(tmp_path / "questions.jsonl", make_rows())
+
+    def run(*more, **settings):
+        values = {
+            "--data": tmp_path / "questions.jsonl", "--output": tmp_path / "corpus", "--model": "m",
+            "--base_url": server.base_url, "--max_cost": 5.0, "--first_wait": 0.0, **PRICES,
+        }  # fmt: skip
+        values |= {f"--{name}": value for name, value in settings.items()}
+        flat = [str(part) for name, value in values.items() if value is not None for part in (name, value)]
+        monkeypatch.setattr(sys, "argv", ["granulon-annotate", *flat, *more])
+        main()
+        return tmp_path / "corpus"
+
+    return run
+
+
+def report_of(folder):
+    return json.loads((folder / "report.json").read_text())
+
+
+def test_every_row_is_labelled_and_every_distinct_question_is_asked_once(command, server):
+    folder = command(twice=0)
+    report, rows = report_of(folder), read_corpus(folder)
+    assert report["rows"] == report["labelled_rows"] == sum(row["rows"] for row in rows) == 60
+    assert len(rows) == report["questions"] == len(server.asked) == 54 and max(server.asked.values()) == 1
+    for row in check_rows(rows, LEVELS):
+        expected = server.answer(row["question"])["probabilities"]
+        assert row["level_probs"] == pytest.approx(expected) and row["level"] == max(expected, key=expected.get)
+        assert row["annotator"] == {"model": "m", "prompt_sha": report["prompt_sha"]}
+        assert row["usage"] == {"input_tokens": INPUT_TOKENS, "output_tokens": OUTPUT_TOKENS}
+        assert row["source"] == "annotated" and row["created_at"] and row["reason"] == "small"
+    assert report["spent_usd"] == pytest.approx(54 * (INPUT_TOKENS + 4 * OUTPUT_TOKENS) / 1e6)
+
+
+def test_the_annotator_gets_the_prompt_and_a_strict_schema_and_never_writes_the_key_down(command, server):
+    folder = command()
+    body = server.bodies[-1]
+    assert body["messages"][0]["content"] == module.PROMPT.read_text()
+    schema = body["response_format"]["json_schema"]
+    assert schema["strict"] and schema["schema"]["additionalProperties"] is False
+    shares = schema["schema"]["$defs"]["Probabilities"]
+    assert shares["required"] == LEVELS and shares["additionalProperties"] is False
+    assert server.keys == {"secret-key"}
+    assert not any(b"secret-key" in file.read_bytes() for file in folder.rglob("*") if file.is_file())
+
+
+def test_the_same_command_again_sends_nothing_and_leaves_the_same_corpus(command, server):
+    folder = command()
+    before, sent = (
+        {file.name: file.read_bytes() for file in folder.glob("*") if file.is_file()},
+        sum(server.asked.values()),
+    )
+    command()
+    assert sum(server.asked.values()) == sent
+    assert {file.name: file.read_bytes() for file in folder.glob("*") if file.is_file()} == before
+
+
+def test_rows_of_one_image_are_in_one_split(command):
+    folder = command(twice=0)
+    place = {row["question"]: row["split"] for row in read_corpus(folder)}
+    splits = {}
+    for row in make_rows():
+        if row["other"] % 10 not in (8, 9):  # those questions stand in two rows
+            splits.setdefault(row["image"], set()).add(place[row["question"]])
+    assert len(set.union(*splits.values())) == 3
+    assert all(len(found) == 1 for found in splits.values())
+
+
+def test_a_share_is_asked_twice_and_the_agreement_is_told(command, server, capsys):
+    folder = command(twice=1.0)
+    assert set(server.asked.values()) == {2}
+    again = report_of(folder)["agreement"]
+    assert again["pairs"] == 54 and again["equal"][0] == again["kappa"][0] == 1.0
+    assert "Cohen's kappa 1.000 [1.000, 1.000]" in (folder / "README.md").read_text()
+
+
+def test_kappa_is_that_of_scikit_learn_and_lies_in_its_interval():
+    draws = np.random.default_rng(0)
+    first = draws.integers(3, size=300)
+    second = np.where(draws.random(300) < 0.7, first, draws.integers(3, size=300))
+    pairs = [(LEVELS[a], LEVELS[b]) for a, b in zip(first, second, strict=True)]
+    found = agreement(pairs, LEVELS)
+    value, low, high = found["kappa"]
+    assert value == pytest.approx(cohen_kappa_score(first, second))
+    assert low < value < high and 0.1 < high - low < 0.3
+    assert found["equal"][0] == pytest.approx((first == second).mean())
+    assert agreement([], LEVELS) is None
+    assert agreement([("fine", "fine")], LEVELS)["kappa"][0] == 1
+
+
+def test_a_dry_run_counts_and_estimates_and_sends_nothing(command, server, capsys, tmp_path):
+    command("--dry_run")
+    printed = capsys.readouterr().out
+    assert "60 rows, 54 distinct questions" in printed and "0 calls are in the journal" in printed
+    letters = len(module.PROMPT.read_text())
+    estimate = float(printed.split("estimated cost ")[1].split()[0])
+    calls = int(printed.split("journal, ")[1].split()[0])
+    assert calls >= 54
+    assert estimate == pytest.approx(calls * (letters / 4 + 4 * 60) / 1e6, rel=0.05)
+    assert not server.asked and not (tmp_path / "corpus" / "train.jsonl").exists()
+
+
+def test_rows_without_a_usable_question_or_reply_are_told_and_none_is_lost(command, server, tmp_path):
+    rows = [*make_rows(6), {"question": ""}, {"question": None}, {"other": 1}, {"question": 7}]
+    path = write_rows(tmp_path / "odd.jsonl", rows)
+    path.write_text(path.read_text() + "no json\n\n")
+    server.always["What is 3?"] = "schema"
+    folder = command(data=path, twice=0)
+    report = report_of(folder)
+    assert report["rows"] == 11 == report["labelled_rows"] + report["quarantined_rows"]
+    quarantined = [json.loads(line) for line in (folder / "run" / "quarantine.jsonl").read_text().splitlines()]
+    assert [entry["reason"][:20] for entry in quarantined[:5]] == [
+        f"row {n} has no question"[:20] for n in range(6, 11)
+    ]
+    assert quarantined[5]["question"] == "What is 3?" and "not what was asked for" in quarantined[5]["reason"]
+    asked = server.asked["What is 3?"]
+    command(data=path, twice=0)
+    assert server.asked["What is 3?"] == asked
+    del server.always["What is 3?"]
+    command("--retry_quarantined", data=path, twice=0)
+    assert report_of(folder)["labelled_rows"] == 6
+
+
+def test_above_the_cap_the_labelled_rows_are_kept_and_the_message_says_how_to_go_on(command, server, tmp_path):
+    with pytest.raises(SystemExit, match="higher --max_cost to go on"):
+        command(max_cost=0.02, twice=0)
+    report = report_of(tmp_path / "corpus")
+    assert 0 < report["labelled_rows"] < 60 and report["unanswered_rows"] == 60 - report["labelled_rows"]
+    assert report["spent_usd"] <= 0.02
+    command(max_cost=1, twice=0)
+    assert report_of(tmp_path / "corpus")["labelled_rows"] == 60 and max(server.asked.values()) == 1
+
+
+def test_a_wrong_key_stops_at_once_with_what_to_look_at(command, server, tmp_path):
+    server.fault_share, server.faults = 1.0, ("401",)
+    with pytest.raises(SystemExit, match="OPENAI_API_KEY") as stop:
+        command(concurrency=2)
+    assert sum(server.asked.values()) <= 4
+    assert "secret-key" not in str(stop.value), "the endpoint's message repeats it"
+    assert not any(b"secret-key" in file.read_bytes() for file in tmp_path.rglob("*") if file.is_file())
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_interrupted_it_says_how_to_go_on_and_a_rerun_repeats_no_journalled_call(
+    command, server, tmp_path, number, interruptible
+):
+    server.hold = 0.01
+    server.arrived = lambda count: os.kill(os.getpid(), number) if count == 20 else None
+    before = signal.getsignal(number)
+    with pytest.raises(SystemExit, match="stopped; the same command goes on from here"):
+        command(twice=0, concurrency=4)
+    assert signal.getsignal(number) == before
+    with Journal(tmp_path / "corpus" / "run" / "calls.jsonl") as journal:
+        assert 10 <= len(journal.answers) < 30
+        answered, asked = len(journal.answers), sum(server.asked.values())
+    folder = command(twice=0)
+    assert report_of(folder)["labelled_rows"] == 60
+    assert sum(server.asked.values()) == asked + 54 - answered
+
+
+@pytest.mark.parametrize("kills", [1, pytest.param(5, marks=pytest.mark.slow)])
+def test_killed_at_random_moments_a_rerun_repeats_no_journalled_call(server, tmp_path, kills):
+    server.fault_share, server.faults = 0.2, ("429", "500", "half", "schema")
+    write_rows(tmp_path / "questions.jsonl", make_rows(300))
+    line = [sys.executable, "-m", "granulon.train.controller.annotate"]
+    line += ["--data", tmp_path / "questions.jsonl", "--output"]
+    line += [
+        tmp_path / "corpus",
+        "--model",
+        "m",
+        "--base_url",
+        server.base_url,
+        "--max_cost",
+        "5",
+        "--first_wait",
+        "0",
+    ]
+    line += ["--input_price", "1", "--output_price", "4", "--twice", "0", "--concurrency", "4"]
+    moments, journal = random.Random(0), tmp_path / "corpus" / "run" / "calls.jsonl"
+    for _ in range(kills):
+        sent = sum(server.asked.values())
+        process = subprocess.Popen(list(map(str, line)), stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        while sum(server.asked.values()) < sent + moments.randint(20, 50) and process.poll() is None:
+            time.sleep(0.002)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    done = subprocess.run(list(map(str, line)), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert report_of(tmp_path / "corpus")["labelled_rows"] == 300
+    answered = [json.loads(entry)["key"] for entry in journal.read_text().splitlines() if '"answered"' in entry]
+    assert len(answered) == len(set(answered)) == 270
+    again = {question: count for question, count in server.answered.items() if count > 1}
+    assert len(again) <= kills * 4, "only calls under way when the process died are made again"
+
+
+def test_the_card_loads_with_datasets_and_says_where_the_labels_come_from(command):
+    folder = command()
+    card = DatasetCard.load(folder / "README.md")
+    assert card.data.configs[0]["data_files"][0]["split"] == "test"
+    assert "`m`" in card.text and "Llama" in card.text and "54 of 60 rows" in card.text
+    loaded = datasets.load_dataset(str(folder))
+    assert sum(split.num_rows for split in loaded.values()) == 54
+    assert (folder / "labelling_prompt.md").read_text() == module.PROMPT.read_text()
+
+
+def test_the_upload_holds_the_corpus_and_nothing_of_the_run(command, monkeypatch):
+    calls = []
+
+    class Api:
+        def create_repo(self, repo_id, **kwargs):
+            calls.append((repo_id, kwargs))
+
+        def upload_folder(self, **kwargs):
+            calls.append(kwargs)
+            return "https://hub/datasets/me/corpus"
+
+    monkeypatch.setattr(corpus_card, "HfApi", Api)
+    folder = command("--private", push_to_hub="me/corpus")
+    (repo, kwargs), upload = calls
+    assert repo == "me/corpus" and kwargs == {"repo_type": "dataset", "private": True, "exist_ok": True}
+    from huggingface_hub.utils import filter_repo_objects
+
+    names = [str(file.relative_to(folder)) for file in folder.rglob("*") if file.is_file()]
+    uploaded = set(
+        filter_repo_objects(names, allow_patterns=upload["allow_patterns"], ignore_patterns=upload["ignore_patterns"])
+    )
+    assert uploaded == {
+        "train.jsonl",
+        "validation.jsonl",
+        "test.jsonl",
+        "report.json",
+        "README.md",
+        "labelling_prompt.md",
+    }
+    assert "run/calls.jsonl" in names
+
+
+def test_what_is_not_whole_is_not_uploaded(command, monkeypatch, capsys):
+    monkeypatch.setattr(corpus_card, "HfApi", lambda: pytest.fail("the upload began"))
+    with pytest.raises(SystemExit, match="higher --max_cost"):
+        command(max_cost=0.02, twice=0, push_to_hub="me/corpus")
+    assert "not uploaded to me/corpus: rows wait for a reply" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("share", ["NaN", "Infinity", "-0.5", "1.5"])
+def test_probabilities_that_are_none_miss_the_schema(share):
+    reply = '{"reason": "r", "probabilities": {"coarse": %s, "medium": 0.5, "fine": 0.0}}'
+    label_schema(LEVELS).model_validate_json(reply % "0.5")
+    with pytest.raises(ValidationError):
+        label_schema(LEVELS).model_validate_json(reply % share)
+
+
+def test_help_tells_every_option(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["granulon-annotate", "--help"])
+    with pytest.raises(SystemExit) as end:
+        main()
+    printed = capsys.readouterr().out
+    assert end.value.code == 0
+    assert all(f"--{option.name}" in printed and option.metadata["help"] for option in fields(AnnotateArguments))
+
+
+def test_questions_come_from_conversations_and_columns_and_parquet(tmp_path):
+    image = {"bytes": b"png", "path": None}
+    table = datasets.Dataset.from_list([{"q": "a?", "picture": image}, {"q": "b?", "picture": image}])
+    table.to_parquet(tmp_path / "table.parquet")
+    asked, _, total = read_questions(DataSource(str(tmp_path / "table.parquet")), "q", "picture")
+    assert total == 2 and [entry.question for entry in asked] == ["a?", "b?"] and asked[0].group == asked[1].group
+    talk = [
+        {"from": "human", "value": "<image>\nWhat is it?"}, {"from": "gpt", "value": "A dog."},
+        {"from": "human", "value": "Which colour?"}, {"from": "gpt", "value": "Brown."},
+    ]  # fmt: skip
+    (tmp_path / "llava.json").write_text(json.dumps([{"id": "1", "image": "x.png", "conversations": talk}]))
+    asked, _, total = read_questions(DataSource(str(tmp_path / "llava.json")))
+    assert [entry.question for entry in asked] == ["What is it?", "Which colour?"] and asked[0].group == asked[1].group
+
+
+def test_an_image_is_known_by_its_bytes_else_by_its_name():
+    assert image_key({"bytes": b"x", "path": "a"}) == image_key({"bytes": b"x", "path": "b"}) != image_key("x")
+    assert image_key([]) is image_key(None) is None and image_key(["p.png"]) == "p.png"
+
+
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        ({"model": None}, "name the annotating model"),
+        ({"--input_price": None}, None),
+        ({"question_column": "query"}, "name the one with the questions by --question_column"),
+        ({"levels": "huge"}, r"does not define the levels \['huge'\]"),
+        ({"data": "absent.jsonl"}, "there is no file absent.jsonl"),
+        ({"twice": 2}, "--twice is a share from 0 to 1"),
+        ({"concurrency": 0}, "expected 1 or more"),
+        ({"max_tokens": 0}, "expected 1 or more"),
+        ({"max_cost": "nan"}, "--max_cost are 0 or more"),
+        ({"input_price": "inf"}, "prices and --max_cost"),
+    ],
+)
+def test_what_cannot_be_done_is_refused_in_a_sentence(command, server, settings, message, monkeypatch):
+    if "--input_price" in settings:
+        monkeypatch.setitem(PRICES, "--input_price", None)
+        settings, message = {}, "say what the model costs"
+    with pytest.raises(SystemExit, match=message):
+        command(**settings)
+    assert not server.asked
+
+
+@pytest.fixture
+def measured(tmp_path, monkeypatch):
+    make_model(tie_word_embeddings=True).save_pretrained(tmp_path / "model")
+    make_processor().save_pretrained(tmp_path / "model")
+    rows = []
+    for number in range(12):
+        make_image(number).save(tmp_path / f"{number}.png")
+        rows.append({"question": f"q{number}?", "answer": "yes" * (1 + number % 3), "image": f"{number}.png"})
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    monkeypatch.setattr(module, "PART_ROWS", 5)
+
+    def run(*more):
+        values = ["--measured", "--checkpoint", tmp_path / "model", "--data", tmp_path / "rows.json"]
+        arguments = [*values, "--output", tmp_path / "corpus", *more]
+        monkeypatch.setattr(sys, "argv", ["granulon-annotate", *map(str, arguments)])
+        main()
+        return tmp_path / "corpus"
+
+    return run
+
+
+def test_measured_labels_make_a_corpus_of_the_same_form(measured):
+    folder = measured()
+    rows = check_rows(read_corpus(folder), ["coarse", "fine"])
+    assert len(rows) == report_of(folder)["questions"] == 12
+    assert all(row["source"] == "measured" and set(row["answer_nll"]) == {"coarse", "fine"} for row in rows)
+    assert "The labels are measured" in (folder / "README.md").read_text()
+    assert not list(folder.rglob("parts"))
+
+
+def test_a_measurement_that_was_cut_off_goes_on_after_the_last_finished_part(measured, monkeypatch, tmp_path):
+    measure, done = module.measure_rows, []
+
+    def counted(model, processor, rows, *settings):
+        if len(done) == 2:
+            raise KeyboardInterrupt
+        done.append(len(rows))
+        return measure(model, processor, rows, *settings)
+
+    monkeypatch.setattr(module, "measure_rows", counted)
+    with pytest.raises(SystemExit, match="the same command goes on"):
+        measured()
+    assert done == [5, 5]
+    done.append(None)
+    measured()
+    assert done[3:] == [2]
+    assert len(read_corpus(tmp_path / "corpus")) == 12
+
+
+def test_what_was_measured_on_other_rows_or_by_other_weights_is_not_taken_up(measured, monkeypatch, tmp_path):
+    measure, done = module.measure_rows, []
+
+    def counted(model, processor, rows, *settings):
+        if len(done) in (1, 3):
+            done.append("cut off")
+            raise KeyboardInterrupt
+        done.append(len(rows))
+        return measure(model, processor, rows, *settings)
+
+    monkeypatch.setattr(module, "measure_rows", counted)
+    with pytest.raises(SystemExit):
+        measured()
+    rows = json.loads((tmp_path / "rows.json").read_text())
+    (tmp_path / "rows.json").write_text(json.dumps(rows[::-1]))
+    with pytest.raises(SystemExit):
+        measured()
+    make_model(seed=1, tie_word_embeddings=True).save_pretrained(tmp_path / "model")
+    measured()
+    assert done == [5, "cut off", 5, "cut off", 5, 5, 2]
+    assert len(read_corpus(tmp_path / "corpus")) == 12
+
+
+def test_measuring_needs_a_checkpoint(monkeypatch, tmp_path):
+    monkeypatch.setattr(
+        sys, "argv", ["granulon-annotate", "--measured", "--data", "x.json", "--output", str(tmp_path)]
+    )
+    with pytest.raises(SystemExit, match="--measured needs --checkpoint"):
+        main()
+    assert Path(tmp_path).exists()

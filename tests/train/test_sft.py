@@ -1,0 +1,371 @@
+"""`granulon-train`: what learns in which stage, what is left behind, and what is refused before training."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import LEVELS, make_image, make_inputs, make_model, make_processor
+from peft import PeftModel
+from transformers import AutoModelForImageTextToText, AutoProcessor, TrainerCallback
+
+from granulon.train import sft
+from granulon.train.checkpoints import newest_complete
+from granulon.train.data.sources import DataSource, drawn_rows
+from granulon.train.memory import ENGINES, Sizes, sizes_of
+from granulon.train.stages import STAGES, load_model, parameter_counts, set_trainable
+
+MANIFEST = "granulon_manifest.json"
+RECIPE = {
+    "stage": "sft",
+    "dtype": "float32",
+    "per_device_train_batch_size": 4,
+    "learning_rate": 1.0e-3,
+    "max_steps": 4,
+    "save_strategy": "steps",
+    "save_steps": 2,
+    "logging_steps": 1,
+    "report_to": "none",
+    "disable_tqdm": True,
+    "use_cpu": True,
+    "bf16": False,
+    "gradient_checkpointing": False,
+    "data": [{"path": "scenes", "split": "train[:3]"}],
+}
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    """A small checkpoint as granulon-assemble leaves it."""
+    folder = tmp_path_factory.mktemp("base")
+    levels = [{**level, "name": name} for level, name in zip(LEVELS, ("coarse", "fine"), strict=True)]
+    levels.insert(1, {"name": "medium", "stride": 1, "clusters": 4, "keep": 3, "view": "full"})
+    model = make_model(tie_word_embeddings=True, granularities=levels)
+    model.save_pretrained(folder)
+    make_processor().save_pretrained(folder)
+    (folder / MANIFEST).write_text('{"image_token": "<|image_pad|>"}\n')
+    (folder / "licences" / "vision").mkdir(parents=True)
+    (folder / "licences" / "vision" / "LICENSE.md").write_text("the tower's licence\n")
+    return folder
+
+
+@pytest.fixture
+def command(base, tmp_path):
+    """Makes a command line: a recipe of the given settings, and the output folder."""
+
+    def make(*options, **settings):
+        output = settings.pop("output_dir", tmp_path / "run")
+        values = {**RECIPE, "model_name_or_path": str(base), "output_dir": str(output), **settings}
+        recipe = tmp_path / "own.yaml"
+        recipe.write_text(json.dumps({key: value for key, value in values.items() if value is not ...}))
+        return ["--config", str(recipe), *options]
+
+    return make
+
+
+def weights(folder):
+    return load_model(str(folder)).state_dict()
+
+
+def changed(folder, base):
+    before, after = weights(base), weights(folder)
+    assert before.keys() == after.keys()
+    return {name for name in before if not torch.equal(before[name], after[name])}
+
+
+def answer(model, processor):
+    inputs = make_inputs(processor, ["What is inside the object?"], [[make_image(3)]])
+    with torch.no_grad():
+        return model(**inputs).logits, model.generate(**inputs, max_new_tokens=4, do_sample=False)
+
+
+class SignalAt(TrainerCallback):
+    def __init__(self, step, number):
+        self.step, self.number, self.events = step, number, []
+
+    def on_save(self, args, state, control, **kwargs):
+        self.events.append(f"save {state.global_step}")
+
+    def on_evaluate(self, args, state, control, **kwargs):
+        self.events.append("evaluate")
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        if state.global_step == self.step:
+            os.kill(os.getpid(), self.number)
+
+
+def test_alignment_changes_projector_and_gains_alone(command, base, tmp_path):
+    sft.main(command(stage="align"))
+    names = changed(tmp_path / "run/model", base)
+    assert names and all(name.startswith("model.multi_modal_projector.") for name in names)
+    assert "model.multi_modal_projector.gains" in names
+
+
+def test_joint_tuning_changes_all_but_the_tower(command, base, tmp_path):
+    sft.main(command(granularity_loss_weight=0.1))
+    parts = {".".join(name.split(".")[:2]) for name in changed(tmp_path / "run/model", base)}
+    assert parts == {
+        "model.multi_modal_projector",
+        "model.language_model",
+        "model.granularity_controller",
+        "lm_head.weight",
+    }
+
+
+def test_alignment_passes_over_batches_without_images(command, base, tmp_path):
+    rows = [{"question": f"How many are {number}?", "answer": str(number)} for number in range(4)]
+    (tmp_path / "text.json").write_text(json.dumps(rows))
+    sft.main(command(stage="align", data=[str(tmp_path / "text.json")], max_steps=1))
+    assert not changed(tmp_path / "run/model", base)
+
+
+def test_the_model_is_self_contained(command, base, tmp_path):
+    sft.main(command())
+    folder = tmp_path / "run/model"
+    assert (folder / "licences/vision/LICENSE.md").read_text() == "the tower's licence\n"
+    assert not list(folder.glob("*.bin")), "a pickle is no part of a model"
+    model = AutoModelForImageTextToText.from_pretrained(folder, trust_remote_code=True)
+    processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
+    assert torch.equal(answer(model, processor)[0], answer(load_model(str(folder)), make_processor())[0])
+
+
+def test_the_manifest_tells_every_training(command, tmp_path):
+    sft.main(command(stage="align", output_dir=tmp_path / "first"))
+    sft.main(command("--learning_rate", "5e-4", "--seed=7", model_name_or_path=str(tmp_path / "first/model")))
+    manifest = json.loads((tmp_path / "run/model" / MANIFEST).read_text())
+    assert manifest["image_token"] == "<|image_pad|>"
+    first, second = manifest["training"]
+    assert (first["stage"], second["stage"]) == ("align", "sft")
+    assert second["recipe"] == "own" and second["steps"] == 4 and second["rows"] == 21 and second["seed"] == 7
+    assert second["settings"]["learning_rate"] == 5e-4, "what overrides the recipe is told"
+    assert second["settings"]["data"] == [{"path": "scenes", "split": "train[:3]"}]
+    assert "output_dir" not in second["settings"] and "torch" in second["versions"]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_stops_after_the_step_and_the_resumed_run_ends_the_same(command, tmp_path, capsys, number):
+    settings = {"save_strategy": "epoch", "eval_strategy": "epoch", "eval_data": RECIPE["data"]}
+    sft.main(command(output_dir=tmp_path / "whole", **settings))
+    handlers = [signal.getsignal(entry) for entry in (signal.SIGTERM, signal.SIGUSR1)]
+    signalled = SignalAt(1, number)
+    sft.main(command(**settings), [signalled])
+    assert signalled.events == ["save 2"], "saved once, and no time lost with an evaluation"
+    assert [signal.getsignal(entry) for entry in (signal.SIGTERM, signal.SIGUSR1)] == handlers
+    assert newest_complete(tmp_path / "run").name == "checkpoint-2"
+    assert not (tmp_path / "run/model").exists()
+    assert "after step 2; go on with --resume" in capsys.readouterr().out
+    sft.main(command("--resume", **settings))
+    assert not changed(tmp_path / "run/model", tmp_path / "whole/model")
+
+
+def test_resume_without_a_checkpoint_starts_anew(command, tmp_path):
+    sft.main(command("--resume", max_steps=1))
+    assert (tmp_path / "run/model/config.json").exists()
+
+
+def test_a_failed_save_leaves_the_older_model(command, tmp_path, monkeypatch):
+    sft.main(command(max_steps=1, save_strategy="no"))
+    before = sorted((tmp_path / "run/model").iterdir())
+
+    def fail(*args):
+        raise OSError("no space left")
+
+    monkeypatch.setattr(sft, "_add_documents", fail)
+    with pytest.raises(OSError, match="no space left"):
+        sft.main(command(max_steps=1, save_strategy="no"))
+    assert sorted((tmp_path / "run/model").iterdir()) == before
+    monkeypatch.undo()
+    sft.main(command(max_steps=2, save_strategy="no"))
+    assert json.loads((tmp_path / "run/model" / MANIFEST).read_text())["training"][0]["steps"] == 2
+    assert [file.name for file in (tmp_path / "run").iterdir() if file.name.startswith(".")] == []
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_adapters_merge_into_a_model_that_answers_the_same(command, base, tmp_path, dtype):
+    sft.main(command("--merge", use_peft=True, lora_r=4, dtype=dtype, bf16=dtype == "bfloat16", learning_rate=0.01))
+    adapter, merged = tmp_path / "run/adapter", tmp_path / "run/model"
+    assert {file.name for file in adapter.glob("*.safetensors")} == {"adapter_model.safetensors"}
+    assert (adapter / "licences/vision/LICENSE.md").exists()
+    names = changed(merged, base) if dtype == "float32" else set()
+    assert not any(name.startswith("model.vision_tower.") or "embed_tokens" in name for name in names)
+    with_adapter = PeftModel.from_pretrained(load_model(str(base), dtype=dtype), adapter).eval()
+    model, processor = load_model(str(merged), dtype=dtype), AutoProcessor.from_pretrained(merged)
+    logits, ids = answer(model, processor)
+    tolerance = 1e-4 if dtype == "float32" else 0.1
+    if dtype == "float32":
+        torch.testing.assert_close(logits, answer(with_adapter, processor)[0], rtol=tolerance, atol=tolerance)
+        assert not torch.allclose(logits, answer(load_model(str(base)), processor)[0], atol=1e-2), "nothing learned"
+    assert model.dtype == getattr(torch, dtype) and ids.shape[1] > 4
+
+
+def test_adapters_and_what_is_trained_whole_learn_in_float32(command):
+    trainer = sft.make_trainer(sft.parse(command(use_peft=True, dtype="bfloat16", bf16=True)))
+    learning = {name: p for name, p in trainer.model.named_parameters() if p.requires_grad}
+    assert {p.dtype for p in learning.values()} == {torch.float32}
+    assert {p.dtype for p in trainer.model.parameters() if not p.requires_grad} >= {torch.bfloat16}
+    assert not any("vision_tower" in name for name in learning)
+    for part in ("q_proj", "down_proj", "multi_modal_projector", "granularity_controller"):
+        assert any(part in name for name in learning)
+
+
+def test_a_finished_run_merges_later(command, base, tmp_path):
+    settings = {"use_peft": True, "lora_r": 4, "max_steps": -1, "num_train_epochs": 1, "save_strategy": "epoch"}
+    sft.main(command(**settings))
+    assert not (tmp_path / "run/model").exists()
+    adapter = (tmp_path / "run/adapter/adapter_model.safetensors").read_bytes()
+    sft.main(command("--resume", "--merge", **settings))
+    assert (tmp_path / "run/adapter/adapter_model.safetensors").read_bytes() == adapter, "not a step more"
+    assert (tmp_path / "run/model/model.safetensors").exists()
+
+
+def test_a_recipe_changes_the_levels(command, base, tmp_path):
+    levels = [{"name": "coarse", "stride": 2, "clusters": 2}, {"name": "fine", "stride": 1, "clusters": 4}]
+    own = sft.make_trainer(sft.parse(command()))
+    trainer = sft.make_trainer(sft.parse(command(granularities=levels, data=[str(tiny_json(tmp_path))])))
+    model = trainer.model.model
+    assert model.config.granularity_names == ["coarse", "fine"] and model.config.max_semantic_tokens == 4
+    assert trainer.processing_class.num_semantic_tokens == 4
+    assert model.granularity_controller.linear_2.weight.shape[0] == 2 and model.multi_modal_projector.gains.eq(1).all()
+    kept = "multi_modal_projector.linear_1.weight"
+    assert torch.equal(model.get_parameter(kept), own.model.model.get_parameter(kept))
+    assert sft.parse(command("--granularities", json.dumps(levels))).sft.granularities == levels
+    assert sft.parse(command("--granularities", "[]")).sft.granularities == []
+
+
+def tiny_json(folder):
+    make_image(0).save(folder / "0.png")
+    file = folder / "rows.json"
+    rows = [{"question": f"What is {number}?", "answer": "this", "image": "0.png"} for number in range(8)]
+    file.write_text(json.dumps(rows))
+    return file
+
+
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        ({"stage": "pretrain"}, r"stage is 'pretrain'; choose one of \('align', 'sft'\)"),
+        ({"learning_rat": 1.0}, "learning_rat"),
+        ({"data": []}, "0 data sources"),
+        ({"data": ["absent.jsonl"]}, "there is no file absent.jsonl"),
+        ({"data": [{"path": "scenes", "splitt": "train"}]}, "expected 'path' and any of"),
+        ({"data": ["scenes"]}, r"take 'train\[:N\]' or 'test\[:N\]'"),
+        ({"data": [{"path": "scenes", "split": "train[:0]"}]}, "is empty"),
+        ({"model_name_or_path": ...}, "model_name_or_path is missing"),
+        ({"model_name_or_path": "/absent/folder"}, "/absent/folder is no checkpoint's folder"),
+        ({"granularities": []}, "set pixel_loss_weight and semantic_loss_weight to 0"),
+        (
+            {"granularities": [], "pixel_loss_weight": 0, "semantic_loss_weight": 0, "granularity_loss_weight": 0.1},
+            "granularity_loss_weight to 0",
+        ),
+        ({"granularities": [{"name": "one"}]}, "missing"),
+        ({"granularities": ["{name"]}, "granularities is not JSON"),
+        ({"granularities": [3]}, "a granularity is a dict"),
+        ({"stage": "align", "granularity_loss_weight": 0.1}, "stage align trains the projector alone"),
+        ({"stage": "align", "use_peft": True}, "stage align trains the projector alone"),
+        ({"merge": True}, "merge needs adapters"),
+        ({"load_in_4bit": True}, "quantised loading is not supported"),
+        ({"dtype": "bfloat16"}, "set dtype to float32"),
+        ({"eval_strategy": "epoch"}, "without eval_data"),
+        ({"global_batch_size": 6}, "do not divide"),
+        ({"pixel_loss_weight": -1.0}, "give none below 0"),
+    ],
+)
+def test_what_cannot_be_trained_is_refused_in_a_sentence(command, settings, message):
+    with pytest.raises(SystemExit, match=message) as stopped:
+        sft.main(command(**settings))
+    assert str(stopped.value).startswith("granulon-train: ")
+
+
+def test_a_recipe_that_does_not_exist_is_answered_with_those_that_do():
+    with pytest.raises(SystemExit, match="there is no recipe tiny-gpu.*tiny-cpu"):
+        sft.main(["--config", "tiny-gpu"])
+    with pytest.raises(SystemExit, match="--config names no recipe"):
+        sft.main(["--config"])
+
+
+def test_the_checkpoints_of_another_run_are_not_overwritten(command):
+    sft.main(command())
+    with pytest.raises(SystemExit, match="checkpoint-4 is there already; add --resume"):
+        sft.main(command())
+
+
+def test_a_model_of_another_kind_is_refused(command, tmp_path):
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other/config.json").write_text('{"model_type": "llava"}')
+    with pytest.raises(SystemExit, match="is a model of type 'llava'.*granulon-assemble"):
+        sft.main(command(model_name_or_path=str(tmp_path / "other")))
+
+
+def test_unusable_rows_go_to_the_output_folder(command, tmp_path):
+    file = tiny_json(tmp_path)
+    rows = json.loads(file.read_text())
+    file.write_text(json.dumps([*rows, {"question": "And this?", "answer": "gone", "image": "absent.png"}]))
+    sft.main(command(data=[str(file)], max_steps=1))
+    (line,) = (tmp_path / "run/quarantine.jsonl").read_text().splitlines()
+    assert json.loads(line)["index"] == 8
+
+
+def test_the_global_batch_is_what_the_recipe_says(command, monkeypatch):
+    arguments = command(global_batch_size=32)
+    assert sft.parse(arguments).trainer.gradient_accumulation_steps == 8
+    monkeypatch.setattr(sft.GranulonSFTConfig, "world_size", 4)
+    assert sft.parse(arguments).trainer.gradient_accumulation_steps == 2
+
+
+def test_scenes_of_test_are_not_those_of_train():
+    train, test = (drawn_rows(DataSource("scenes", split=f"{split}[:2]")) for split in ("train", "test"))
+    assert len(train) == len(test) == 14
+    assert train[0]["images"][0].tobytes() != test[0]["images"][0].tobytes()
+    assert {row["granularity"] for row in train} == {"coarse", "medium", "fine"}
+
+
+def test_the_memory_table_counts_what_a_step_holds():
+    model = make_model(tie_word_embeddings=True)
+    set_trainable(model, "sft")
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
+    optimizer.step()
+    held = [*model.parameters(), *(p.grad for p in model.parameters() if p.grad is not None)]
+    held += [moment for state in optimizer.state.values() for moment in state.values() if moment.dim()]
+    assert Sizes(*parameter_counts(model), root=0).states("one GPU", 1) == sum(t.nbytes for t in held)
+
+
+def test_the_memory_table_builds_the_real_sizes():
+    sizes = sizes_of("Qwen2.5-1.5B", "sft", 64)
+    assert sizes.learning == pytest.approx(1.5437e9 + 4.4e6, rel=1e-3)  # 1.54 B as its card says, and the new parts
+    assert sizes.every - sizes.learning == pytest.approx(303e6, rel=5e-3)  # ViT-L
+    states = [sizes.states(engine, 8) for engine in ENGINES]
+    assert states[3] < states[2] < states[0] < states[1]
+    assert set(STAGES) == {"align", "sft"}
+
+
+@pytest.mark.slow
+def test_two_processes_train_as_one(tmp_path):
+    """The tiny recipe as a user runs it."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    losses = []
+    for processes in (1, 2):
+        output = tmp_path / str(processes)
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+        command += [
+            "-m",
+            "granulon.train.sft",
+            "--config",
+            "tiny-cpu",
+            "--num_train_epochs",
+            "1",
+            "--output_dir",
+            str(output),
+        ]
+        done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=280)
+        assert done.returncode == 0, done.stderr[-3000:]
+        state = json.loads((newest_complete(output) / "trainer_state.json").read_text())
+        losses.append([entry["loss"] for entry in state["log_history"] if "loss" in entry])
+        assert json.loads(Path(output, "model", MANIFEST).read_text())["training"][0]["processes"] == processes
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
+    assert losses[0][-1] < 0.6 * losses[0][0]

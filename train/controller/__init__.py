@@ -1,0 +1,1 @@
+"""The controller's training: a corpus of questions with levels, and the fit to it."""
