@@ -9,7 +9,7 @@ import torch
 
 @pytest.fixture
 def things(monkeypatch):
-    monkeypatch.syspath_prepend(Path(__file__).parents[1] / "benchmarks")
+    monkeypatch.syspath_prepend(Path(__file__).parents[2] / "benchmarks")
     import things
 
     return things
