@@ -38,7 +38,7 @@ class QuestionReplay:
         ValueError: rows that cannot be used, or none in the train split.
     """
 
-    def __init__(self, rows: list[dict], processor: GranulonProcessor, levels: list[str], batch_size: int = 16):
+    def __init__(self, rows: list[dict], processor: GranulonProcessor, levels: list[str], batch_size: int = 64):
         self.annotators = annotators_of(rows)
         rows = [row for row in check_rows(rows, levels) if row["split"] == TRAIN]
         if not rows:
