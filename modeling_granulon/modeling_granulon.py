@@ -394,7 +394,7 @@ class GranulonModel(GranulonPreTrainedModel):
         placed = PlacedImages(image_embeds) if visual is None else visual.place(layout, visual_view)
         if visual is None and image_embeds is None and past_key_values is None:
             check_images_present(placeholder_BT)
-            text_BTE = text_BTE + self._zero_loss_for_ddp() if self.training else text_BTE
+        text_BTE = text_BTE + self._zero_loss_for_ddp(visual) if self.training else text_BTE
         prompt = Prompt(placeholder_BT, text_BTE, attention_mask)
         if views:
             packed, embeds, attention_mask, position_ids = self._pack(views, prompt, visual, layout, placed)
@@ -469,18 +469,21 @@ class GranulonModel(GranulonPreTrainedModel):
             mask = torch.zeros_like(mask, dtype=embeds.dtype).masked_fill(~mask, torch.finfo(embeds.dtype).min)
         return packed, embeds, mask, packed.position_ids_BP
 
-    def _zero_loss_for_ddp(self) -> torch.Tensor:
-        """A zero that depends on projector and controller, so that a process without images
-        reduces their gradients too."""
-        zeros_11D = torch.zeros(1, 1, feature_width_of(self.config.vision_config), device=self.device)
-        if not self.config.granularities:
-            return 0 * self.multi_modal_projector(zeros_11D).sum()
-        level_1 = torch.zeros(1, dtype=torch.long, device=self.device)
-        geometry_115 = zeros_11D.new_zeros(1, 1, GEOMETRY)
-        total = self.multi_modal_projector(zeros_11D, level_1).sum()
-        total = total + self.multi_modal_projector(zeros_11D, level_1, geometry_115).sum()
+    def _zero_loss_for_ddp(self, visual: GranulonVisualOutput | None) -> torch.Tensor:
+        """A zero that depends on controller and projector: every process reduces their gradients, images or not.
+
+        What the controller says of images that are there chooses levels and reaches no output otherwise.
+        """
+        total, level_1 = torch.zeros((), device=self.device), torch.zeros(1, dtype=torch.long, device=self.device)
         if self.granularity_controller is not None:
-            total = total + self.question_logits(level_1.unsqueeze(0)).sum()
+            logits = None if visual is None else visual.granularity_logits
+            total = total + (self.question_logits(level_1.unsqueeze(0)) if logits is None else logits).sum()
+        if visual is None:
+            zeros_11D = torch.zeros(1, 1, feature_width_of(self.config.vision_config), device=self.device)
+            total = total + self.multi_modal_projector(zeros_11D, level_1 if self.config.granularities else None).sum()
+            if self.config.granularities:
+                geometry_115 = zeros_11D.new_zeros(1, 1, GEOMETRY)
+                total = total + self.multi_modal_projector(zeros_11D, level_1, geometry_115).sum()
         return 0 * total
 
 

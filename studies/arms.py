@@ -286,7 +286,7 @@ class ImageTokens:
         if self.arm.source == COLOUR:
             self.base.aggregation.colours = self.features.colours_SN3[rows].to(DEVICE)
         elif self.arm.source == CLUSTERS:  # only the method reads the relation map
-            attention = self.features.relation_SNN[rows].to(DEVICE)
+            attention = self.features.relation_SNC[rows].to(DEVICE)
         used = kept_tokens(grid, stride, clusters, keep)
         return self.base.aggregation(self.patches(rows), attention, stride, clusters, grid=grid, top_k=used)
 

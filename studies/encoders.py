@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from tqdm import tqdm
 from transformers import DINOv3ViTConfig, DINOv3ViTModel
 
-from modeling_granulon.vision_features import vision_features
+from modeling_granulon.vision_features import COLUMN_STRIDE, vision_features
 
 from . import world
 
@@ -138,10 +138,10 @@ def patch_features(outputs) -> torch.Tensor:
 
 @dataclass
 class Features:
-    """What an encoder sees of scenes: patch features (S,N,D) and relation maps (S,N,N) in fp16; colours (S,N,3)."""
+    """What an encoder sees of scenes: patch features (S,N,D) and relation maps (S,N,C) in fp16; colours (S,N,3)."""
 
     features_SND: torch.Tensor
-    relation_SNN: torch.Tensor
+    relation_SNC: torch.Tensor
     colours_SN3: torch.Tensor
 
     def __len__(self) -> int:
@@ -159,7 +159,7 @@ def encode(encoder: DINOv3ViTModel, scenes: list[world.Scene], batch: int = 100)
         pictures = world.draw_all(scenes[start : start + batch])
         seen = vision_features(encoder, as_pixels(pictures))
         features.append(seen.features.half().cpu())
-        relations.append(seen.relation.profiles().half().cpu())
+        relations.append(seen.relation.profiles(COLUMN_STRIDE).half().cpu())
         colours.append(torch.from_numpy(world.patch_colours(pictures)))
     return Features(torch.cat(features), torch.cat(relations), torch.cat(colours))
 

@@ -17,7 +17,7 @@ BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
             "inference",
             ["tower", "controller", "relation map", "AdaTA, coarse", "prefill, semantic", "first token, full"],
         ),
-        ("training", ["plain fine-tuning", "three separate passes", "packed views"]),
+        ("training", ["plain fine-tuning", "separate passes", "packed views, every level"]),
     ],
 )
 def test_quick_form_prints_a_table_of_numbers(name, rows):

@@ -386,7 +386,7 @@ def test_the_card_tells_how_to_load_what_is_inside_and_validates(checkpoint):
     assert f'model="{REPO}", revision="v0.1.0"' in card.text and "Not for clinical use" in card.text
     assert "| sft | tiny-cpu | rows.json | 7 | 3 | 0 | 1 |" in card.text
     assert "| lmms-lab/POPE | pope | 0.5 | made up for a test |" in card.text
-    assert "| coarse | 4 | 6 | 5 |" in card.text and "2603.08800" in card.text
+    assert "| coarse | 2 | 6 | 5 |" in card.text and "2603.08800" in card.text
     assert "The licence of the training data" in card.text
     assert "{{" not in card.text and "{%" not in card.text
 
@@ -650,7 +650,7 @@ def adapter(checkpoint, tmp_path_factory):
     model = get_peft_model(model, lora_config(model, ModelConfig(lora_r=4)))
     torch.manual_seed(0)
     for name, weight in model.named_parameters():
-        if "lora_" in name or "gains" in name:
+        if "lora_" in name or "gain_offsets" in name:
             torch.nn.init.normal_(weight)
     model.save_pretrained(folder)
     AutoProcessor.from_pretrained(checkpoint).save_pretrained(folder)

@@ -75,7 +75,7 @@ def test_every_source_of_tokens_keeps_the_aggregations_contract(source, tokens, 
     module, state = module_of(source, tokens, features), torch.get_rng_state()
     patches, clusters = features.features_SND.float(), round(1.2 * tokens)
     with torch.no_grad():
-        out = module(patches, features.relation_SNN.float(), 1, clusters, GRID, tokens)
+        out = module(patches, features.relation_SNC.float(), 1, clusters, GRID, tokens)
     assert out.tokens.shape == (6, tokens, patches.shape[-1]) and out.tokens.dtype == patches.dtype
     assert out.mask.shape == out.scores.shape == (6, tokens) and out.mask.dtype == torch.bool
     assert out.assignment.shape == (6, *GRID)
@@ -94,10 +94,10 @@ def test_every_source_of_tokens_keeps_the_aggregations_contract(source, tokens, 
 def test_no_image_depends_on_the_batch(source, features):
     module = module_of(source, 8, features)
     with torch.no_grad():
-        whole = module(features.features_SND.float(), features.relation_SNN.float(), 1, 10, GRID, 8)
+        whole = module(features.features_SND.float(), features.relation_SNC.float(), 1, 10, GRID, 8)
         if isinstance(module, ColourClusters):
             module.colours = features.colours_SN3[3:4]
-        alone = module(features.features_SND[3:4].float(), features.relation_SNN[3:4].float(), 1, 10, GRID, 8)
+        alone = module(features.features_SND[3:4].float(), features.relation_SNC[3:4].float(), 1, 10, GRID, 8)
     assert torch.equal(whole.assignment[3], alone.assignment[0])
     assert torch.allclose(whole.tokens[3], alone.tokens[0], atol=1e-5)
 
@@ -187,7 +187,7 @@ def test_other_images_are_asked_about_by_shifting(features, tokenizer, encoder):
     tokens, questions = ImageTokens(model, arm, features), Questions.of(SCENES, tokenizer, KINDS)
     said, nll = ask(model, tokens, questions, arm.view, shift=1, batch=4)
     moved = replace(features, features_SND=features.features_SND.roll(-1, 0))
-    moved = replace(moved, relation_SNN=features.relation_SNN.roll(-1, 0))
+    moved = replace(moved, relation_SNC=features.relation_SNC.roll(-1, 0))
     expected = ask(model, ImageTokens(model, arm, moved), questions, arm.view)
     assert np.array_equal(said, expected[0]) and np.allclose(nll, expected[1], atol=1e-4)
 

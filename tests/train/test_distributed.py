@@ -9,6 +9,7 @@ from test_checkpoints import ENVIRONMENT, SCRIPT, losses, run_all
 from training_run import make_base
 
 IN_ORDER = {"train_sampling_strategy": "sequential", "save_strategy": "no", "learning_rate": 1e-4}
+WEIGHTS = (0.1, pytest.param(0.0, marks=pytest.mark.slow))  # of the controller's loss
 RUN = {"steps": 4, "accumulate": 2, "count": 36, "arguments": IN_ORDER}
 
 
@@ -30,7 +31,8 @@ def folder(tmp_path_factory):
 
 def assert_same_training(folder, run):
     """Runs `run` in one process and in two, and compares; the names of the weights that stayed as they were."""
-    names = [f"{run['engine']}-{run['rows']}-{run['steps']}-{count}" for count in ("one", "two")]
+    weight = run["arguments"].get("granularity_loss_weight", 0.0)
+    names = [f"{run['engine']}-{run['rows']}-{run['steps']}-{weight}-{count}" for count in ("one", "two")]
     (one,) = run_all(folder, [{**run, "name": names[0], "batch": 4}])
     two = run_two(folder, {**run, "name": names[1], "batch": 2})
     entries, others = (losses(folder, name) for name in names)
@@ -44,9 +46,12 @@ def assert_same_training(folder, run):
     return one["unchanged"]
 
 
+@pytest.mark.parametrize("weight", WEIGHTS)
 @pytest.mark.parametrize("engine", ["ddp", "fsdp2"])
-def test_two_processes_train_as_one_though_only_one_of_them_sees_images(folder, engine):
-    unchanged = assert_same_training(folder, {**RUN, "engine": engine, "rows": "mixed"})
+def test_two_processes_train_as_one_though_only_one_of_them_sees_images(folder, engine, weight):
+    arguments = IN_ORDER | {"granularity_loss_weight": weight}
+    unchanged = assert_same_training(folder, {**RUN, "engine": engine, "rows": "mixed", "arguments": arguments})
+    assert ("model.granularity_controller.linear_2.bias" in unchanged) == (weight == 0)
     assert "model.vision_tower.embeddings.cls_token" in unchanged
     assert not any(name.startswith("model.language_model.layers") for name in unchanged)
 

@@ -19,6 +19,7 @@ RECIPES = {file.stem: yaml.safe_load(file.read_text()) for file in sorted(sft.RE
 PAPER = [name for name in RECIPES if name.startswith("sft-")]
 ALIGNMENT = [name for name in RECIPES if name.startswith("align-")]
 BASELINES = [name for name in PAPER + ALIGNMENT if len(name.split("-")) > 3]
+LEVELS = ("coarse", "medium", "fine")  # of the corpus that recipes replay
 CLUSTER = sft.RECIPES.parent / "cluster"
 TOWERS = {"clip": "clip", "siglip": "siglip", "dinov2": "dinov2"}
 
@@ -41,7 +42,9 @@ def write_rows(source: dict):
 def write_base(recipe: dict, name: str):
     """A small model where the recipe looks for its base: with the tower and the language model it means."""
     tower = next((tower for key, tower in TOWERS.items() if f"-{key}-" in name), "dinov3")
-    model = make_model(tower, "llama" if "llama" in name else "qwen2", tie_word_embeddings=True)
+    levels = [{"name": level, "stride": 1, "clusters": 3 + k, "keep": 3 + k} for k, level in enumerate(LEVELS)]
+    decoder = "llama" if "llama" in name else "qwen2"
+    model = make_model(tower, decoder, tie_word_embeddings=True, granularities=levels)
     folder = Path(recipe["model_name_or_path"])
     model.save_pretrained(folder)
     make_processor().save_pretrained(folder)
@@ -100,12 +103,9 @@ def test_a_baseline_differs_in_encoder_levels_and_views_alone(name):
     stage, _, text = name.split("-", 2)
     own, ours = RECIPES[name], RECIPES[f"{stage}-{text}"]
     differing = {key for key in own | ours if own.get(key) != ours.get(key)}
-    assert differing - {"model_name_or_path"} == {
-        "output_dir",
-        "granularities",
-        "pixel_loss_weight",
-        "semantic_loss_weight",
-    }
+    of_levels = {"granularities", "pixel_loss_weight", "semantic_loss_weight"}
+    of_levels |= {"granularity_loss_weight", "replay_corpus"} if stage == "sft" else set()
+    assert differing - {"model_name_or_path"} == {"output_dir", *of_levels}
     assert own["granularities"] == [] and own["pixel_loss_weight"] == own["semantic_loss_weight"] == 0
 
 

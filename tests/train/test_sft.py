@@ -102,7 +102,7 @@ def test_alignment_changes_projector_and_gains_alone(command, base, tmp_path):
     sft.main(command(stage="align"))
     names = changed(tmp_path / "run/model", base)
     assert names and all(name.startswith("model.multi_modal_projector.") for name in names)
-    assert "model.multi_modal_projector.gains" in names
+    assert "model.multi_modal_projector.gain_offsets" in names
 
 
 def test_joint_tuning_changes_all_but_the_tower(command, base, tmp_path):
@@ -229,7 +229,8 @@ def test_a_recipe_changes_the_levels(command, base, tmp_path):
     model = trainer.model.model
     assert model.config.granularity_names == ["coarse", "fine"] and model.config.max_semantic_tokens == 4
     assert trainer.processing_class.num_semantic_tokens == 4
-    assert model.granularity_controller.linear_2.weight.shape[0] == 2 and model.multi_modal_projector.gains.eq(1).all()
+    assert model.granularity_controller.linear_2.weight.shape[0] == 2
+    assert not model.multi_modal_projector.gain_offsets.any()
     kept = "multi_modal_projector.linear_1.weight"
     assert torch.equal(model.get_parameter(kept), own.model.model.get_parameter(kept))
     assert sft.parse(command("--granularities", json.dumps(levels))).sft.granularities == levels

@@ -36,12 +36,11 @@ from modeling_granulon import GranulonForConditionalGeneration, GranulonProcesso
 from modeling_granulon.granularity_controller import GranularityController
 from modeling_granulon.granularity_controller import question_states as read_questions
 
-from .corpus import ANNOTATED, TEST, TRAIN, VALIDATION, check_rows, read_corpus
+from .corpus import TEST, TRAIN, VALIDATION, check_rows
 from .level_scores import draw_confusions, scores
 from .measure import compare_levels
-from .templates import seed_corpus
+from .replay import SEED_CORPUS, annotators_of, load_corpus
 
-SEED_CORPUS = "seed"
 REPORT, PICTURE = "controller_report.json", "controller_confusion.png"
 PREFIX = "model.granularity_controller."
 # Files of a training checkpoint that belong to the run and are not copied.
@@ -147,7 +146,7 @@ def train_controller(
         if split.startswith(TEST)
     }
     # Whose outputs these were decides under which name and licence the model may be published.
-    annotators = sorted({row["annotator"]["model"] for row in rows if row.get("source") == ANNOTATED})
+    annotators = annotators_of(rows)
     sizes = dict(_split_sizes(data))
     return {"levels": levels, "rows": sizes, "annotators": annotators, **training, "splits": splits}
 
@@ -367,7 +366,7 @@ def run(arguments: ControllerArguments) -> dict:
     output = Path(arguments.output)
     if output.exists():
         raise ValueError(f"{output} exists already; name a folder that does not")
-    rows = seed_corpus() if arguments.corpus == SEED_CORPUS else read_corpus(arguments.corpus)
+    rows = load_corpus(arguments.corpus)
     source = Path(arguments.model)
     if not source.is_dir():
         source = Path(snapshot_download(arguments.model))
