@@ -84,7 +84,7 @@ def tune(model, processor, corpus: list[dict], rows: list[dict], arm: str, optio
             output_dir=folder, per_device_train_batch_size=8, max_steps=options.steps, learning_rate=options.rate,
             warmup_steps=5, lr_scheduler_type="cosine", granularity_loss_weight=weight, pixel_loss_weight=0.0,
             logging_steps=options.steps, save_strategy="no", report_to="none", bf16=True, use_cpu=True,
-            gradient_checkpointing=False, disable_tqdm=True, seed=0,
+            gradient_checkpointing=False, seed=0,
         )  # fmt: skip
         replay = QuestionReplay(corpus, processor, model.config.granularity_names, questions) if questions else None
         GranulonTrainer(model, args, processor, train_dataset=Dataset.from_list(rows), replay=replay).train()
