@@ -285,6 +285,7 @@ def main() -> None:
     clock, clock_name = (process_time, "CPU time") if options.cpu_time else (perf_counter, "wall time")
     arguments = "".join(f" --{flag.replace('_', '-')}" for flag in ("gradient_checkpointing", "compile", "cpu_time")
                         if getattr(options, flag))  # fmt: skip
+    arguments += f" --model {' '.join(options.model)}"
     print(
         PREFACE.format(
             arguments=arguments,
