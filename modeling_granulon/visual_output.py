@@ -1,4 +1,4 @@
-"""What a Granulon chose and saw of a batch of images, and how it is told to people (Eq. 1-8).
+"""What a Granulon chose and saw of a batch of images, and its description in plain Python values (Eq. 1-8).
 
 Shapes: B rows, I images, H x W patch grid, N = H * W patches, K semantic slots (K_max), E text width, G granularities.
 """
