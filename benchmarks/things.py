@@ -29,7 +29,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from granulon.evaluation.bootstrap import interval
+from granulon.evaluation.statistics import interval
 from modeling_granulon import AdaptiveTokenAggregation
 from modeling_granulon.adaptive_token_aggregation import fold, quality_terms
 from modeling_granulon.configuration_granulon import DEFAULT_GRANULARITIES

@@ -19,7 +19,7 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
 from granulon.hub.eval_results import weights_sha256
-from granulon.hub.provenance import versions
+from granulon.hub.manifest import versions
 
 MATRICES = Path(__file__).parent
 RESULT, SAMPLES, ANSWERS = "result.json", "samples.jsonl", "answers.jsonl"

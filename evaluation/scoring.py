@@ -12,7 +12,7 @@ from functools import partial
 
 import numpy as np
 
-from .bootstrap import interval
+from .statistics import interval
 from .metrics import (
     BERTSCORE_MODEL,
     METRICS,

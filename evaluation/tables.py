@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import yaml
 
-from .bootstrap import holm, mcnemar, paired, percentiles, resampled
+from .statistics import holm, mcnemar, paired, percentiles, resampled
 from .cells import SCORING, Matrix, Row, Settings, read_results, read_samples, write_whole
 from .metrics import JUDGED, METRICS
 from .plots import draw_table

@@ -9,7 +9,7 @@ from transformers import AutoConfig, HfArgumentParser, TextStreamer
 
 from modeling_granulon import GranulonForConditionalGeneration, GranulonProcessor, load_rgb
 
-from .overlay import draw_clusters
+from .visualize import draw_clusters
 
 MAX_BYTES = 50_000_000  # of a downloaded image
 TIMEOUT = 20  # seconds without an answer from its server

@@ -29,7 +29,7 @@ from .parts import (
     first_line,
     read_origin,
 )
-from .provenance import versions
+from .manifest import versions
 
 MANIFEST = "granulon_manifest.json"
 # What granulon-publish --trainable_only uploads: the weights that come from neither part.

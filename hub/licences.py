@@ -12,7 +12,7 @@ from importlib.metadata import distribution
 from pathlib import Path
 
 from .assemble import MANIFEST
-from .provenance import ROOT
+from .manifest import ROOT
 
 LICENCE = "LICENSE.md"
 

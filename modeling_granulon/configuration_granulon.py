@@ -96,14 +96,18 @@ class GranulonConfig(PreTrainedConfig):
         return [entry["name"] for entry in self.granularities]
 
     def granularity_index(self, granularity: str | int) -> int:
-        """Index of a level given by name or index.
+        """Index of a level given by name or index; the index may be text, as on a command line.
 
         Raises:
             ValueError: if the model has no such level.
         """
         names = self.granularity_names
+        if not names:
+            raise ValueError(f"granularity is {granularity!r}, but this model has no levels; leave it out")
         if isinstance(granularity, str) and granularity in names:
             return names.index(granularity)
+        if isinstance(granularity, str) and granularity.isdecimal():
+            granularity = int(granularity)
         is_number = isinstance(granularity, Integral) and not isinstance(granularity, bool)
         if is_number and 0 <= granularity < len(names):
             return int(granularity)

@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 
 FULL, PIXEL, SEMANTIC = VIEWS = "full", "pixel", "semantic"
+VISUAL_VIEWS = (*VIEWS, "auto")  # what a user may ask for; auto is the view of the row's level
 TEXT_ROLE, PIXEL_ROLE, SEMANTIC_ROLE = 0, 1, 2
 HIDDEN_ROLE = {FULL: -1, PIXEL: SEMANTIC_ROLE, SEMANTIC: PIXEL_ROLE}
 

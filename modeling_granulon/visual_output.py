@@ -10,7 +10,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 from transformers.utils import ModelOutput
 
 from .adaptive_token_aggregation import kept_tokens
-from .image_tokens import FULL, PIXEL, SEMANTIC, VIEWS, PlacedImages, SlotLayout, visible_roles
+from .image_tokens import FULL, PIXEL, SEMANTIC, VISUAL_VIEWS, PlacedImages, SlotLayout, visible_roles
 from .joint_views import PackedViews
 
 CHOSEN_BY = CONTROLLER, REQUEST, DEFAULT, SETTING = range(4)
@@ -105,8 +105,8 @@ class GranulonVisualOutput(ModelOutput):
         Raises:
             ValueError: an unknown view.
         """
-        if visual_view not in (*VIEWS, "auto"):
-            raise ValueError(f"visual_view is {visual_view!r}; choose one of {(*VIEWS, 'auto')}")
+        if visual_view not in VISUAL_VIEWS:
+            raise ValueError(f"visual_view is {visual_view!r}; choose one of {VISUAL_VIEWS}")
         if visual_view != "auto" or self.granularity_index is None:
             return [FULL if visual_view == "auto" else visual_view] * len(self.images_per_row)
         return [self.config.granularities[level]["view"] for level in self.granularity_index.tolist()]

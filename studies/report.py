@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from granulon.evaluation.bootstrap import holm, interval, paired
+from granulon.evaluation.statistics import holm, interval, paired
 from granulon.evaluation.cells import used_versions, write_whole
 
 from . import world

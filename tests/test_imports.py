@@ -20,7 +20,7 @@ TORCH_ONLY = {"adaptive_token_aggregation.py", "image_tokens.py", "joint_views.p
 MAY_IMPORT = {
     "hub": {"modeling_granulon"},
     "train": {"modeling_granulon", "granulon.train.controller", "granulon.train.data"}
-    | {f"granulon.hub.{module}" for module in ("assemble", "overlay", "provenance", "tiny")},
+    | {f"granulon.hub.{module}" for module in ("assemble", "files", "inference", "manifest", "text", "visualize")},
     "train/controller": {"modeling_granulon", "granulon.hub.assemble", "granulon.hub.licences", "granulon.train"},
     "train/data": {"modeling_granulon"},
     "evaluation": {"modeling_granulon", "granulon.hub", "granulon.train"},

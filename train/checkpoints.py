@@ -23,7 +23,7 @@ from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 
 from granulon.hub.assemble import LICENCE_FILES, MANIFEST
-from granulon.hub.provenance import versions
+from granulon.hub.manifest import versions
 
 SEAL = "complete.json"
 ASIDE = "incomplete-"  # a prefix that neither transformers nor this module takes for a checkpoint

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
-from granulon.hub.overlay import overlay_clusters
+from granulon.hub.visualize import overlay_clusters
 from granulon.train.data.scenes import LEVELS
 
 SIDE, GAP, LINE = 300, 16, 26

@@ -30,7 +30,7 @@ import torch
 from matplotlib.figure import Figure
 from tqdm import tqdm
 
-from granulon.evaluation.bootstrap import percentiles, resampled
+from granulon.evaluation.statistics import percentiles, resampled
 from granulon.hub.ask import prompt_of
 from modeling_granulon.image_tokens import PIXEL_ROLE, SEMANTIC_ROLE, hide_slots, slot_roles
 

@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from PIL import Image, ImageDraw, ImageFont
 
 from granulon.hub.ask import question_inputs
-from granulon.hub.overlay import overlay_clusters
+from granulon.hub.visualize import overlay_clusters
 from granulon.train.controller.corpus import TEST, check_rows
 from granulon.train.controller.fit import Labelled, bootstrap_group, controller_logits, question_states
 from granulon.train.controller.level_scores import BINS, mean_interval, scores

@@ -14,7 +14,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullLocator, ScalarFormatter
 
-from granulon.evaluation.bootstrap import percentiles, resampled
+from granulon.evaluation.statistics import percentiles, resampled
 from granulon.evaluation.cells import fullest_cells, read_results, read_samples
 from modeling_granulon.configuration_granulon import DEFAULT_GRANULARITIES
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 from scipy.stats import spearmanr
 
-from granulon.evaluation.bootstrap import percentiles, resampled
+from granulon.evaluation.statistics import percentiles, resampled
 from granulon.evaluation.cells import read_samples, write_whole
 from granulon.evaluation.metrics import METRICS
 

@@ -11,7 +11,7 @@ from sklearn.metrics import accuracy_score, f1_score, precision_score, recall_sc
 from torchmetrics.functional.text.bert import bert_score
 from transformers import BertConfig, BertModel, BertTokenizerFast
 
-from granulon.evaluation.bootstrap import holm, interval, mcnemar, paired
+from granulon.evaluation.statistics import holm, interval, mcnemar, paired
 from granulon.evaluation.metrics import (
     METRICS,
     bertscore_statistics,

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from granulon.hub.overlay import COLOURS, MARGIN, SIDE, draw_clusters
+from granulon.hub.visualize import COLOURS, MARGIN, SIDE, draw_clusters
 
 # Machado, Oliveira and Fernandes 2009, severity 1: what a colour looks like without one kind of cone (linear RGB).
 COLOUR_BLIND = {

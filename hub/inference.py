@@ -1,0 +1,192 @@
+"""Load a Granulon, open an image, answer questions: the one place for command line, server and evaluation."""
+
+import base64
+import json
+import urllib.request
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from PIL import Image
+from transformers.generation.streamers import BaseStreamer
+
+from modeling_granulon import GranulonConfig, GranulonForConditionalGeneration, GranulonProcessor, load_rgb
+from modeling_granulon.visual_output import GranulonVisualOutput
+
+from .text import first_line
+
+MAX_BYTES = 50_000_000  # of a downloaded image
+TIMEOUT = 20  # seconds without data from the server of an image
+# Entries of a configuration that follow from its levels.
+DERIVED_FROM_LEVELS = ("default_granularity", "max_semantic_tokens")
+# Weights whose shapes follow from the levels.
+LEVEL_WEIGHTS = (
+    "model.granularity_controller.",
+    *(f"model.multi_modal_projector.{name}" for name in ("gain_offsets", "level_embedding", "cluster_embedding")),
+)
+
+
+def load_model(
+    name: str | Path,
+    *,
+    revision: str = "main",
+    overrides: dict | None = None,
+    new_levels: bool = False,
+    dtype: str | torch.dtype = "auto",
+    attn_implementation: str | None = None,
+    device_map=None,
+) -> GranulonForConditionalGeneration:
+    """
+    A Granulon in eval mode, from this package's own code.
+
+    Args:
+        name, revision: a folder or a Hub repository.
+        overrides: changes of the configuration; levels derive their default and slot number anew.
+        new_levels: gains, embeddings and controller may start anew where `overrides` change their shapes (training).
+        dtype, attn_implementation, device_map: as in `from_pretrained`; a dtype may be given by name.
+
+    Raises:
+        ValueError: there is no Granulon under this name, an override is unknown, or weights are missing or have
+            another shape.
+    """
+    try:
+        values, _ = GranulonConfig.get_config_dict(name, revision=revision)
+    except OSError as error:
+        raise ValueError(f"{name} was not found locally or on the Hub: {first_line(error)}") from error
+    if (found := values.get("model_type")) != GranulonConfig.model_type:
+        raise ValueError(
+            f"{name} is a model of type {found!r}, expected {GranulonConfig.model_type!r}; granulon-assemble makes one "
+            "of an encoder and a language model"
+        )
+    overrides = dict(overrides or {})
+    if unknown := overrides.keys() - GranulonConfig().to_dict().keys():
+        raise ValueError(f"the configuration has no {', '.join(sorted(unknown))}; check the overrides")
+    if "granularities" in overrides:
+        values |= dict.fromkeys(DERIVED_FROM_LEVELS)
+    model, report = GranulonForConditionalGeneration.from_pretrained(
+        name,
+        config=GranulonConfig.from_dict(values | overrides),
+        revision=revision,
+        dtype=getattr(torch, dtype) if isinstance(dtype, str) and dtype != "auto" else dtype,
+        attn_implementation=attn_implementation,
+        device_map=device_map,
+        ignore_mismatched_sizes=bool(overrides),
+        output_loading_info=True,
+    )
+    absent = {*report["missing_keys"], *(entry[0] for entry in report["mismatched_keys"])}
+    absent = sorted(key for key in absent if not (new_levels and key.startswith(LEVEL_WEIGHTS)))
+    if absent:
+        changed = f" with {json.dumps(overrides)}" if overrides else ""
+        raise ValueError(
+            f"the weights of {name} do not fit its configuration{changed}: {', '.join(absent[:3])} ({len(absent)} in "
+            "all) are missing or have another shape; take a complete checkpoint, or keep the number of levels"
+        )
+    return model.eval()
+
+
+def load_processor(name: str | Path, config: GranulonConfig, *, revision: str = "main") -> GranulonProcessor:
+    """The checkpoint's processor, with as many semantic slots as the model has."""
+    processor = GranulonProcessor.from_pretrained(name, revision=revision)
+    processor.num_semantic_tokens = config.max_semantic_tokens
+    return processor
+
+
+def open_image(source) -> Image.Image:
+    """
+    The image of a file, an http(s) address, a data URL, bytes or a PIL image, as `load_rgb` returns it.
+
+    Raises:
+        ValueError: it cannot be fetched, is larger than `MAX_BYTES`, or is not a usable image.
+    """
+    if not isinstance(source, str):
+        return load_rgb(source)
+    if source.startswith("data:"):
+        return load_rgb(base64.b64decode(source.partition(",")[2], validate=True))
+    if not source.startswith(("http://", "https://")):
+        return load_rgb(source)
+    # urllib: a size limit and a timeout are enough, and it does not depend on the Hub client's version.
+    request = urllib.request.Request(source, headers={"User-Agent": "granulon"})
+    try:
+        with urllib.request.urlopen(request, timeout=TIMEOUT) as response:
+            data = response.read(MAX_BYTES + 1)
+    except OSError as error:
+        raise ValueError(f"{source} cannot be fetched: {error}") from error
+    if len(data) > MAX_BYTES:
+        raise ValueError(f"{source} is larger than {MAX_BYTES} bytes; download and shrink it first")
+    return load_rgb(data)
+
+
+@dataclass
+class Prompt:
+    """Conversations as the model reads them, their images encoded once.
+
+    inputs: the processor's output, on the model's device.
+    visual: what `model.encode` saw; None without images.
+    """
+
+    inputs: dict
+    visual: GranulonVisualOutput | None
+
+
+@torch.no_grad()
+def encode(model, processor, conversations: list[list[dict]], granularity=None) -> Prompt:
+    """
+    Build the prompts of conversations and run tower, controller and aggregation once.
+
+    Args:
+        conversations: chats as `apply_chat_template` takes them; images as PIL images in `{"type": "image", "image":
+            ...}`.
+        granularity: a level by name or index, or a list with one for each conversation; None for the controller's.
+
+    Raises:
+        ValueError: an unknown level.
+    """
+    inputs = processor.apply_chat_template(
+        conversations,
+        tokenize=True,
+        return_dict=True,
+        return_tensors="pt",
+        add_generation_prompt=True,
+        processor_kwargs={"padding": True},
+    ).to(model.device, dtype=model.dtype)
+    visual = model.explain(**inputs, granularity=granularity) if "pixel_values" in inputs else None
+    return Prompt(inputs, visual)
+
+
+def describe(model, prompt: Prompt, visual_view: str = "full") -> list[dict]:
+    """
+    What was chosen and what is read, for each conversation: granularity, view, tokens and images as in
+    `GranulonVisualOutput.describe`, with the text tokens of the prompt in `tokens["text"]`.
+    """
+    text_B = (prompt.inputs["input_ids"] != model.config.image_token_id).logical_and(prompt.inputs["attention_mask"])
+    text_B = text_B.sum(-1).tolist()
+    if prompt.visual is None:
+        nothing = {"granularity": None, "view": visual_view, "images": []}
+        return [{**nothing, "tokens": {"pixel": 0, "semantic": 0, "text": text}} for text in text_B]
+    rows = prompt.visual.describe(visual_view)
+    return [row | {"tokens": {**row["tokens"], "text": text}} for row, text in zip(rows, text_B, strict=True)]
+
+
+@torch.no_grad()
+def generate(
+    model, processor, prompt: Prompt, visual_view: str = "full", streamer: BaseStreamer | None = None, **options
+) -> tuple[list[str], list[int]]:
+    """
+    The answers to encoded conversations, and the number of tokens of each.
+
+    Args:
+        visual_view: "full", "pixel", "semantic" or "auto".
+        options: of `model.generate`, such as `max_new_tokens`.
+    """
+    visual = {} if prompt.visual is None else {"visual": prompt.visual, "visual_view": visual_view}
+    text = {name: prompt.inputs[name] for name in ("input_ids", "attention_mask")}
+    output = model.generate(**text, **visual, streamer=streamer, **options)
+    new = output[:, text["input_ids"].shape[1] :]
+    answers = processor.batch_decode(new, skip_special_tokens=True)
+    lengths = (new != processor.tokenizer.pad_token_id).sum(1).tolist()
+    return [answer.strip() for answer in answers], lengths
+
+
+def question_about(image, question: str) -> list[dict]:
+    """A conversation of one user turn: an image and a question about it."""
+    return [{"role": "user", "content": [{"type": "image", "image": image}, {"type": "text", "text": question}]}]

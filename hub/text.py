@@ -1,0 +1,24 @@
+"""Text for people: error messages in one line, numbers with intervals, Markdown tables."""
+
+import math
+
+
+def first_line(error: BaseException | str) -> str:
+    """The first line of an error's message, or the name of its class if it has none."""
+    return str(error).strip().partition("\n")[0] or type(error).__name__
+
+
+def markdown_table(header: list[str], rows: list[list], text_columns: int = 1) -> str:
+    """A Markdown table; the first `text_columns` columns are aligned to the left, the others to the right."""
+    lines = [header, ["---"] * text_columns + ["--:"] * (len(header) - text_columns), *rows]
+    return "\n".join(
+        "| " + " | ".join(str(entry).replace("|", "\\|").replace("\n", " ") for entry in line) + " |" for line in lines
+    )
+
+
+def with_interval(value: float | None, low: float | None = None, high: float | None = None, digits: int = 2) -> str:
+    """A value with its interval, such as "0.71 [0.65, 0.77]"; "" for None and NaN."""
+    if value is None or math.isnan(value):
+        return ""
+    known = low is not None and high is not None and not math.isnan(low)
+    return f"{value:.{digits}f}" + (f" [{low:.{digits}f}, {high:.{digits}f}]" if known else "")
