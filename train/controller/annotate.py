@@ -67,7 +67,6 @@ class AnnotateArguments:
     max_tokens: int = field(default=400, metadata={"help": "the most a reply may have; more for models that reason"})
     timeout: float = field(default=60.0, metadata={"help": "seconds to wait for a reply"})
     twice: float = field(default=0.05, metadata={"help": "share of the questions that are asked a second time"})
-    first_wait: float = field(default=1.0, metadata={"help": "seconds before a second attempt, then doubled"})
     retry_quarantined: bool = field(default=False, metadata={"help": "ask again what got no usable reply before"})
     dry_run: bool = field(default=False, metadata={"help": "count and estimate; send nothing"})
 
@@ -194,8 +193,7 @@ class Annotator:
         args = self.arguments
 
         def endpoint(client):
-            told = {"max_tokens": args.max_tokens, "first_wait": args.first_wait}
-            return Endpoint(client, args.model, journal, self.schema, self.prices, **told)
+            return Endpoint(client, args.model, journal, self.schema, self.prices, max_tokens=args.max_tokens)
 
         return ask_with_bar(
             requests,

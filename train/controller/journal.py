@@ -35,6 +35,58 @@ LONGEST_WAIT = 60.0  # seconds, of our own
 LONGEST_ASKED = 600.0  # seconds; who asks for more is asked again by another run
 SHORTEST_KEY = 8  # letters; what endpoints of one's own take for a key may be any word
 TEMPLATE_TOKENS = 64  # what a chat template may add to the text of a call
+FIRST_WAIT = 1.0  # seconds before the second attempt, doubled for each further one
+TIMEOUT = 300.0  # seconds to wait for a reply; a model that reasons takes long
+CHARACTERS_PER_TOKEN = 4  # of English, for the estimate; the cap counts a token for each byte
+
+
+@dataclass(kw_only=True)
+class ApiArguments:
+    """Options of every command that calls a paid model at an OpenAI-compatible endpoint; commands inherit them."""
+
+    model: str | None = field(default=None, metadata={"help": "name of the model at the endpoint"})
+    base_url: str | None = field(default=None, metadata={"help": "address of the endpoint; OpenAI's by default"})
+    prices: list[float] = field(
+        default_factory=list,
+        metadata={"help": "USD per million input tokens and per million output tokens; 0 0 for a free endpoint"},
+    )
+    max_cost: float = field(default=10.0, metadata={"help": "USD to spend at most, earlier runs included"})
+    max_tokens: int = field(default=800, metadata={"help": "maximum tokens of a reply, reasoning included"})
+    concurrency: int = field(default=16, metadata={"help": "calls in flight at a time"})
+    retry_quarantined: bool = field(default=False, metadata={"help": "ask again what got no usable reply before"})
+    dry_run: bool = field(default=False, metadata={"help": "count calls and estimate their cost; send nothing"})
+
+    def __post_init__(self):
+        if not self.model:
+            raise ValueError("no model is given; name the one to call with --model")
+        if len(self.prices) != 2:
+            raise ValueError(
+                f"--prices has {len(self.prices)} numbers, expected two: USD per million input tokens and per million "
+                "output tokens (0 0 for a free endpoint); the cap of --max_cost depends on them"
+            )
+        if not all(0 <= price < float("inf") for price in self.prices) or not self.max_cost >= 0:  # nor NaN
+            raise ValueError(f"--prices are {self.prices} and --max_cost {self.max_cost}; expected 0 or more")
+        if min(self.concurrency, self.max_tokens) < 1:
+            raise ValueError(
+                f"--concurrency is {self.concurrency} and --max_tokens {self.max_tokens}; expected 1 or more"
+            )
+
+    def estimate(self, calls: int, characters: int, reply_tokens: int, spent: float, image_tokens: int = 0) -> str:
+        """
+        A sentence on what calls will cost.
+
+        Args:
+            calls: how many are to be made.
+            characters: of all their texts together.
+            reply_tokens: expected for one reply.
+            spent: USD in the journal.
+            image_tokens: of all their images together.
+        """
+        read, written = characters // CHARACTERS_PER_TOKEN + image_tokens, reply_tokens * calls
+        return (
+            f"estimated cost {Prices(*self.prices).of(read, written):.4f} USD ({read} tokens in, {written} out); "
+            f"{spent:.4f} USD are spent, the cap is {self.max_cost:g}"
+        )
 
 
 class StopRun(Exception):
@@ -197,7 +249,6 @@ class Endpoint:
         max_tokens: the most that a reply may have.
         attempts: how often a content is sent before it is left for another run.
         schema_attempts: how many replies may miss the schema before the content is rejected.
-        first_wait: seconds before the second attempt, doubled for each further one.
         options: further arguments of the call, such as `temperature`.
     """
 
@@ -209,7 +260,6 @@ class Endpoint:
     max_tokens: int = 512
     attempts: int = 6
     schema_attempts: int = 3
-    first_wait: float = 1.0
     options: dict = field(default_factory=dict)
 
     def __post_init__(self):
@@ -404,7 +454,7 @@ class Endpoint:
 
     async def _wait(self, error: Exception, attempt: int):
         """Longer after each attempt, with jitter; never shorter than the endpoint asks for, in seconds."""
-        wait = min(self.first_wait * 2**attempt, LONGEST_WAIT) * random.uniform(0.5, 1.0)
+        wait = min(FIRST_WAIT * 2**attempt, LONGEST_WAIT) * random.uniform(0.5, 1.0)
         if isinstance(error, openai.APIStatusError):
             try:
                 wait = max(wait, float(error.response.headers.get("retry-after", 0)))
@@ -425,7 +475,7 @@ def ask_with_bar(
     make_endpoint: Callable[[openai.AsyncOpenAI], Endpoint],
     *,
     base_url: str | None,
-    timeout: float,
+    timeout: float = TIMEOUT,
     concurrency: int,
 ) -> StopRun | None:
     """
