@@ -4,9 +4,9 @@
     granulon-evaluate --matrix matrix --output results
     accelerate launch -m granulon.evaluation.run --matrix ablations --output results
 
-A cell of the matrix (a model, how it is asked, a task) that is done is not done again: it is known by everything that
-decides its figures. Whatever ends a run, the next one goes on where it was, within a cell too; a cell that fails does
-not end the others. Under `output` lie `cells/`, each with its result, its samples and all that is needed to run it
+A run of the matrix (a model, how it is asked, a task) that is done is not done again: it is known by everything that
+decides its figures. Whatever ends a run, the next one goes on where it was, within a run too; a run that fails does
+not end the others. Under `output` lie `runs/`, each with its result, its samples and all that is needed to run it
 again, and `tables/`.
 """
 
@@ -25,24 +25,25 @@ from accelerate import PartialState
 from accelerate.utils import broadcast_object_list, gather_object
 from transformers import HfArgumentParser
 
-from .cells import (
+from granulon.hub.files import write_atomically
+
+from .matrix import (
     ANSWERS,
     RESULT,
     SAMPLES,
     SCORING,
-    Cell,
+    Entry,
     Matrix,
-    Row,
+    Run,
     Settings,
-    cell_folder,
-    cell_key,
+    add_entry,
+    effective_overrides,
     model_identity,
-    own_overrides,
     read_matrix,
     read_samples,
-    tell_row,
+    run_folder,
+    run_key,
     used_versions,
-    write_whole,
 )
 from .tables import BERTSCORE, UNDEFINED, Figure, Results, write_tables
 
@@ -56,8 +57,10 @@ class EvaluateArguments:
     tasks: list[str] = field(
         default_factory=list, metadata={"help": "tasks of ours or of lmms-eval, by name; in a matrix: only these"}
     )
-    matrix: str | None = field(default=None, metadata={"help": "a YAML file of rows and tasks, or: matrix, ablations"})
-    only: list[str] = field(default_factory=list, metadata={"help": "of a matrix, only the rows of these names"})
+    matrix: str | None = field(
+        default=None, metadata={"help": "a YAML file of entries and tasks, or: matrix, ablations"}
+    )
+    only: list[str] = field(default_factory=list, metadata={"help": "of a matrix, only the entries of these names"})
     revision: str = field(default="main", metadata={"help": "of the model on the Hub"})
     granularity: str | None = field(default=None, metadata={"help": "level by name or index, for every question"})
     view: str = field(
@@ -89,7 +92,7 @@ class EvaluateArguments:
 
 @dataclass
 class Outcome:
-    """What became of the cells of a run, by name; and figures that could not be computed."""
+    """What became of the runs of a run, by name; and figures that could not be computed."""
 
     done: list[str] = field(default_factory=list)
     earlier: list[str] = field(default_factory=list)
@@ -116,19 +119,19 @@ def _run(matrix: Matrix, arguments: EvaluateArguments):
             print(f"failed: {name}: {reason}", file=sys.stderr)
     if outcome.failed:
         every = len(outcome.done) + len(outcome.earlier) + len(outcome.failed)
-        sys.exit(f"granulon-evaluate: {len(outcome.failed)} of {every} cells failed; run again to retry")
+        sys.exit(f"granulon-evaluate: {len(outcome.failed)} of {every} runs failed; run again to retry")
     if outcome.unscored:
         print("not all figures were computed:", *outcome.unscored, sep="\n  ", file=sys.stderr)
         sys.exit(2)
 
 
 def tables(matrix: Matrix, arguments: EvaluateArguments):
-    """Write the tables, and say which finished cells are in none of them."""
+    """Write the tables, and say which finished runs are in none of them."""
     results = Results(Path(arguments.output), settings(arguments), arguments.judge)
     for file in write_tables(Path(arguments.output), matrix, results):
         print(f"wrote {file}")
     for names, number in results.others.items():
-        print(f"{number} finished cells are in no table: they were run with another {', '.join(names)}")
+        print(f"{number} finished runs are in no table: they were run with another {', '.join(names)}")
 
 
 def evaluate(matrix: Matrix, arguments: EvaluateArguments) -> Outcome:
@@ -142,57 +145,57 @@ def evaluate(matrix: Matrix, arguments: EvaluateArguments) -> Outcome:
         ) from error
     quiet()
     outcome, runner, begun = Outcome(), Runner(arguments), time.monotonic()
-    cells = matrix.cells
-    for number, cell in enumerate(cells, start=1):
-        where = f"[{number}/{len(cells)}] {cell.name}"
+    runs = matrix.runs
+    for number, run in enumerate(runs, start=1):
+        where = f"[{number}/{len(runs)}] {run.name}"
         try:
-            fresh = runner.run(cell)
-        except Exception as error:  # whatever is wrong with this cell, the others have nothing to do with it
-            outcome.failed[cell.name] = runner.failed(cell, error)
-            say(f"{where}: failed: {outcome.failed[cell.name]}")
+            fresh = runner.run(run)
+        except Exception as error:  # whatever is wrong with this run, the others have nothing to do with it
+            outcome.failed[run.name] = runner.failed(run, error)
+            say(f"{where}: failed: {outcome.failed[run.name]}")
             if not isinstance(error, Unusable) and PartialState().num_processes > 1:
                 raise  # the other processes wait for this one
             continue
-        (outcome.done if fresh else outcome.earlier).append(cell.name)
-        left = (time.monotonic() - begun) / len(outcome.done) * (len(cells) - number) if outcome.done else 0
+        (outcome.done if fresh else outcome.earlier).append(run.name)
+        left = (time.monotonic() - begun) / len(outcome.done) * (len(runs) - number) if outcome.done else 0
         say(f"{where}: {'done' if fresh else 'was done'}" + (f", about {_span(left)} left" if left else ""))
     outcome.unscored = runner.unscored
     return outcome
 
 
 class Unusable(ValueError):
-    """A cell that cannot be begun, found so on all processes alike."""
+    """A run that cannot be begun, found so on all processes alike."""
 
 
 class Runner:
-    """Does cells one by one, and keeps the model between those of one row."""
+    """Does runs one by one, and keeps the model between those of one entry."""
 
     def __init__(self, arguments: EvaluateArguments):
         self.arguments, self.settings = arguments, settings(arguments)
         self.output, self.state = Path(arguments.output), PartialState()
-        self.row, self.adapter = None, None
+        self.entry, self.adapter = None, None
         self.unscored = []
 
-    def run(self, cell: Cell) -> bool:
+    def run(self, run: Run) -> bool:
         """Whether there was anything to do. Raises `Unusable`, or whatever goes wrong while answering."""
-        config, identity, task = self._alike(lambda: self._identify(cell))
-        asked = replace(cell.row, overrides=own_overrides(cell.row))
-        folder = cell_folder(self.output, cell, cell_key(asked, identity, task, self.settings))
+        config, identity, task = self._alike(lambda: self._identify(run))
+        asked = replace(run.entry, overrides=effective_overrides(run.entry))
+        folder = run_folder(self.output, run, run_key(asked, identity, task, self.settings))
         if self._on_main((folder / RESULT).is_file):
-            return self._on_main(lambda: self._take(cell, folder))
+            return self._on_main(lambda: self._take(run, folder))
         begun = time.monotonic()
-        loaded = self._alike(lambda: self._prepare(cell, config, folder))
+        loaded = self._alike(lambda: self._prepare(run, config, folder))
         from .engine import answer
 
         answered = answer(self.adapter, loaded, self.settings.limit, self.settings.seed)
         if answered is not None:
-            self._write(cell, folder, identity, task, *answered, begun)
+            self._write(run, folder, identity, task, *answered, begun)
         self.state.wait_for_everyone()
         return True
 
-    def _take(self, cell: Cell, folder: Path) -> bool:
-        """A finished cell also counts for this row; whether its answers had to be scored again."""
-        tell_row(folder, cell.row)
+    def _take(self, run: Run, folder: Path) -> bool:
+        """A finished run also counts for this entry; whether its answers had to be scored again."""
+        add_entry(folder, run.entry)
         result = json.loads((folder / RESULT).read_text())
         own = {name: getattr(self.settings, name) for name in SCORING}
         scored = BERTSCORE in result["metrics"] and all(result["settings"][name] == own[name] for name in SCORING)
@@ -203,51 +206,51 @@ class Runner:
         samples = waiting_for_bertscore(read_samples(folder))
         theirs = {name: entry["value"] for name, entry in result["metrics"].items() if name != BERTSCORE}
         told = {**result, "settings": {**result["settings"], **own}, "versions": used_versions()}
-        self._score(cell, folder, samples, theirs, told)
+        self._score(run, folder, samples, theirs, told)
         return True
 
-    def failed(self, cell: Cell, error: Exception) -> str:
+    def failed(self, run: Run, error: Exception) -> str:
         """Leave the whole story beside the results; the line that tells it."""
         if self.state.is_main_process and not isinstance(error, Unusable):
             self.output.mkdir(parents=True, exist_ok=True)
             with open(self.output / ERROR, "a", encoding="utf-8") as file:
-                file.write(f"{datetime.now(UTC).isoformat()} {cell.name}\n{traceback.format_exc()}\n")
+                file.write(f"{datetime.now(UTC).isoformat()} {run.name}\n{traceback.format_exc()}\n")
         return (str(error).strip() or type(error).__name__).partition("\n")[0]
 
-    def _identify(self, cell: Cell):
+    def _identify(self, run: Run):
         from .engine import identity, task_config
 
-        config = task_config(cell.task)
+        config = task_config(run.task)
         try:
-            model = self._on_main(lambda: model_identity(cell.row.model, cell.row.revision))
+            model = self._on_main(lambda: model_identity(run.entry.model, run.entry.revision))
         except ValueError as error:
-            how = f"; make it with: {cell.row.made_by}" if cell.row.made_by else ""
+            how = f"; make it with: {run.entry.made_by}" if run.entry.made_by else ""
             raise ValueError(f"{error}{how}") from error
-        return config, model, identity(cell.task, config)
+        return config, model, identity(run.task, config)
 
-    def _prepare(self, cell: Cell, config: dict, folder: Path):
+    def _prepare(self, run: Run, config: dict, folder: Path):
         from .engine import check_scoring, make_task
-        from .lmms_adapter import GranulonForEvaluation
+        from .lmms_model import GranulonForEvaluation
 
-        task = make_task(config, self._sample_rows(cell.task, config) if self.settings.sample_rows else None)
+        task = make_task(config, self._sample_rows(run.task, config) if self.settings.sample_rows else None)
         check_scoring(task)
-        if cell.row != self.row:
-            self.row = self.adapter = None
+        if run.entry != self.entry:
+            self.entry = self.adapter = None
             gc.collect()
             torch.cuda.empty_cache()
             self.adapter = GranulonForEvaluation(
-                cell.row.model,
-                revision=cell.row.revision,
-                granularity=cell.row.granularity,
-                view=cell.row.view,
-                overrides=cell.row.overrides,
+                run.entry.model,
+                revision=run.entry.revision,
+                granularity=run.entry.granularity,
+                view=run.entry.view,
+                overrides=run.entry.overrides,
                 dtype=self.settings.dtype,
                 attn_implementation=self.arguments.attn_implementation,
                 batch_size=self.arguments.batch_size,
                 max_new_tokens=self.settings.max_new_tokens,
                 seed=self.settings.seed,
             )
-            self.row = cell.row
+            self.entry = run.entry
         self.adapter.answers = str(folder / ANSWERS)
         return task
 
@@ -261,11 +264,11 @@ class Runner:
             "generation_kwargs": options | {"max_new_tokens": min(limits)}
         }
 
-    def _write(self, cell: Cell, folder: Path, identity: dict, task: dict, samples: list, theirs: dict, begun: float):
-        """What is told of a cell once it is answered."""
+    def _write(self, run: Run, folder: Path, identity: dict, task: dict, samples: list, theirs: dict, begun: float):
+        """What is told of a run once it is answered."""
         told = {
-            "cell": cell.name,
-            "row": asdict(cell.row),
+            "run": run.name,
+            "entry": asdict(run.entry),
             "task": task,
             "settings": asdict(self.settings),
             "model": identity,
@@ -278,12 +281,12 @@ class Runner:
             "attn_implementation": self.arguments.attn_implementation,
             "versions": used_versions(),
         }
-        self._score(cell, folder, samples, theirs, told)
+        self._score(run, folder, samples, theirs, told)
         for file in folder.glob(f"{ANSWERS}.*-of-*"):
             file.unlink()
 
-    def _score(self, cell: Cell, folder: Path, samples: list, theirs: dict, told: dict):
-        """Samples first, then the result, which says that the cell is done."""
+    def _score(self, run: Run, folder: Path, samples: list, theirs: dict, told: dict):
+        """Samples first, then the result, which says that the run is done."""
         from .engine import score
 
         options, device = self.settings, str(self.adapter.device) if self.adapter else None
@@ -291,22 +294,24 @@ class Runner:
             samples, theirs, options.seed, options.bertscore_model, options.bertscore_layer, device
         )
         folder.mkdir(parents=True, exist_ok=True)
-        write_whole(folder / SAMPLES, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in samples))
+        write_atomically(
+            folder / SAMPLES, "".join(json.dumps(sample, ensure_ascii=False) + "\n" for sample in samples)
+        )
         finished = datetime.now(UTC).isoformat(timespec="seconds")
         result = {
             **told, "metrics": found, "not_computed": failed, "unscored": unscored, "finished_at": finished
         }  # fmt: skip
-        write_whole(folder / RESULT, json.dumps(result, indent=1, ensure_ascii=False) + "\n")
+        write_atomically(folder / RESULT, json.dumps(result, indent=1, ensure_ascii=False) + "\n")
         figures = [
             f"{name} {Figure(entry['value'], entry['low'], entry['high'], missing=UNDEFINED)}"
             for name, entry in found.items()
         ]
-        say(f"  {cell.name}: {', '.join(figures)}")
+        say(f"  {run.name}: {', '.join(figures)}")
         for name, reason in failed.items():
-            self.unscored.append(f"{cell.name}: {name}")
-            say(f"  {cell.name}: {name} was not computed: {reason}; the answers are kept, run again to score them")
+            self.unscored.append(f"{run.name}: {name}")
+            say(f"  {run.name}: {name} was not computed: {reason}; the answers are kept, run again to score them")
         for reason, number in unscored.items():
-            say(f"  {cell.name}: {number} of {len(samples)} samples have no score: {reason}")
+            say(f"  {run.name}: {number} of {len(samples)} samples have no score: {reason}")
 
     def _alike(self, action):
         """Do something on all processes; where it fails on one, it fails on all."""
@@ -367,7 +372,7 @@ def _matrix(arguments: EvaluateArguments) -> Matrix:
     if arguments.model is not None:
         if not arguments.tasks:
             raise ValueError("name --tasks for the model to do")
-        row = Row(
+        entry = Entry(
             name=Path(arguments.model).name or arguments.model,
             model=arguments.model,
             revision=arguments.revision,
@@ -375,20 +380,20 @@ def _matrix(arguments: EvaluateArguments) -> Matrix:
             view=arguments.view,
             overrides=overrides,
         )
-        return Matrix([row], arguments.tasks, [])
+        return Matrix([entry], arguments.tasks, [])
     return read_matrix(arguments.matrix)
 
 
 def _wanted(matrix: Matrix, arguments: EvaluateArguments) -> Matrix:
     """The part of a matrix that is to be run; its tables are of all of it."""
-    rows = [row for row in matrix.rows if not arguments.only or row.name in arguments.only]
-    if missing := set(arguments.only) - {row.name for row in rows}:
+    entries = [entry for entry in matrix.entries if not arguments.only or entry.name in arguments.only]
+    if missing := set(arguments.only) - {entry.name for entry in entries}:
         raise ValueError(
-            f"{arguments.matrix} has no row {sorted(missing)}; it has {[row.name for row in matrix.rows]}"
+            f"{arguments.matrix} has no entry {sorted(missing)}; it has {[entry.name for entry in matrix.entries]}"
         )
     if arguments.tasks:
-        rows = [replace(row, tasks=None) for row in rows]
-    return Matrix(rows, arguments.tasks or matrix.tasks, matrix.tables)
+        entries = [replace(entry, tasks=None) for entry in entries]
+    return Matrix(entries, arguments.tasks or matrix.tasks, matrix.tables)
 
 
 def _seen(samples: list[dict]) -> dict:

@@ -12,7 +12,6 @@ from functools import partial
 
 import numpy as np
 
-from .statistics import interval
 from .metrics import (
     BERTSCORE_MODEL,
     METRICS,
@@ -24,6 +23,7 @@ from .metrics import (
     value,
     yes_no_statistics,
 )
+from .statistics import interval
 
 UNSCORED = "unscored"  # in place of metrics, for a sample that cannot be scored: why
 YES_NO = ("accuracy", "f1", "precision", "recall", "yes_rate", "always_yes", "unclear")

@@ -1,7 +1,7 @@
-"""Tables of finished cells, in Markdown and LaTeX, with the paper's figures beside ours, intervals and paired tests.
+"""Tables of finished runs, in Markdown and LaTeX, with the paper's figures beside ours, intervals and paired tests.
 
-A figure is a value with its 95% bootstrap interval. A line marked "(paper)" is the paper's own. A cell that was not
-run says so. Where a table names a row to compare with, its differences to the other rows of its group are tested on
+A figure is a value with its 95% bootstrap interval. A line marked "(paper)" is the paper's own. A run that was not
+run says so. Where a table names an entry to compare with, its differences to the others of its group are tested on
 the same samples: McNemar's exact test for right-or-wrong figures, else the paired bootstrap; the p-values of a table
 are corrected together by Holm's method.
 """
@@ -16,11 +16,13 @@ from pathlib import Path
 import numpy as np
 import yaml
 
-from .statistics import holm, mcnemar, paired, percentiles, resampled
-from .cells import SCORING, Matrix, Row, Settings, read_results, read_samples, write_whole
+from granulon.hub.files import write_atomically
+
+from .matrix import SCORING, Entry, Matrix, Settings, read_results, read_samples
 from .metrics import JUDGED, METRICS
 from .plots import draw_table
 from .scoring import metric_of, units
+from .statistics import holm, mcnemar, paired, percentiles, resampled
 
 PAPER = Path(__file__).with_name("paper_tables.yaml")
 BERTSCORE = "bertscore"
@@ -71,52 +73,52 @@ class Table:
 
 class Results:
     """
-    What is there of a matrix: the newest finished cell of each row and task, under these settings. `others` counts
+    What is there of a matrix: the newest finished run of each entry and task, under these settings. `others` counts
     those under other settings, by what is different.
 
     Args:
-        judge: whose scores count; by default that of most cells, the newest of several: scores of two do not mix.
+        judge: whose scores count; by default that of most runs, the newest of several: scores of two do not mix.
     """
 
     def __init__(self, output: Path, settings: Settings, judge: str | None = None):
-        self.cells, self.others, wanted = {}, Counter(), _plain(asdict(settings))
+        self.runs, self.others, wanted = {}, Counter(), _plain(asdict(settings))
         for result in read_results(output):
             own = [name for name in wanted if name not in SCORING or BERTSCORE in result["metrics"]]
             different = tuple(name for name in own if result["settings"].get(name) != wanted[name])
             if different:
                 self.others[different] += 1
                 continue
-            for row in result["rows"]:
-                self.cells[_row_key(row), result["task"]["name"]] = result
-        judged = [told for result in self.cells.values() for told in result["judges"].values()]
+            for entry in result["entries"]:
+                self.runs[_entry_key(entry), result["task"]["name"]] = result
+        judged = [told for result in self.runs.values() for told in result["judges"].values()]
         number = Counter(told["judge"] for told in judged)
         if judge is not None and judge not in number:
             raise ValueError(f"there are no scores by {judge}, there are by: {', '.join(sorted(number)) or 'nobody'}")
         order = sorted(judged, key=lambda told: (number[told["judge"]], told["finished_at"]))
         self.judge = judge or (order[-1]["judge"] if order else None)
 
-    def of(self, row: Row, task: str) -> dict | None:
-        return self.cells.get((_row_key(asdict(row)), task))
+    def of(self, entry: Entry, task: str) -> dict | None:
+        return self.runs.get((_entry_key(asdict(entry)), task))
 
-    def figure(self, row: Row, cells: list[list[str]]) -> Figure:
+    def figure(self, entry: Entry, runs: list[list[str]]) -> Figure:
         """The figure of a column, which may be the mean over several tasks."""
-        found = [self.of(row, task) for task, _ in cells]
+        found = [self.of(entry, task) for task, _ in runs]
         if None in found:
             return Figure(missing=NOT_RUN)
-        entries = [self.entry(result, name) for result, (_, name) in zip(found, cells)]
+        entries = [self.entry(result, name) for result, (_, name) in zip(found, runs)]
         if missing := next((entry for entry in entries if isinstance(entry, str)), None):
             return Figure(missing=missing)
         samples = sum(entry["n"] for entry in entries)
         value = float(np.mean([entry["value"] for entry in entries]))
         if len(entries) == 1:
             return Figure(value, entries[0]["low"], entries[0]["high"], samples)
-        draws = [self._draws(result, name, place) for place, (result, (_, name)) in enumerate(zip(found, cells))]
+        draws = [self._draws(result, name, place) for place, (result, (_, name)) in enumerate(zip(found, runs))]
         if any(draw is None for draw in draws):
             return Figure(value, samples=samples)
         return Figure(value, *percentiles(np.mean(draws, axis=0)), samples)
 
     def entry(self, result: dict, name: str) -> dict | str:
-        """Value and interval of a figure of a cell, or why there is none."""
+        """Value and interval of a figure of a run, or why there is none."""
         metrics = result["metrics"]
         if is_judged(name):
             told = result["judges"].get(self.judge)
@@ -127,9 +129,9 @@ class Results:
             return NOT_COMPUTED if name in result["not_computed"] else NO_SUCH
         return metrics[name] if metrics[name]["value"] is not None else UNDEFINED
 
-    def compare(self, ours: Row, theirs: Row, task: str, figure: str) -> dict | None:
-        """A paired test of two rows, or why there is none; None where one of them has no such figure."""
-        pair = [self.of(row, task) for row in (ours, theirs)]
+    def compare(self, ours: Entry, theirs: Entry, task: str, figure: str) -> dict | None:
+        """A paired test of two entries, or why there is none; None where one of them has no such figure."""
+        pair = [self.of(entry, task) for entry in (ours, theirs)]
         if None in pair or any(isinstance(self.entry(result, figure), str) for result in pair):
             return None
         found = [self.units(result, figure) for result in pair]
@@ -152,14 +154,14 @@ class Results:
         return {**told, **test, "test": "McNemar" if metric.proportion else "bootstrap", "samples": len(ours_NS)}
 
     def units(self, result: dict, figure: str) -> dict[str, list[float]]:
-        """Statistics by unit, of the cell's samples or of what the judge has said of them."""
+        """Statistics by unit, of the run's samples or of what the judge has said of them."""
         if is_judged(figure):
             return units(result["judges"][self.judge]["samples"], figure)
         return units(_samples(result["folder"]), figure)
 
     @staticmethod
     def _other_rows(one: dict, other: dict) -> str | None:
-        """A sample of which two cells have read different rows of the data."""
+        """A sample of which two runs have read different rows of the data."""
         hashes = [{str(s["id"]): s.get("doc_sha256") for s in _samples(result["folder"])} for result in (one, other)]
         return next((name for name in hashes[0].keys() & hashes[1].keys() if hashes[0][name] != hashes[1][name]), None)
 
@@ -178,7 +180,7 @@ def write_tables(output: Path, matrix: Matrix, results: Results) -> list[Path]:
     for wanted in matrix.tables or [everything(matrix, results)]:
         table = make_table(wanted, matrix, results, paper)
         for suffix, text in ((".md", markdown(table)), (".tex", latex(table)), (".json", as_json(table))):
-            write_whole(folder / f"{table.name}{suffix}", text)
+            write_atomically(folder / f"{table.name}{suffix}", text)
             written.append(folder / f"{table.name}{suffix}")
         written += draw_table(table, folder / table.name)
     return written
@@ -188,17 +190,17 @@ def everything(matrix: Matrix, results: Results) -> dict:
     """A table of all figures that there are, for a matrix that names none."""
     columns = []
     for task in matrix.tasks:
-        found = [result for row in matrix.rows if (result := results.of(row, task))]
+        found = [result for entry in matrix.entries if (result := results.of(entry, task))]
         judged = [result["judges"][results.judge] for result in found if results.judge in result["judges"]]
         names = dict.fromkeys(name for one in [*found, *judged] for name in one["metrics"]) or {"": None}
-        columns += [{"title": f"{task} {name}".strip(), "cells": [[task, name]]} for name in names]
+        columns += [{"title": f"{task} {name}".strip(), "figures": [[task, name]]} for name in names]
     return {"name": "results", "title": "Results", "columns": columns}
 
 
 def make_table(wanted: dict, matrix: Matrix, results: Results, paper: dict) -> Table:
     """
-    A table as a matrix describes it: `name`, `title`, `columns` (title, cells, paper), and if it likes `groups` (only
-    these), `compare` (the row whose differences are tested), `paper` (the paper's table) and `statements`.
+    A table as a matrix describes it: `name`, `title`, `columns` (title, runs, paper), and if it likes `groups` (only
+    these), `compare` (the entry whose differences are tested), `paper` (the paper's table) and `statements`.
 
     Raises:
         ValueError: unknown entries.
@@ -206,27 +208,27 @@ def make_table(wanted: dict, matrix: Matrix, results: Results, paper: dict) -> T
     known = {"name", "title", "columns", "groups", "compare", "paper", "statements"}
     if unknown := wanted.keys() - known:
         raise ValueError(f"the table {wanted.get('name')} has {sorted(unknown)}; a table has {sorted(known)}")
-    rows = [row for row in matrix.rows if row.group in wanted.get("groups", [row.group])]
+    entries = [entry for entry in matrix.entries if entry.group in wanted.get("groups", [entry.group])]
     columns = wanted["columns"]
     published = paper["tables"].get(wanted.get("paper"), {})
     lines = []
-    for group in dict.fromkeys(row.group for row in rows):
-        own = [row for row in rows if row.group == group]
-        figures = [[results.figure(row, column["cells"]) for column in columns] for row in own]
+    for group in dict.fromkeys(entry.group for entry in entries):
+        own = [entry for entry in entries if entry.group == group]
+        figures = [[results.figure(entry, column["figures"]) for column in columns] for entry in own]
         theirs = dict(published.get(group, {}))
-        for row, line in zip(own, _with_best(figures, columns)):
-            lines.append(Line(group, row.name, line))
-            if row.name in theirs:
-                lines.append(_paper_line(group, row.name, theirs.pop(row.name), columns))
+        for entry, line in zip(own, _with_best(figures, columns)):
+            lines.append(Line(group, entry.name, line))
+            if entry.name in theirs:
+                lines.append(_paper_line(group, entry.name, theirs.pop(entry.name), columns))
         lines += [_paper_line(group, name, values, columns) for name, values in theirs.items()]
     return Table(
         wanted["name"],
         wanted["title"],
         tuple(column["title"] for column in columns),
         tuple(lines),
-        tuple(_tests(wanted.get("compare"), rows, columns, results)),
+        tuple(_tests(wanted.get("compare"), entries, columns, results)),
         tuple(paper["statements"].get(wanted.get("statements"), ())),
-        results.judge if any(is_judged(name) for column in columns for _, name in column["cells"]) else None,
+        results.judge if any(is_judged(name) for column in columns for _, name in column["figures"]) else None,
     )
 
 
@@ -285,38 +287,38 @@ def _test_row(test: dict) -> list[str]:
     return [*start, difference, test["test"], str(test["samples"]), f"{test['p']:.4f}", f"{test['p_corrected']:.4f}"]
 
 
-def _tests(compare: str | None, rows: list[Row], columns: list[dict], results: Results) -> list[dict]:
+def _tests(compare: str | None, entries: list[Entry], columns: list[dict], results: Results) -> list[dict]:
     """Every test that the columns allow, with p-values corrected over all of them."""
-    cells = dict.fromkeys(tuple(cell) for column in columns for cell in column["cells"])
+    runs = dict.fromkeys(tuple(run) for column in columns for run in column["figures"])
     pairs = [
         (ours, theirs)
-        for ours in rows
-        for theirs in rows
+        for ours in entries
+        for theirs in entries
         if ours.name == compare and theirs.name != compare and ours.group == theirs.group
     ]
-    tests = [results.compare(ours, theirs, *cell) for ours, theirs in pairs for cell in cells]
+    tests = [results.compare(ours, theirs, *run) for ours, theirs in pairs for run in runs]
     tests = [test for test in tests if test is not None]
     corrected = holm([test.get("p", float("nan")) for test in tests])
     return [{**test, **({"p_corrected": p} if "p" in test else {})} for test, p in zip(tests, corrected)]
 
 
 def _with_best(figures: list[list[Figure]], columns: list[dict]) -> list[tuple[Figure, ...]]:
-    """The figures of a group's rows, the best of each column marked where they differ."""
+    """The figures of a group's entries, the best of each column marked where they differ."""
     for place, column in enumerate(columns):
-        values = [row[place].value for row in figures if row[place].value is not None]
+        values = [entry[place].value for entry in figures if entry[place].value is not None]
         if len(set(values)) < 2:
             continue
-        higher = METRICS[metric_of(column["cells"][0][1])].higher_is_better
+        higher = METRICS[metric_of(column["figures"][0][1])].higher_is_better
         if higher is None:
             continue
         best = max(values) if higher else min(values)
-        for row in figures:
-            row[place] = replace(row[place], best=row[place].value == best)
-    return [tuple(row) for row in figures]
+        for entry in figures:
+            entry[place] = replace(entry[place], best=entry[place].value == best)
+    return [tuple(entry) for entry in figures]
 
 
 def _paper_line(group: str, name: str, values: dict, columns: list[dict]) -> Line:
-    """The paper's figures for a row; a column that it does not give is empty."""
+    """The paper's figures for a entry; a column that it does not give is empty."""
     figures = tuple(Figure(values.get(column.get("paper"))) for column in columns)
     return Line(group, f"{name} (paper)", figures, paper=True)
 
@@ -337,9 +339,9 @@ def is_judged(figure: str) -> bool:
     return figure.startswith(JUDGED)
 
 
-def _row_key(row: dict) -> str:
-    """A row as a cell knows it: tasks, and what only messages tell, do not matter."""
-    told = {key: value for key, value in row.items() if key not in ("tasks", "made_by")}
+def _entry_key(entry: dict) -> str:
+    """A entry as a run knows it: tasks, and what only messages tell, do not matter."""
+    told = {key: value for key, value in entry.items() if key not in ("tasks", "made_by")}
     return json.dumps(told, sort_keys=True)
 
 

@@ -26,7 +26,7 @@ def eval_results(output: Path, folder: Path) -> dict[str, bytes]:
         ValueError: there is no such cell.
     """
     weights = weights_sha256(folder)
-    cells = [json.loads(file.read_text(encoding="utf-8")) for file in output.glob("cells/*/result.json")]
+    cells = [json.loads(file.read_text(encoding="utf-8")) for file in output.glob("runs/*/result.json")]
     counting = sorted((cell for cell in cells if _counts(cell, weights)), key=lambda cell: cell["finished_at"])
     if not counting:
         raise ValueError(
@@ -47,7 +47,7 @@ def weights_sha256(folder: Path) -> str:
 
 
 def _counts(cell: dict, weights: str) -> bool:
-    row, settings = cell["row"], cell["settings"]
+    row, settings = cell["entry"], cell["settings"]
     return (
         cell["model"].get("sha256") == weights
         and not cell["not_computed"]

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from transformers import DINOv3ViTModel
 
-from granulon.evaluation.cells import write_whole
+from granulon.hub.files import write_atomically
 
 from . import world
 from .arms import (
@@ -92,12 +92,12 @@ def once(path: Path, make: Callable[[], object]):
     content = make()
     seconds = time.perf_counter() - start
     if path.suffix == ".json":
-        write_whole(path, json.dumps({**content, "job_seconds": round(seconds, 1)}))
+        write_atomically(path, json.dumps({**content, "job_seconds": round(seconds, 1)}))
     else:
         draft = path.with_name(f"{path.name}.{os.getpid()}.tmp")
         torch.save(content, draft)
         draft.replace(path)
-        write_whole(path.with_suffix(".time.json"), json.dumps({"job_seconds": round(seconds, 1)}))
+        write_atomically(path.with_suffix(".time.json"), json.dumps({"job_seconds": round(seconds, 1)}))
     print(f"{path.relative_to(path.parents[1])}: {seconds:.0f} s", flush=True)
 
 

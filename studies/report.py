@@ -12,8 +12,9 @@ from pathlib import Path
 
 import numpy as np
 
+from granulon.evaluation.matrix import used_versions
 from granulon.evaluation.statistics import holm, interval, paired
-from granulon.evaluation.cells import used_versions, write_whole
+from granulon.hub.files import write_atomically
 
 from . import world
 from .arms import (
@@ -131,7 +132,7 @@ def write_report(folder: Path, seeds: tuple[int, ...], path: Path):
         *time_section(folder),
     ]
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(path, "\n".join(parts) + "\n")
+    write_atomically(path, "\n".join(parts) + "\n")
 
 
 def encoders_section(folder: Path, kept: list[str]) -> list[str]:

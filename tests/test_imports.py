@@ -25,13 +25,13 @@ MAY_IMPORT = {
     "train/data": {"modeling_granulon"},
     "evaluation": {"modeling_granulon", "granulon.hub", "granulon.train"},
     "evaluation/analyses": {"modeling_granulon", "granulon.hub", "granulon.train", "granulon.evaluation"},
-    "evaluation/judge": {"modeling_granulon", "granulon.train", "granulon.evaluation"},
+    "evaluation/judge": {"modeling_granulon", "granulon.hub", "granulon.train", "granulon.evaluation"},
     "evaluation/tasks": {"modeling_granulon", "granulon.hub", "granulon.train", "granulon.evaluation"},
     "space": set(),
     "studies": {"modeling_granulon", "granulon.hub", "granulon.train", "granulon.evaluation"},
 }
 ALONE = "evaluation/tasks"  # lmms-eval loads the functions of a task from their file, so that nothing is relative
-NEEDS_LMMS_EVAL = {"engine.py", "images.py", "lmms_adapter.py"}
+NEEDS_LMMS_EVAL = {"engine.py", "images.py", "lmms_model.py"}
 NETWORK = {"socket", "ssl", "urllib", "http", "ftplib", "smtplib", "xmlrpc", "asyncio", "subprocess"}
 
 

@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullLocator, ScalarFormatter
 
 from granulon.evaluation.statistics import percentiles, resampled
-from granulon.evaluation.cells import fullest_cells, read_results, read_samples
+from granulon.evaluation.matrix import largest_runs, read_results, read_samples
 from modeling_granulon.configuration_granulon import DEFAULT_GRANULARITIES
 
 from .files import COLOURS, FAINT, INK, LEVEL_COLOURS, MARKS, ranged, table
@@ -39,13 +39,13 @@ def finished_cells(output: str | Path, only: Sequence[str] = ()) -> list[dict]:
     Raises:
         ValueError: there is none, or no row of a name.
     """
-    found = fullest_cells(read_results(Path(output)))
+    found = largest_runs(read_results(Path(output)))
     if not found:
         raise ValueError(f"{output} has no finished cells; run granulon-evaluate --output {output} first")
-    rows = {result["row"]["name"] for result in found}
+    rows = {result["entry"]["name"] for result in found}
     if missing := set(only) - rows:
         raise ValueError(f"{output} has no finished cell of the row {sorted(missing)}; it has {sorted(rows)}")
-    wanted = [result for result in found if not only or result["row"]["name"] in only]
+    wanted = [result for result in found if not only or result["entry"]["name"] in only]
     return [result | {"samples_read": read_samples(Path(result["folder"]))} for result in wanted]
 
 
@@ -104,7 +104,7 @@ def _shown_metric(cell: dict, wanted: str | None) -> tuple[str | None, str | Non
 def _cell_name(cell: dict) -> str:
     """A cell and how it was asked, since cells of one model are called alike."""
     told = _told(cell)
-    return f"{cell['cell']} ({_how(told['view'], told['granularity'])})"
+    return f"{cell['run']} ({_how(told['view'], told['granularity'])})"
 
 
 def _how(view: str, level) -> str:
@@ -120,7 +120,7 @@ def _left_out(cells: dict[str, str]) -> list[str]:
 
 def _told(cell: dict) -> dict:
     """What a row is called and how it is asked."""
-    row = cell["row"]
+    row = cell["entry"]
     level = row.get("granularity")
     return {
         "group": row.get("group", ""),

@@ -1,4 +1,4 @@
-"""The images of a finished cell's samples, as a judge gets them: found again in the task's data."""
+"""The images of a finished run's samples, as a judge gets them: found again in the task's data."""
 
 import base64
 import hashlib
@@ -13,7 +13,7 @@ from modeling_granulon import load_rgb
 class Images:
     """
     Args:
-        result: of the cell.
+        result: of the run.
         output: the folder of results, for rows that were made there.
         side: pixels of the longer side; larger images are made smaller.
 

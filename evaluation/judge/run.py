@@ -1,14 +1,13 @@
-"""`granulon-judge`: GPTscores of finished cells, by a judge at any OpenAI-compatible endpoint.
+"""`granulon-judge`: GPTscores of finished runs, by a judge at any OpenAI-compatible endpoint.
 
     granulon-judge --results results --model NAME --input_price 2.5 --output_price 10 --dry_run
-    granulon-judge --results results --compare judge-a-0123456789ab judge-b-0123456789ab
 
 Accuracy, hallucination and granularity, 0 to 100, of an answer as a whole and of five segments of it. The judge sees
 the image, as the authors' does; `--sees reference` is for one that reads text alone. Equal answers to equal questions
 are judged once. Every call is in the journal (`judge/calls.jsonl`) before it is sent: a rerun after any crash repeats
 none, and the cap on the cost (`--max_cost`) holds over all runs.
 
-The scores lie beside the results of each cell in `judge-<model>-<hash>.json`; the hash is of the prompt, the form of
+The scores lie beside the results of each run in `judge-<model>-<hash>.json`; the hash is of the prompt, the form of
 the reply and what the judge sees. `granulon-evaluate --tables_only` puts them into the tables.
 """
 
@@ -24,11 +23,11 @@ from pathlib import Path
 
 from transformers import HfArgumentParser
 
-from granulon.evaluation.cells import fullest_cells, read_results, read_samples, write_whole
+from granulon.evaluation.matrix import largest_runs, read_results, read_samples
 from granulon.evaluation.scoring import figures
+from granulon.hub.files import write_atomically
 from granulon.train.controller.journal import Endpoint, Journal, Prices, Request, StopRun, ask_with_bar, call_key
 
-from .disagreements import write_report
 from .form import Verdict, cut_words, no_answer, segments, statistics_of
 
 PROMPT = Path(__file__).with_name("prompt.md")
@@ -43,14 +42,13 @@ ESTIMATED_REPLY = 260  # tokens
 class JudgeArguments:
     results: str = field(metadata={"help": "the folder of results that granulon-evaluate has written"})
     tasks: list[str] = field(default_factory=lambda: list(TASKS), metadata={"help": "whose answers are judged"})
-    only: list[str] = field(default_factory=list, metadata={"help": "only the rows of these names"})
+    only: list[str] = field(default_factory=list, metadata={"help": "only the entries of these names"})
     model: str | None = field(default=None, metadata={"help": "name of the judging model at the endpoint"})
     base_url: str | None = field(default=None, metadata={"help": "of the endpoint; OpenAI's by default"})
     sees: str = field(
         default="image", metadata={"help": "what the judge gets beside question and answer", "choices": list(SIGHTS)}
     )
     prompt_file: str = field(default=str(PROMPT), metadata={"help": "what the judge is told"})
-    run: str = field(default="", metadata={"help": "a name for a further judging of the same answers, to compare"})
     max_words: int = field(default=1000, metadata={"help": "of an answer or reference; longer ones are cut, counted"})
     image_side: int = field(default=768, metadata={"help": "pixels of the longer side of what the judge gets"})
     image_tokens: int = field(default=2048, metadata={"help": "the most tokens that such an image can cost"})
@@ -63,18 +61,10 @@ class JudgeArguments:
     first_wait: float = field(default=1.0, metadata={"help": "seconds before a second attempt, then doubled"})
     retry_quarantined: bool = field(default=False, metadata={"help": "ask again what got no usable reply before"})
     dry_run: bool = field(default=False, metadata={"help": "count and estimate; send nothing"})
-    compare: list[str] = field(
-        default_factory=list, metadata={"help": "two judges, as their files are named: a report of where they differ"}
-    )
-    report: str | None = field(default=None, metadata={"help": "the report's file; in results/judge by default"})
 
     def __post_init__(self):
-        if self.compare:
-            if len(self.compare) != 2:
-                raise ValueError(f"--compare names {len(self.compare)} judges; expected two")
-            return
         if self.model is None:
-            raise ValueError("name the judging model with --model, or two judges to --compare")
+            raise ValueError("name the judging model with --model")
         if self.input_price is None or self.output_price is None:
             raise ValueError(
                 "say what the model costs with --input_price and --output_price (USD per million tokens; 0 for an "
@@ -87,13 +77,11 @@ class JudgeArguments:
         for name in ("concurrency", "max_tokens", "max_words", "image_side", "image_tokens"):
             if getattr(self, name) < 1:
                 raise ValueError(f"--{name} is {getattr(self, name)}; expected 1 or more")
-        if self.run and not re.fullmatch(r"[\w.]+", self.run):
-            raise ValueError(f"--run is {self.run!r}; expected letters, digits, _ and .")
 
 
 @dataclass(frozen=True)
 class Case:
-    """An answer to be judged: a sample of a cell, and the call that judges it, or why none does."""
+    """An answer to be judged: a sample of a run, and the call that judges it, or why none does."""
 
     folder: Path
     id: int
@@ -111,7 +99,7 @@ class Case:
 def main(argv: list[str] | None = None):
     try:
         (arguments,) = HfArgumentParser(JudgeArguments, description=__doc__).parse_args_into_dataclasses(argv)
-        compare(arguments) if arguments.compare else judge(arguments)
+        judge(arguments)
     except (OSError, ValueError, StopRun) as error:
         sys.exit(f"granulon-judge: {error}")
     except KeyboardInterrupt:
@@ -119,24 +107,24 @@ def main(argv: list[str] | None = None):
 
 
 def judge(arguments: JudgeArguments):
-    """Ask for what the journal lacks, then write every cell's scores; raises `StopRun` after, if it is not all."""
+    """Ask for what the journal lacks, then write every run's scores; raises `StopRun` after, if it is not all."""
     results = wanted(arguments)
     judging = Judging(arguments, Path(arguments.prompt_file).read_text(encoding="utf-8"))
-    by_cell = {result["folder"]: list(judging.cases(result)) for result in results}
-    cases = [case for own in by_cell.values() for case in own]
+    by_run = {result["folder"]: list(judging.cases(result)) for result in results}
+    cases = [case for own in by_run.values() for case in own]
     folder = Path(arguments.results, FOLDER)
     with Journal(folder / JOURNAL, arguments.max_cost) as journal:
         if arguments.retry_quarantined:
             journal.rejected.clear()
         asked = {case.key: case for case in cases if case.key is not None}
         waiting = [c for key, c in asked.items() if key not in journal.answers and key not in journal.rejected]
-        print(f"{len(cases)} answers in {len(results)} cells, {len(asked)} distinct ones to be judged")
+        print(f"{len(cases)} answers in {len(results)} runs, {len(asked)} distinct ones to be judged")
         print(f"{len(asked) - len(waiting)} calls are in the journal, {len(waiting)} are to be made")
         print(judging.estimate(waiting, journal))
         if arguments.dry_run:
             return
         stop = judging.ask(waiting, journal)
-        left = sum(judging.write(result, by_cell[result["folder"]], journal) for result in results)
+        left = sum(judging.write(result, by_run[result["folder"]], journal) for result in results)
         write_quarantine(folder / QUARANTINE, cases, journal)
     if stop:
         raise stop
@@ -145,19 +133,19 @@ def judge(arguments: JudgeArguments):
 
 
 def wanted(arguments: JudgeArguments) -> list[dict]:
-    """The finished cells whose answers are to be judged; those that others have taken the place of cost nothing."""
-    every = fullest_cells(read_results(Path(arguments.results)))
+    """The finished runs whose answers are to be judged; those that others have taken the place of cost nothing."""
+    every = largest_runs(read_results(Path(arguments.results)))
     chosen = [
         result
         for result in every
         if result["task"]["name"] in arguments.tasks
-        and (not arguments.only or result["row"]["name"] in arguments.only)
+        and (not arguments.only or result["entry"]["name"] in arguments.only)
     ]
     if not chosen:
         there = sorted({result["task"]["name"] for result in every})
         raise ValueError(
-            f"{arguments.results} has no finished cell of {', '.join(arguments.tasks)}"
-            + (f" in the rows {', '.join(arguments.only)}" if arguments.only else "")
+            f"{arguments.results} has no finished run of {', '.join(arguments.tasks)}"
+            + (f" in the entries {', '.join(arguments.only)}" if arguments.only else "")
             + (f"; it has {', '.join(there)}" if there else "; run granulon-evaluate first")
         )
     return chosen
@@ -172,7 +160,7 @@ class Judging:
         form = [Verdict.model_json_schema(), arguments.sees, arguments.max_words]
         form += [arguments.image_side] if self.sees_image else []
         self.prompt_sha = hashlib.sha256((prompt + json.dumps(form, sort_keys=True)).encode()).hexdigest()
-        self.images = {}  # by folder of the cell
+        self.images = {}  # by folder of the run
 
     @property
     def sees_image(self) -> bool:
@@ -182,10 +170,10 @@ class Judging:
     def name(self) -> str:
         """Of the judge: the stem of its files."""
         model = re.sub(r"[^\w.]+", "-", self.arguments.model).strip("-")
-        return "-".join(filter(None, ("judge", model, self.prompt_sha[:12], self.arguments.run)))
+        return "-".join(filter(None, ("judge", model, self.prompt_sha[:12])))
 
     def cases(self, result: dict) -> Iterator[Case]:
-        """Every sample of a cell."""
+        """Every sample of a run."""
         folder = Path(result["folder"])
         samples = read_samples(folder)
         if self.sees_image:
@@ -210,7 +198,7 @@ class Judging:
         content |= {f"segment_{n}": part or "(empty)" for n, part in enumerate(parts, 1)}
         text = json.dumps(content, ensure_ascii=False)
         images = self.images[folder].sha256(sample) if self.sees_image else None
-        key = call_key([text, images], self.arguments.model, self.prompt_sha, self.arguments.run)
+        key = call_key([text, images], self.arguments.model, self.prompt_sha)
         return Case(folder, sample["id"], key, text, parts, cut=cut)
 
     def request(self, case: Case) -> Request:
@@ -234,7 +222,7 @@ class Judging:
         args = self.arguments
 
         def endpoint(client):
-            told = {name: getattr(args, name) for name in ("max_tokens", "first_wait", "image_tokens")}
+            told = {name: getattr(args, name) for name in ("max_tokens", "image_tokens")}
             return JudgesEndpoint(client, args.model, journal, Verdict, self.prices, **told)
 
         return ask_with_bar(
@@ -247,7 +235,7 @@ class Judging:
         )
 
     def write(self, result: dict, cases: list[Case], journal: Journal) -> int:
-        """The scores of a cell; how many of its answers still wait for a reply."""
+        """The scores of a run; how many of its answers still wait for a reply."""
         scored, unscored, waiting = [], Counter(), 0
         for case in cases:
             if case.empty or case.key in journal.answers:
@@ -264,8 +252,7 @@ class Judging:
             "base_url": self.arguments.base_url,
             "prompt_sha": self.prompt_sha,
             "sees": self.arguments.sees,
-            "run": self.arguments.run,
-            "cell": result["cell"],
+            "run": result["run"],
             "metrics": figures(scored, result["settings"]["seed"]),
             "waiting": waiting,
             "unscored": dict(unscored),
@@ -275,8 +262,10 @@ class Judging:
             "samples": scored,
             "finished_at": datetime.now(UTC).isoformat(timespec="seconds"),
         }
-        write_whole(Path(result["folder"], f"{self.name}.json"), json.dumps(told, indent=1, ensure_ascii=False) + "\n")
-        print(f"{result['cell']}: {summary(told)}")
+        write_atomically(
+            Path(result["folder"], f"{self.name}.json"), json.dumps(told, indent=1, ensure_ascii=False) + "\n"
+        )
+        print(f"{result['run']}: {summary(told)}")
         return waiting
 
 
@@ -298,7 +287,7 @@ class JudgesEndpoint(Endpoint):
 
 
 def summary(told: dict) -> str:
-    """A cell's scores in one line."""
+    """A run's scores in one line."""
     values = [
         f"{name} {entry['value']:.1f} [{entry['low']:.1f}, {entry['high']:.1f}]"
         for name, entry in told["metrics"].items()
@@ -316,25 +305,10 @@ def write_quarantine(path: Path, cases: list[Case], journal: Journal):
     """What got no usable reply, and why."""
     rejected = {case.key: case for case in cases if case.key in journal.rejected}
     lines = [
-        {"cell": case.folder.name, "id": case.id, "reason": journal.rejected[key], "asked": json.loads(case.text)}
+        {"run": case.folder.name, "id": case.id, "reason": journal.rejected[key], "asked": json.loads(case.text)}
         for key, case in rejected.items()
     ]
-    write_whole(path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
-
-
-def compare(arguments: JudgeArguments):
-    """Write the report of where two judges differ."""
-    results = wanted(arguments)
-    found = {name for result in results for name in result["judges"]}
-    if missing := [name for name in arguments.compare if name not in found]:
-        raise ValueError(
-            f"no judge {' and no '.join(missing)} has scored {', '.join(arguments.tasks)} in {arguments.results}; "
-            f"there {'is' if len(found) == 1 else 'are'} {', '.join(sorted(found)) or 'none'}"
-        )
-    path = Path(arguments.report or Path(arguments.results, FOLDER, "disagreements.md"))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_report(path, results, *arguments.compare)
-    print(f"wrote {path}")
+    write_atomically(path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
 
 
 if __name__ == "__main__":

@@ -234,13 +234,13 @@ def test_a_sheet_needs_levels_and_rows(model, processor):
 
 
 def make_cell(output, row, task, samples, value=50.0, at=0, **more):
-    folder = output / "cells" / f"{row}-{task}-{at}"
+    folder = output / "runs" / f"{row}-{task}-{at}"
     folder.mkdir(parents=True)
     (folder / "samples.jsonl").write_text("".join(json.dumps(sample) + "\n" for sample in samples))
     figure = {"value": value, "low": 40.0, "high": 60.0, "n": len(samples), "higher_is_better": True}
     result = {
-        "cell": f"{row} / {task}",
-        "row": {"name": row, "group": "", "view": "full", "granularity": None, "overrides": {}, **more},
+        "run": f"{row} / {task}",
+        "entry": {"name": row, "group": "", "view": "full", "granularity": None, "overrides": {}, **more},
         "task": {"name": task},
         "metrics": {"unclear": {**figure, "higher_is_better": False}, "accuracy": figure} if value else {},
         "finished_at": f"2026-01-01T00:00:0{at}+00:00",

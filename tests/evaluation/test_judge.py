@@ -18,11 +18,11 @@ import pytest
 from fault_server import INPUT_TOKENS, OUTPUT_TOKENS, FaultServer
 from PIL import Image
 from pydantic import ValidationError
-from test_tables import SETTINGS, make_cell, write
+from test_tables import SETTINGS, make_run, write
 
-from granulon.evaluation.cells import Matrix, Row, read_results
 from granulon.evaluation.judge.form import Verdict, cut_words, no_answer, segments, statistics_of
 from granulon.evaluation.judge.run import PROMPT, main
+from granulon.evaluation.matrix import Entry, Matrix, read_results
 from granulon.evaluation.metrics import JUDGED
 from granulon.train.controller.journal import Prices
 
@@ -83,27 +83,27 @@ def make_answers(count, start=0):
 
 
 @pytest.fixture
-def cells(tmp_path):
-    """Two rows: the second says of the first ten samples what the first says."""
+def runs(tmp_path):
+    """Two entries: the second says of the first ten samples what the first says."""
     folder = tmp_path / "results"
-    make_cell(folder, Row("one", "a"), TASK, make_answers(20))
-    make_cell(folder, Row("two", "b", view="pixel"), TASK, make_answers(10) + make_answers(20, 100)[10:])
+    make_run(folder, Entry("one", "a"), TASK, make_answers(20))
+    make_run(folder, Entry("two", "b", view="pixel"), TASK, make_answers(10) + make_answers(20, 100)[10:])
     return folder
 
 
 @pytest.fixture
-def judge(cells, server, monkeypatch):
+def judge(runs, server, monkeypatch):
     monkeypatch.setenv("OPENAI_API_KEY", "secret-key")
 
     def run(*more, **settings):
-        main(line(cells, server, *more, **settings))
-        return read_results(cells)
+        main(line(runs, server, *more, **settings))
+        return read_results(runs)
 
     return run
 
 
-def line(cells, server, *more, **settings):
-    values = FLAGS | {"results": cells, "base_url": server.base_url, "sees": "reference"} | settings
+def line(runs, server, *more, **settings):
+    values = FLAGS | {"results": runs, "base_url": server.base_url, "sees": "reference"} | settings
     return [
         *(str(part) for name, value in values.items() if value is not None for part in (f"--{name}", value)),
         *more,
@@ -127,7 +127,7 @@ def test_every_answer_is_scored_once_as_a_whole_and_by_segment_and_equal_ones_sh
         assert whole["n"] == 20 and not told["metrics"]["gpt_hallucination"]["higher_is_better"]
 
 
-def test_the_judge_gets_the_prompt_a_strict_schema_and_the_segments_and_the_key_is_never_written(judge, server, cells):
+def test_the_judge_gets_the_prompt_a_strict_schema_and_the_segments_and_the_key_is_never_written(judge, server, runs):
     judge()
     body = server.bodies[-1]
     assert body["messages"][0]["content"] == PROMPT.read_text()
@@ -143,7 +143,7 @@ def test_the_judge_gets_the_prompt_a_strict_schema_and_the_segments_and_the_key_
         "Is it? Yes.",
     ]
     assert server.keys == {"secret-key"}
-    assert not any(b"secret-key" in file.read_bytes() for file in cells.rglob("*") if file.is_file())
+    assert not any(b"secret-key" in file.read_bytes() for file in runs.rglob("*") if file.is_file())
 
 
 def test_the_same_command_again_sends_nothing_and_leaves_the_same_scores(judge, server):
@@ -156,25 +156,25 @@ def test_the_same_command_again_sends_nothing_and_leaves_the_same_scores(judge, 
 
 def test_another_prompt_or_sight_or_cut_is_another_judge(judge, server, tmp_path):
     (tmp_path / "other.md").write_text("Score it.")
-    for settings in ({}, {"prompt_file": tmp_path / "other.md"}, {"max_words": 5}, {"run": "again"}):
+    for settings in ({}, {"prompt_file": tmp_path / "other.md"}, {"max_words": 5}):
         results = judge(**settings)
-    assert len({told["judge"] for told in scores_of(results)}) == 4
+    assert len({told["judge"] for told in scores_of(results)}) == 3
 
 
 def test_a_dry_run_counts_and_estimates_and_sends_nothing(judge, server, capsys):
     results = judge("--dry_run")
     printed = capsys.readouterr().out
-    assert "40 answers in 2 cells, 30 distinct ones" in printed and "30 are to be made" in printed
+    assert "40 answers in 2 runs, 30 distinct ones" in printed and "30 are to be made" in printed
     estimate = float(printed.split("estimated cost ")[1].split()[0])
     letters = len(PROMPT.read_text())
     assert estimate == pytest.approx(30 * ((letters + 300) / 4 + 4 * 260) / 1e6, rel=0.1)
     assert not server.asked and not scores_of(results)
 
 
-def test_an_empty_answer_is_scored_without_a_call_and_a_long_one_is_cut_and_both_are_counted(cells, judge, server):
+def test_an_empty_answer_is_scored_without_a_call_and_a_long_one_is_cut_and_both_are_counted(runs, judge, server):
     odd = make_answers(4)
     odd[0]["answer"], odd[1]["answer"], odd[2]["answer"] = "", " \n", "word " * 5000
-    make_cell(cells, Row("odd", "c", view="semantic"), TASK, odd)
+    make_run(runs, Entry("odd", "c", view="semantic"), TASK, odd)
     results = judge("--only", "odd", max_words=300)
     (told,) = scores_of(results)
     assert (told["empty"], told["cut"], told["max_words"]) == (2, 1, 300) and len(server.asked) == 2
@@ -185,15 +185,15 @@ def test_an_empty_answer_is_scored_without_a_call_and_a_long_one_is_cut_and_both
     assert told["metrics"]["gptscore_2"]["n"] == 1, "what has no sentence for a segment has no score for it"
 
 
-def test_a_missing_reference_is_told_and_the_others_are_scored(cells, judge):
+def test_a_missing_reference_is_told_and_the_others_are_scored(runs, judge):
     odd = make_answers(4)
     odd[1]["references"], odd[2]["references"] = [], ["", None]
-    make_cell(cells, Row("odd", "c", view="semantic"), TASK, odd)
+    make_run(runs, Entry("odd", "c", view="semantic"), TASK, odd)
     (told,) = scores_of(judge("--only", "odd"))
     assert told["unscored"] == {"the sample has no reference": 2} and told["metrics"]["gptscore"]["n"] == 2
 
 
-def test_faults_of_all_kinds_cost_no_score_and_no_answer_is_paid_for_twice(judge, server, cells):
+def test_faults_of_all_kinds_cost_no_score_and_no_answer_is_paid_for_twice(judge, server, runs):
     server.fault_share = 0.4
     results = judge(timeout=0.5, concurrency=4)
     for told in scores_of(results):
@@ -205,7 +205,7 @@ def test_faults_of_all_kinds_cost_no_score_and_no_answer_is_paid_for_twice(judge
     assert sum(server.asked.values()) == before
 
 
-def test_what_gets_no_usable_reply_is_quarantined_with_the_reason_and_asked_again_when_told(judge, server, cells):
+def test_what_gets_no_usable_reply_is_quarantined_with_the_reason_and_asked_again_when_told(judge, server, runs):
     judge("--dry_run")
     text = json.dumps({
         "question": "What is this?", "reference": "A thing number 3.",
@@ -214,22 +214,22 @@ def test_what_gets_no_usable_reply_is_quarantined_with_the_reason_and_asked_agai
     })  # fmt: skip
     server.always[text] = "schema"
     results = judge()
-    (line,) = (cells / "judge" / "quarantine.jsonl").read_text().splitlines()
+    (line,) = (runs / "judge" / "quarantine.jsonl").read_text().splitlines()
     assert json.loads(line)["id"] == 3 and "not what was asked for" in json.loads(line)["reason"]
     assert [sum(told["unscored"].values()) for told in scores_of(results)] == [1, 1]
     del server.always[text]
     assert all(not told["unscored"] for told in scores_of(judge("--retry_quarantined")))
 
 
-def test_the_cap_holds_what_was_scored_is_kept_and_the_message_says_how_to_go_on(judge, server, cells):
+def test_the_cap_holds_what_was_scored_is_kept_and_the_message_says_how_to_go_on(judge, server, runs):
     prices = Prices(FLAGS["input_price"], FLAGS["output_price"])
     with pytest.raises(SystemExit, match="higher --max_cost to go on"):
         judge(max_cost=0.03)
     assert 0 < server.cost(prices) <= 0.03
-    told = scores_of(read_results(cells))
+    told = scores_of(read_results(runs))
     assert sum(len(one["samples"]) for one in told) > 0 and sum(one["waiting"] for one in told) > 0
-    table = {"name": "t", "title": "T", "columns": [{"title": "GPTscore", "cells": [[TASK, "gptscore"]]}]}
-    text = write(cells, Matrix([Row("one", "a")], [TASK], [table]))["t.md"]
+    table = {"name": "t", "title": "T", "columns": [{"title": "GPTscore", "figures": [[TASK, "gptscore"]]}]}
+    text = write(runs, Matrix([Entry("one", "a")], [TASK], [table]))["t.md"]
     assert "not judged yet" in text
     judge()
     assert max(server.asked.values()) == 1 and server.cost(prices) == pytest.approx(30 * call_cost(prices))
@@ -239,12 +239,12 @@ def call_cost(prices):
     return prices.of(INPUT_TOKENS, OUTPUT_TOKENS)
 
 
-def test_a_judge_that_is_down_is_told_and_what_was_scored_is_kept(judge, server, cells):
+def test_a_judge_that_is_down_is_told_and_what_was_scored_is_kept(judge, server, runs):
     judge("--only", "one")
     server.fault_share, server.faults = 1.0, ("500",)
     with pytest.raises(SystemExit, match="gave no reply for the last .*run the same command again when it is back"):
         judge(concurrency=1)
-    told = {result["row"]["name"]: scores_of([result])[0] for result in read_results(cells)}
+    told = {result["entry"]["name"]: scores_of([result])[0] for result in read_results(runs)}
     assert told["one"]["waiting"] == 0 and told["two"]["waiting"] == 10 and len(told["two"]["samples"]) == 10
 
 
@@ -267,9 +267,9 @@ def test_interrupted_it_says_how_to_go_on(judge, server, number, interruptible):
 @pytest.mark.parametrize("kills", [1, pytest.param(5, marks=pytest.mark.slow)])
 def test_killed_at_random_moments_a_rerun_repeats_no_paid_call(server, tmp_path, kills):
     server.fault_share, server.faults = 0.2, ("429", "500", "half", "schema")
-    cells = tmp_path / "results"
-    make_cell(cells, Row("many", "a"), TASK, make_answers(200))
-    command = [sys.executable, "-m", "granulon.evaluation.judge.run", *line(cells, server, concurrency=4)]
+    runs = tmp_path / "results"
+    make_run(runs, Entry("many", "a"), TASK, make_answers(200))
+    command = [sys.executable, "-m", "granulon.evaluation.judge.run", *line(runs, server, concurrency=4)]
     draws = random.Random(kills)
     for _ in range(kills):
         sent = sum(server.asked.values())
@@ -278,10 +278,10 @@ def test_killed_at_random_moments_a_rerun_repeats_no_paid_call(server, tmp_path,
             time.sleep(0.002)
         process.send_signal(signal.SIGKILL)
         process.wait()
-    main(line(cells, server, concurrency=4))
-    (told,) = scores_of(read_results(cells))
+    main(line(runs, server, concurrency=4))
+    (told,) = scores_of(read_results(runs))
     assert len(told["samples"]) + sum(told["unscored"].values()) == 200
-    entries = (cells / "judge" / "calls.jsonl").read_text().splitlines()
+    entries = (runs / "judge" / "calls.jsonl").read_text().splitlines()
     answered = [json.loads(entry)["key"] for entry in entries if '"answered"' in entry]
     assert len(answered) == len(set(answered)) == len(told["samples"])
     twice = [text for text, count in server.answered.items() if count > 1]
@@ -289,11 +289,11 @@ def test_killed_at_random_moments_a_rerun_repeats_no_paid_call(server, tmp_path,
 
 
 def test_the_judge_sees_the_image_that_was_asked_about(tmp_path, server, monkeypatch):
-    from granulon.evaluation import lmms_adapter
+    from granulon.evaluation import lmms_model
     from granulon.evaluation.run import main as evaluate
     from granulon.hub.tiny import assemble_tiny
 
-    monkeypatch.setattr(lmms_adapter, "_cut", lambda text, until: f"A picture. It has {len(text)} letters.")
+    monkeypatch.setattr(lmms_model, "_cut", lambda text, until: f"A picture. It has {len(text)} letters.")
     task, model = "granulon_aokvqa_direct", str(assemble_tiny(tmp_path / "tiny"))
     settings = ["--sample_rows", "--max_new_tokens", "6", "--limit", "3"]
     evaluate(["--model", model, "--tasks", task, "--output", str(tmp_path / "results"), *settings])
@@ -309,69 +309,28 @@ def test_the_judge_sees_the_image_that_was_asked_about(tmp_path, server, monkeyp
     assert max(most) < 0.015, "an image is reckoned by its tokens, not by the letters of its file"
 
 
-def test_two_judges_are_compared_in_a_report_for_people(judge, server, cells, capsys):
-    judge()
-    server.shift = 25
-    results = judge(run="strict")
-    first, second = sorted(results[0]["judges"], key=len)
-    main(["--results", str(cells), "--compare", first, second])
-    text = (cells / "judge" / "disagreements.md").read_text()
-    assert f"First: `{first}`. Second: `{second}`. 40 answers were scored by both" in text
-    rows = {
-        entry.split(" | ")[0].strip("| "): entry.split(" | ") for entry in text.splitlines() if entry.startswith("| ")
-    }
-    assert rows["accuracy"][3].startswith("+25.0") and rows["accuracy"][5].startswith("1.00")
-    assert text.count("## ") == 40 and "25 apart" in text and "What is this?" in text and "A thing number 7." in text
-    assert "It is thing 7. It is red." in text and "`0` apart" in text and "`25` apart" in text
-
-
-def test_the_widest_differences_come_first_and_markdown_in_an_answer_changes_nothing(cells, judge, server):
-    odd = make_answers(3)
-    odd[1]["answer"] = "# A title\n```\n| a | b |\n````\nend."
-    make_cell(cells, Row("odd", "c", view="semantic"), TASK, odd)
-    judge("--only", "odd")
-    scores = server.scores
-    server.scores = lambda text: scores(text) | ({"granularity": 100} if "# A title" in text else {})
-    (told, other) = scores_of(judge("--only", "odd", run="b"))
-    main(
-        [
-            "--results",
-            str(cells),
-            "--only",
-            "odd",
-            "--compare",
-            told["judge"],
-            other["judge"],
-            "--report",
-            str(cells / "r.md"),
-        ]
-    )
-    text = (cells / "r.md").read_text()
-    headings = [entry for entry in text.splitlines() if re.match(r"## \d", entry)]
-    assert headings[0].startswith("## 1. odd / granulon_cc12m, sample 1: ") and headings[1].endswith(": 0 apart")
-    assert "`````text\n# A title\n" in text
-
-
-def test_scores_of_two_judges_do_not_mix_in_a_table(cells, judge, server):
+def test_scores_of_two_judges_do_not_mix_in_a_table(runs, judge, server, tmp_path):
     judge()
     server.shift = 40
-    judge("--only", "one", run="newer")
-    rows = [Row("one", "a"), Row("two", "b", view="pixel")]
+    (tmp_path / "newer.md").write_text("Score it.")
+    judge("--only", "one", prompt_file=tmp_path / "newer.md")
+    entries = [Entry("one", "a"), Entry("two", "b", view="pixel")]
     columns = [
-        {"title": "GPTscore", "cells": [[TASK, "gptscore"]]},
-        {"title": "H", "cells": [[TASK, "gpt_hallucination"]]},
+        {"title": "GPTscore", "figures": [[TASK, "gptscore"]]},
+        {"title": "H", "figures": [[TASK, "gpt_hallucination"]]},
     ]
-    matrix = Matrix(rows, [TASK], [{"name": "t", "title": "T", "columns": columns, "compare": "one"}])
-    written = write(cells, matrix)
-    older, newer = sorted({told["judge"] for told in scores_of(read_results(cells))}, key=len)
+    matrix = Matrix(entries, [TASK], [{"name": "t", "title": "T", "columns": columns, "compare": "one"}])
+    written = write(runs, matrix)
+    both, one = sorted((set(result["judges"]) for result in read_results(runs)), key=len, reverse=True)
+    (older,), (newer,) = one, both - one
     assert f"Judged by `{older}`; the paper's judge was GPT-4o." in written["t.md"]
     assert "not judged" not in written["t.md"]
     (test, other) = json.loads(written["t.json"])["tests"]
     assert test["figure"] == "gptscore" and test["samples"] == 20 and other["test"] == "bootstrap"
-    chosen = write(cells, matrix, SETTINGS, newer)["t.md"]
+    chosen = write(runs, matrix, SETTINGS, newer)["t.md"]
     assert f"Judged by `{newer}`" in chosen and "| two | not judged | not judged |" in chosen
     with pytest.raises(ValueError, match="there are no scores by judge-x, there are by: judge-m-"):
-        write(cells, matrix, SETTINGS, "judge-x")
+        write(runs, matrix, SETTINGS, "judge-x")
 
 
 def test_segments_are_the_authors():
@@ -412,10 +371,9 @@ def test_scores_that_are_none_miss_the_schema(score):
         ({"input_price": "nan"}, "prices are 0 or more"),
         ({"max_cost": "nan"}, "expected 0 or more"),
         ({"concurrency": 0}, "--concurrency is 0; expected 1 or more"),
-        ({"tasks": "pope"}, "has no finished cell of pope; it has granulon_cc12m"),
-        ({"only": "nobody"}, "no finished cell of .* in the rows nobody"),
+        ({"tasks": "pope"}, "has no finished run of pope; it has granulon_cc12m"),
+        ({"only": "nobody"}, "no finished run of .* in the entries nobody"),
         ({"results": "/nowhere"}, "run granulon-evaluate first"),
-        ({"run": "a/b"}, "expected letters, digits"),
         ({"prompt_file": "absent.md"}, "absent.md"),
     ],
 )
@@ -423,13 +381,3 @@ def test_what_cannot_be_done_is_refused_in_a_sentence(judge, server, settings, m
     with pytest.raises(SystemExit, match=message):
         judge(**settings)
     assert not server.asked
-
-
-def test_a_report_needs_two_judges_that_have_scored(judge, cells):
-    (name, *_) = {told["judge"] for told in scores_of(judge())}
-    for names, message in (
-        ((name,), "names 1 judges; expected two"),
-        ((name, "judge-x"), f"no judge judge-x .* {name}"),
-    ):
-        with pytest.raises(SystemExit, match=message):
-            main(["--results", str(cells), "--compare", *names])

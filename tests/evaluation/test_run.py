@@ -18,8 +18,8 @@ import yaml
 from conftest import count_calls
 from test_metrics import make_bert
 
-from granulon.evaluation import lmms_adapter
-from granulon.evaluation.cells import MATRICES, read_matrix, read_results, read_samples
+from granulon.evaluation import lmms_model
+from granulon.evaluation.matrix import MATRICES, read_matrix, read_results, read_samples
 from granulon.evaluation.run import main
 from granulon.evaluation.sample_rows import MAKERS
 from granulon.hub.tiny import assemble_tiny
@@ -61,7 +61,7 @@ def bert(tmp_path_factory):
 
 @pytest.fixture
 def evaluate(tiny, bert, tmp_path):
-    """Run the command on sample rows and give the finished cells by task."""
+    """Run the command on sample rows and give the finished runs by task."""
 
     def run(*options, output=tmp_path / "results", model=tiny):
         main(line(output, bert, *(["--model", model] if model else []), *options))
@@ -78,20 +78,20 @@ def line(output, bert, *options):
 @pytest.fixture
 def answered(monkeypatch):
     """The requests that a model is asked, as (task, sample)."""
-    asked, answer = [], lmms_adapter.GranulonForEvaluation._answer
+    asked, answer = [], lmms_model.GranulonForEvaluation._answer
 
     def counted(self, requests):
         asked.extend((request.task_name, request.doc_id) for request in requests)
         return answer(self, requests)
 
-    monkeypatch.setattr(lmms_adapter.GranulonForEvaluation, "_answer", counted)
+    monkeypatch.setattr(lmms_model.GranulonForEvaluation, "_answer", counted)
     return asked
 
 
 def scores(output):
     """What a rerun must not change: figures, answers, and what was seen."""
     return {
-        result["cell"]: (
+        result["run"]: (
             result["metrics"],
             result["seen"],
             [s["answer"] for s in read_samples(Path(result["folder"]))],
@@ -130,14 +130,14 @@ def test_every_task_of_ours_runs_offline_and_keeps_what_a_rerun_needs(evaluate, 
 
 
 def test_one_answer_runs_each_part_once(evaluate, monkeypatch):
-    calls, load = [], lmms_adapter.load
+    calls, load = [], lmms_model.load
 
     def watched(*arguments, **options):
         model = load(*arguments, **options)
         calls.append(count_calls(model))
         return model
 
-    monkeypatch.setattr(lmms_adapter, "load", watched)
+    monkeypatch.setattr(lmms_model, "load", watched)
     evaluate("--tasks", "granulon_surgvlm_phase", "--limit", "3", "--batch_size", "1")
     assert calls == [{"vision_tower": 3, "granularity_controller": 3, "aggregation": 3}]
 
@@ -200,7 +200,7 @@ def language_data(tmp_path, monkeypatch):
 
 
 def test_chair_and_amber_count_what_a_caption_makes_up(language_data, evaluate, monkeypatch):
-    monkeypatch.setattr(lmms_adapter, "_cut", lambda text, until: "Two birds on a boat, and a dog.")
+    monkeypatch.setattr(lmms_model, "_cut", lambda text, until: "Two birds on a boat, and a dog.")
     found = evaluate("--tasks", "coco_cap_chair", "amber_g")
     chair = {name: entry["value"] for name, entry in found["coco_cap_chair"]["metrics"].items()}
     # Birds are there in all of eight rows, boats in every second, dogs in none.
@@ -214,7 +214,7 @@ def test_what_scoring_needs_is_asked_for_before_any_answer_is(evaluate, answered
         raise LookupError("no such resource")
 
     monkeypatch.setattr(nltk, "word_tokenize", missing)  # what it has read, it keeps
-    with pytest.raises(SystemExit, match="1 of 1 cells failed"):
+    with pytest.raises(SystemExit, match="1 of 1 runs failed"):
         evaluate("--tasks", "coco_cap_chair")
     assert "python -m nltk.downloader punkt_tab" in capsys.readouterr().err and not answered
 
@@ -231,9 +231,9 @@ def test_a_matrix_that_was_killed_often_goes_on(evaluate, tiny, bert, answered, 
 
 
 def write_matrix(folder, tiny):
-    rows = [{"name": "one", "model": tiny}, {"name": "two", "model": tiny, "view": "semantic"}]
+    entries = [{"name": "one", "model": tiny}, {"name": "two", "model": tiny, "view": "semantic"}]
     tasks = ["granulon_aokvqa_choice", "granulon_surgvlm_phase"]
-    (folder / "small.yaml").write_text(yaml.safe_dump({"rows": rows, "tasks": tasks}))
+    (folder / "small.yaml").write_text(yaml.safe_dump({"entries": entries, "tasks": tasks}))
     return str(folder / "small.yaml")
 
 
@@ -258,9 +258,9 @@ def kill_and_go_on(evaluate, tiny, bert, answered, tmp_path, kills):
 
 
 def kept(output):
-    """The answers that a killed run has left, by cell: in its answer files, or in finished cells."""
+    """The answers that a killed run has left, by run: in its answer files, or in finished runs."""
     found = set()
-    for folder in output.glob("cells/*"):
+    for folder in output.glob("runs/*"):
         names = ["samples.jsonl"] if (folder / "result.json").exists() else ["answers.jsonl*-of-*"]
         for file in [file for name in names for file in folder.glob(name)]:
             lines = file.read_bytes().split(b"\n")[:-1]
@@ -291,10 +291,12 @@ def test_the_size_of_a_batch_changes_no_answer_and_no_level(evaluate, tmp_path, 
 
 
 def test_every_override_of_the_ablations_fits_a_model_of_three_levels(tiny):
-    told = {json.dumps(row.overrides): row.overrides for row in read_matrix("ablations").rows if row.overrides}
+    told = {
+        json.dumps(entry.overrides): entry.overrides for entry in read_matrix("ablations").entries if entry.overrides
+    }
     assert len(told) > 10
     for overrides in told.values():
-        config = lmms_adapter.load(tiny, overrides=overrides).config
+        config = lmms_model.load(tiny, overrides=overrides).config
         for name, value in overrides.items():
             if name == "granularities":
                 assert [level["keep"] for level in config.granularities] == [level["keep"] for level in value]
@@ -303,7 +305,7 @@ def test_every_override_of_the_ablations_fits_a_model_of_three_levels(tiny):
                 assert getattr(config, name) == value
     one = {"granularities": [{"name": "only", "stride": 1, "clusters": 6, "keep": 5}]}
     with pytest.raises(ValueError, match="keep the number of levels, or train the model with them"):
-        lmms_adapter.load(tiny, overrides=one)
+        lmms_model.load(tiny, overrides=one)
 
 
 def test_a_level_and_a_view_and_an_override_make_cells_of_their_own(evaluate, answered):
@@ -323,7 +325,7 @@ def test_a_level_and_a_view_and_an_override_make_cells_of_their_own(evaluate, an
 def test_a_figure_that_could_not_be_computed_is_told_and_its_answers_are_kept(
     evaluate, answered, bert, tmp_path, capsys, monkeypatch
 ):
-    monkeypatch.setattr(lmms_adapter, "_cut", lambda text, until: "a grasper")
+    monkeypatch.setattr(lmms_model, "_cut", lambda text, until: "a grasper")
     missing = str(tmp_path / "no-bert")
     with pytest.raises(SystemExit) as ended:
         evaluate("--tasks", "granulon_surgvlm_phase", "--limit", "2", "--bertscore_model", missing)
@@ -338,7 +340,7 @@ def test_a_figure_that_could_not_be_computed_is_told_and_its_answers_are_kept(
 
 
 def test_other_settings_of_bertscore_ask_no_question_again(evaluate, answered, monkeypatch):
-    monkeypatch.setattr(lmms_adapter, "_cut", lambda text, until: "a grasper and a hook")
+    monkeypatch.setattr(lmms_model, "_cut", lambda text, until: "a grasper and a hook")
     tasks = ("--tasks", "granulon_surgvlm_phase", "pope", "--limit", "3")
     first = evaluate(*tasks)
     asked = len(answered)
@@ -352,23 +354,23 @@ def test_other_settings_of_bertscore_ask_no_question_again(evaluate, answered, m
 
 
 def test_the_same_weights_elsewhere_and_rows_called_otherwise_are_one_cell(evaluate, answered, tiny, tmp_path):
-    """Each of the rows has its figures in the tables; the questions are asked once."""
+    """Each of the entries has its figures in the tables; the questions are asked once."""
     elsewhere = tmp_path / "elsewhere"
     elsewhere.symlink_to(tiny)
     own = json.loads(Path(tiny, "config.json").read_text())["relation_weight"]
-    rows = [
+    entries = [
         {"name": "one", "model": tiny},
         {"name": "other", "model": str(elsewhere)},
         {"name": "said", "group": "again", "model": tiny, "overrides": {"relation_weight": own}},
     ]
     matrix = tmp_path / "matrix.yaml"
-    matrix.write_text(yaml.safe_dump({"rows": rows, "tasks": ["granulon_aokvqa_choice"]}))
+    matrix.write_text(yaml.safe_dump({"entries": entries, "tasks": ["granulon_aokvqa_choice"]}))
     evaluate("--matrix", str(matrix), "--limit", "2", model=None)
     assert len(answered) == 2
     table = (tmp_path / "results" / "tables" / "results.md").read_text()
     assert all(name in table for name in ("one", "other", "said")) and "not run" not in table
-    rows[0]["name"] = "renamed"
-    matrix.write_text(yaml.safe_dump({"rows": rows, "tasks": ["granulon_aokvqa_choice"]}))
+    entries[0]["name"] = "renamed"
+    matrix.write_text(yaml.safe_dump({"entries": entries, "tasks": ["granulon_aokvqa_choice"]}))
     evaluate("--matrix", str(matrix), "--limit", "2", "--only", "renamed", model=None)
     table = (tmp_path / "results" / "tables" / "results.md").read_text()
     assert len(answered) == 2 and "not run" not in table
@@ -382,20 +384,20 @@ def test_every_row_of_the_data_has_a_hash_of_its_own(evaluate):
 
 
 def test_a_cell_that_fails_does_not_end_the_others(evaluate, tiny, tmp_path, capsys):
-    rows = [
+    entries = [
         {"name": "gone", "model": "runs/none/model", "made_by": "granulon-train --config none"},
         {"name": "levelless", "model": tiny, "overrides": {"granularities": []}, "granularity": "fine"},
         {"name": "there", "model": tiny},
     ]
-    (tmp_path / "m.yaml").write_text(yaml.safe_dump({"rows": rows, "tasks": ["granulon_aokvqa_choice"]}))
-    with pytest.raises(SystemExit, match="2 of 3 cells failed; run again to retry"):
+    (tmp_path / "m.yaml").write_text(yaml.safe_dump({"entries": entries, "tasks": ["granulon_aokvqa_choice"]}))
+    with pytest.raises(SystemExit, match="2 of 3 runs failed; run again to retry"):
         evaluate("--matrix", tmp_path / "m.yaml", "--limit", "2", model=None)
-    assert [result["row"]["name"] for result in read_results(tmp_path / "results")] == ["there"]
+    assert [result["entry"]["name"] for result in read_results(tmp_path / "results")] == ["there"]
     told = capsys.readouterr().err
-    assert "the model's folder runs/none/model is not there; make it with: granulon-train --config none" in told
+    assert "runs/none/model was not found locally or on the Hub" in told and "make it with: granulon-train --config none" in told
     assert "this model has no levels; leave it out" in told
     text = (tmp_path / "results" / "tables" / "results.md").read_text()
-    assert text.count("not run") == 4, "two cells, two figures each"
+    assert text.count("not run") == 4, "two runs, two figures each"
 
 
 def test_a_model_without_levels_is_evaluated_as_the_plain_encoder(evaluate):
@@ -425,7 +427,7 @@ def test_what_cannot_be_done_is_refused_in_a_sentence(evaluate, capsys, options,
 def test_data_that_cannot_be_had_are_named(tiny, bert, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     options = ["--output", "results", "--model", tiny, "--tasks", "granulon_surgvlm_phase"]
-    with pytest.raises(SystemExit, match="1 of 1 cells failed"):
+    with pytest.raises(SystemExit, match="1 of 1 runs failed"):
         main(options)
     assert "the data of granulon_surgvlm_phase (data/surgvlm/phase) cannot be had" in capsys.readouterr().err
 
@@ -434,7 +436,7 @@ def test_the_entry_point_of_lmms_eval_names_the_adapter():
     from importlib.metadata import entry_points
 
     (entry,) = entry_points(group="lmms_eval.models", name="granulon")
-    assert entry.load() is lmms_adapter.MANIFEST
+    assert entry.load() is lmms_model.MANIFEST
 
 
 def test_the_package_imports_without_lmms_eval():

@@ -9,16 +9,16 @@ import matplotlib.image
 import pytest
 import yaml
 
-from granulon.evaluation.cells import (
+from granulon.evaluation.matrix import (
     MATRICES,
-    Cell,
+    Entry,
     Matrix,
-    Row,
+    Run,
     Settings,
-    cell_folder,
-    cell_key,
     model_identity,
     read_matrix,
+    run_folder,
+    run_key,
 )
 from granulon.evaluation.metrics import METRICS
 from granulon.evaluation.run import main
@@ -32,14 +32,14 @@ PAPER = yaml.safe_load((MATRICES / "paper_tables.yaml").read_text())
 SETTINGS = Settings()
 
 
-def make_cell(output, row, task, samples, finished_at="2026-01-01T00:00:00+00:00", settings=SETTINGS, **more):
-    """A finished cell as granulon-evaluate leaves it."""
-    key = cell_key(row, {"sha256": row.model}, {"name": task}, settings)
-    folder = cell_folder(output, Cell(row, task), f"{key}-{finished_at}")  # several of one key, to choose from
+def make_run(output, entry, task, samples, finished_at="2026-01-01T00:00:00+00:00", settings=SETTINGS, **more):
+    """A finished run as granulon-evaluate leaves it."""
+    key = run_key(entry, {"sha256": entry.model}, {"name": task}, settings)
+    folder = run_folder(output, Run(entry, task), f"{key}-{finished_at}")  # several of one key, to choose from
     folder.mkdir(parents=True)
     (folder / "samples.jsonl").write_text("".join(json.dumps(sample) + "\n" for sample in samples))
     result = {
-        "cell": Cell(row, task).name, "row": asdict(row), "task": {"name": task}, "settings": asdict(settings),
+        "run": Run(entry, task).name, "entry": asdict(entry), "task": {"name": task}, "settings": asdict(settings),
         "metrics": figures(samples), "not_computed": {}, "finished_at": finished_at, **more,
     }  # fmt: skip
     (folder / "result.json").write_text(json.dumps(result))
@@ -64,24 +64,24 @@ def write(output, matrix, settings=SETTINGS, judge=None):
 
 
 def test_a_cells_key_follows_from_all_that_decides_its_figures_and_from_nothing_else():
-    row, model, task = Row("a", "m"), {"sha256": "1", "manifest": {"x": 1}}, {"name": "t", "config": {"a": 1}}
-    key = cell_key(row, model, task, SETTINGS)
+    entry, model, task = Entry("a", "m"), {"sha256": "1", "manifest": {"x": 1}}, {"name": "t", "config": {"a": 1}}
+    key = run_key(entry, model, task, SETTINGS)
     same = [
-        (replace(row, name="b", group="g", model="elsewhere", tasks=("x",), made_by="it"), model, task, SETTINGS),
-        (row, {"sha256": "1", "manifest": None}, task, SETTINGS),
-        (row, model, task, replace(SETTINGS, bertscore_model="other", bertscore_layer=None)),
+        (replace(entry, name="b", group="g", model="elsewhere", tasks=("x",), made_by="it"), model, task, SETTINGS),
+        (entry, {"sha256": "1", "manifest": None}, task, SETTINGS),
+        (entry, model, task, replace(SETTINGS, bertscore_model="other", bertscore_layer=None)),
     ]
     other = [
-        (replace(row, granularity="fine"), model, task, SETTINGS),
-        (replace(row, view="pixel"), model, task, SETTINGS),
-        (replace(row, overrides={"controller": "random"}), model, task, SETTINGS),
-        (row, {"sha256": "2"}, task, SETTINGS),
-        (row, model, {"name": "t", "config": {"a": 2}}, SETTINGS),
-        (row, model, task, replace(SETTINGS, limit=5)),
-        (row, model, task, replace(SETTINGS, seed=1)),
+        (replace(entry, granularity="fine"), model, task, SETTINGS),
+        (replace(entry, view="pixel"), model, task, SETTINGS),
+        (replace(entry, overrides={"controller": "random"}), model, task, SETTINGS),
+        (entry, {"sha256": "2"}, task, SETTINGS),
+        (entry, model, {"name": "t", "config": {"a": 2}}, SETTINGS),
+        (entry, model, task, replace(SETTINGS, limit=5)),
+        (entry, model, task, replace(SETTINGS, seed=1)),
     ]
-    assert {cell_key(*one) for one in same} == {key}
-    assert len({key, *(cell_key(*one) for one in other)}) == 1 + len(other)
+    assert {run_key(*one) for one in same} == {key}
+    assert len({key, *(run_key(*one) for one in other)}) == 1 + len(other)
 
 
 def test_a_models_identity_is_its_weights_and_not_its_place(tmp_path):
@@ -90,19 +90,19 @@ def test_a_models_identity_is_its_weights_and_not_its_place(tmp_path):
         (tmp_path / name / "model.safetensors").write_bytes(weights)
     first, second, third = (model_identity(str(tmp_path / name), "main") for name in "abc")
     assert first == second != third
-    with pytest.raises(ValueError, match="the model's folder ./no/such is not there"):
+    with pytest.raises(ValueError, match="./no/such was not found locally or on the Hub"):
         model_identity("./no/such", "main")
 
 
 @pytest.mark.parametrize(
     "text, message",
     [
-        ("rows: [", "is not YAML"),
-        ("[1]", "holds list; a matrix has rows, tasks"),
-        ("{rows: [], tasks: [], colour: 1}", "holds .*'colour'"),
-        ("{rows: [{name: a, model: m, hue: 1}], tasks: []}", r"row 0 of .* has \['hue'\]"),
-        ("{rows: [{name: a}], tasks: []}", "row 0 of .* has no model"),
-        ("{rows: [{name: a, model: m}, {name: a, model: n}], tasks: []}", "more than one row named"),
+        ("entries: [", "is not YAML"),
+        ("[1]", "holds list; expected entries, tasks"),
+        ("{entries: [], tasks: [], colour: 1}", "holds .*'colour'"),
+        ("{entries: [{name: a, model: m, hue: 1}], tasks: []}", r"entry 0 of .* has unknown keys \['hue'\]"),
+        ("{entries: [{name: a}], tasks: []}", "entry 0 of .* has no model"),
+        ("{entries: [{name: a, model: m}, {name: a, model: n}], tasks: []}", "more than one entry named"),
     ],
 )
 def test_a_matrix_that_says_something_unclear_is_refused(tmp_path, text, message):
@@ -116,29 +116,31 @@ def test_a_matrix_that_says_something_unclear_is_refused(tmp_path, text, message
 @pytest.mark.parametrize("name", ["matrix", "ablations"])
 def test_every_command_that_makes_a_model_parses_and_makes_that_model(name):
     matrix = read_matrix(name)
-    for row in matrix.rows:
-        run = parse(row.made_by)
+    for entry in matrix.entries:
+        run = parse(entry.made_by)
         assert (sft.RECIPES / f"{run.recipe}.yaml").is_file()
-        assert row.model == f"{run.trainer.output_dir}/model", f"{row.group} {row.name}"
+        assert entry.model == f"{run.trainer.output_dir}/model", f"{entry.group} {entry.name}"
         if run.sft.granularities == []:  # one view, so that the trainer refuses a weight for another
-            assert run.trainer.pixel_loss_weight == run.trainer.semantic_loss_weight == 0, f"{row.group} {row.name}"
+            assert run.trainer.pixel_loss_weight == run.trainer.semantic_loss_weight == 0, (
+                f"{entry.group} {entry.name}"
+            )
 
 
 @pytest.mark.parametrize("name", ["matrix", "ablations"])
 def test_every_column_names_a_task_of_the_matrix_and_a_known_figure(name):
     matrix = read_matrix(name)
-    groups = {row.group for row in matrix.rows}
+    groups = {entry.group for entry in matrix.entries}
     assert set(matrix.tasks) <= set(MAKERS)
     for table in matrix.tables:
         assert set(table.get("groups", [])) <= groups
-        names = {row.name for row in matrix.rows if row.group in table.get("groups", groups)}
+        names = {entry.name for entry in matrix.entries if entry.group in table.get("groups", groups)}
         assert table.get("compare") in {None, *names}
         assert table.get("paper") in {None, *PAPER["tables"]} and table.get("statements") in {
             None,
             *PAPER["statements"],
         }
         for column in table["columns"]:
-            for task, figure in column["cells"]:
+            for task, figure in column["figures"]:
                 assert task in matrix.tasks
                 assert figure in METRICS or metric_of(figure) != "mean", figure
             published = [
@@ -149,60 +151,74 @@ def test_every_column_names_a_task_of_the_matrix_and_a_known_figure(name):
 
 def test_the_matrix_is_the_papers_five_encoders_with_two_language_models():
     matrix = read_matrix("matrix")
-    assert {(row.group, row.name) for row in matrix.rows} == {
+    assert {(entry.group, entry.name) for entry in matrix.entries} == {
         (group, name)
         for group in ("Qwen2.5-1.5B", "Llama-3.2-3B")
         for name in ("CLIP", "SigLIP", "DINOv2", "DINOv3", "Granulon")
     }
-    for row in matrix.rows:
-        levels = parse(row.made_by).sft.granularities
-        assert levels == (None if row.name == "Granulon" else []), "baselines are plain encoders"
+    for entry in matrix.entries:
+        levels = parse(entry.made_by).sft.granularities
+        assert levels == (None if entry.name == "Granulon" else []), "baselines are plain encoders"
 
 
 def test_the_ablations_cover_each_of_the_papers_and_ours():
-    rows = {(row.group, row.name): row for row in read_matrix("ablations").rows}
+    entries = {(entry.group, entry.name): entry for entry in read_matrix("ablations").entries}
     for number in (5, 10, 20, 40):
-        levels = rows["Clusters", f"{number} clusters"].overrides["granularities"]
+        levels = entries["Clusters", f"{number} clusters"].overrides["granularities"]
         assert {level["keep"] for level in levels} == {number} and len(levels) == 3
-        trained = parse(rows["Clusters, trained", f"{number} clusters"].made_by)
+        trained = parse(entries["Clusters, trained", f"{number} clusters"].made_by)
         assert [level["keep"] for level in trained.sft.granularities] == [number]
-    fixed = {rows["Controller", f"always {level}"].granularity for level in ("coarse", "medium", "fine")}
+    fixed = {entries["Controller", f"always {level}"].granularity for level in ("coarse", "medium", "fine")}
     assert fixed == {"coarse", "medium", "fine"}
-    assert rows["Controller", "random level"].overrides == {"controller": "random"}
-    assert {name for group, name in rows if group == "Parts"} == {"neither", "AdaTA alone", "controller alone", "both"}
-    weights = [row.overrides["relation_weight"] for (group, _), row in rows.items() if group == "Attention term"]
+    assert entries["Controller", "random level"].overrides == {"controller": "random"}
+    assert {name for group, name in entries if group == "Parts"} == {
+        "neither",
+        "AdaTA alone",
+        "controller alone",
+        "both",
+    }
+    weights = [
+        entry.overrides["relation_weight"] for (group, _), entry in entries.items() if group == "Attention term"
+    ]
     assert weights == sorted(weights) and weights[0] == 0 and GranulonConfig().relation_weight in weights
     joint = set()
-    for (group, _), row in rows.items():
+    for (group, _), entry in entries.items():
         if group == "Joint objective":
-            trainer = parse(row.made_by).trainer
+            trainer = parse(entry.made_by).trainer
             joint.add((trainer.pixel_loss_weight, trainer.semantic_loss_weight))
     assert {(0, 0), (0.5, 0), (0, 0.5), (0.5, 0.5)} < joint
-    assert {row.view for (group, _), row in rows.items() if group == "View"} == {"full", "pixel", "semantic", "auto"}
+    assert {entry.view for (group, _), entry in entries.items() if group == "View"} == {
+        "full",
+        "pixel",
+        "semantic",
+        "auto",
+    }
     clustered = {
-        name: row.overrides.get("relation_weight") for (group, name), row in rows.items() if "clustered" in group
+        name: entry.overrides.get("relation_weight")
+        for (group, name), entry in entries.items()
+        if "clustered" in group
     }
     assert clustered == {"features": 0.0, "attention": 1e6, "both": None}
 
 
 def test_rows_of_an_ablation_differ_and_those_that_are_the_whole_model_are_known():
-    """Rows that ask one model in one way are one cell; these are the trained model as it is, on purpose."""
+    """Rows that ask one model in one way are one run; these are the trained model as it is, on purpose."""
     found = {}
-    for row in read_matrix("ablations").rows:
-        key = json.dumps([row.model, row.granularity, row.view, row.overrides], sort_keys=True)
-        found.setdefault(key, []).append((row.group, row.name))
+    for entry in read_matrix("ablations").entries:
+        key = json.dumps([entry.model, entry.granularity, entry.view, entry.overrides], sort_keys=True)
+        found.setdefault(key, []).append((entry.group, entry.name))
     same = sorted(name for names in found.values() if len(names) > 1 for name in names)
     assert same == [
         ("Attention term", "λ_f = 0.0"), ("Controller", "controller"), ("Joint objective", "λ_d = 0.5, λ_t = 0.5"),
         ("Parts", "both"), ("View", "full"), ("What is clustered", "both"), ("What is clustered", "features"),
     ]  # fmt: skip
-    auto = next(row for row in read_matrix("ablations").rows if row.view == "auto")
+    auto = next(entry for entry in read_matrix("ablations").entries if entry.view == "auto")
     assert {level["view"] for level in auto.overrides["granularities"]} == {"semantic", "full"}
 
 
 def test_all_that_the_judge_scores_stands_in_a_table():
     columns = [column for table in read_matrix("matrix").tables for column in table["columns"]]
-    shown = {figure for column in columns for _, figure in column["cells"]}
+    shown = {figure for column in columns for _, figure in column["figures"]}
     assert {name for name in METRICS if name.startswith(("gptscore", "gpt_"))} <= shown
 
 
@@ -212,10 +228,10 @@ def test_without_any_result_every_table_is_there_and_says_what_was_not_run(tmp_p
     assert set(written) == {
         f"{table['name']}{suffix}" for table in matrix.tables for suffix in (".md", ".tex", ".json")
     }
-    rows = len(matrix.rows)
+    entries = len(matrix.entries)
     for table in matrix.tables:
         text = written[f"{table['name']}.md"]
-        assert text.count("not run") == rows * len(table["columns"])
+        assert text.count("not run") == entries * len(table["columns"])
     main(["--matrix", "ablations", "--output", str(tmp_path), "--tables_only"])
     assert {file.stem for file in (tmp_path / "tables").glob("ablation_*.md")} == {
         table["name"] for table in read_matrix("ablations").tables
@@ -248,13 +264,13 @@ def test_the_papers_figures_are_those_of_its_main_table():
     }
 
 
-ROWS = [Row("plain & simple", "a", "G_1"), Row("ours", "b", "G_1"), Row("third", "c", "G_1")]
+ENTRIES = [Entry("plain & simple", "a", "G_1"), Entry("ours", "b", "G_1"), Entry("third", "c", "G_1")]
 TABLE = {
     "name": "t", "title": "100 % of it", "compare": "ours",
     "columns": [
-        {"title": "choice", "cells": [["one", "choice_accuracy"]]},
-        {"title": "both", "cells": [["one", "choice_accuracy"], ["two", "recall"]]},
-        {"title": "made up", "cells": [["two", "chair_i"]]},
+        {"title": "choice", "figures": [["one", "choice_accuracy"]]},
+        {"title": "both", "figures": [["one", "choice_accuracy"], ["two", "recall"]]},
+        {"title": "made up", "figures": [["two", "chair_i"]]},
     ],
 }  # fmt: skip
 
@@ -262,18 +278,18 @@ TABLE = {
 @pytest.fixture
 def filled(tmp_path):
     right = [[1] * 6 + [0] * 14, [1] * 15 + [0] * 5]
-    for place, row in enumerate(ROWS[:2]):
-        make_cell(tmp_path, row, "one", make_samples("choice_accuracy", right[place]))
+    for place, entry in enumerate(ENTRIES[:2]):
+        make_run(tmp_path, entry, "one", make_samples("choice_accuracy", right[place]))
         samples = [
             {"id": number, "statistics": {"recall": [0.25 + place / 2, 1.0], "chair_i": [2 - place, 4, 1, 1, 1, 1]}}
             for number in range(10 + place)
         ]
-        make_cell(tmp_path, row, "two", samples)
+        make_run(tmp_path, entry, "two", samples)
     return tmp_path
 
 
 def test_a_table_has_values_with_intervals_the_best_in_bold_and_the_right_direction(filled):
-    text = write(filled, Matrix(ROWS, ["one", "two"], [TABLE]))["t.md"]
+    text = write(filled, Matrix(ENTRIES, ["one", "two"], [TABLE]))["t.md"]
     lines = {line.split(" | ")[1]: line.split(" | ")[2:] for line in text.splitlines() if line.startswith("| G_1")}
     assert re.match(r"30.00 \[1\d.0, \d+.0\]", lines["plain & simple"][0]) and lines["ours"][0].startswith("**75.00 [")
     assert lines["ours"][1].startswith("**75.00 [") and lines["plain & simple"][1].startswith("27.50 [")
@@ -282,7 +298,7 @@ def test_a_table_has_values_with_intervals_the_best_in_bold_and_the_right_direct
 
 
 def test_rows_are_tested_in_pairs_and_unequal_samples_are_told(filled):
-    written = write(filled, Matrix(ROWS, ["one", "two"], [TABLE]))
+    written = write(filled, Matrix(ENTRIES, ["one", "two"], [TABLE]))
     tests = json.loads(written["t.json"])["tests"]
     assert [(test["theirs"], test["figure"]) for test in tests] == [
         ("plain & simple", "choice_accuracy"), ("plain & simple", "recall"), ("plain & simple", "chair_i"),
@@ -293,33 +309,33 @@ def test_rows_are_tested_in_pairs_and_unequal_samples_are_told(filled):
 
 
 def test_rows_of_changed_data_are_not_paired(tmp_path):
-    for place, row in enumerate(ROWS[:2]):
+    for place, entry in enumerate(ENTRIES[:2]):
         samples = make_samples("choice_accuracy", [1, 0, 1])
         for number, sample in enumerate(samples):
             sample["doc_sha256"] = f"{number} {place if number == 2 else ''}"
-        make_cell(tmp_path, row, "one", samples)
-    text = write(tmp_path, Matrix(ROWS, ["one", "two"], [TABLE]))["t.md"]
+        make_run(tmp_path, entry, "one", samples)
+    text = write(tmp_path, Matrix(ENTRIES, ["one", "two"], [TABLE]))["t.md"]
     assert "sample 2 is not the same in both: the data have changed" in text
 
 
 def test_how_often_a_model_says_yes_is_neither_good_nor_bad(tmp_path):
-    for row, yes in zip(ROWS[:2], (0, 1)):
+    for entry, yes in zip(ENTRIES[:2], (0, 1)):
         statistics = {"yes_no_yes_rate": [1.0, yes, 1.0, 0.0, 0.0, 2.0]}
-        make_cell(tmp_path, row, "pope", [{"id": 0, "statistics": statistics}])
-    table = {"name": "t", "title": "", "columns": [{"title": "yes", "cells": [["pope", "yes_no_yes_rate"]]}]}
-    text = write(tmp_path, Matrix(ROWS[:2], ["pope"], [table]))["t.md"]
+        make_run(tmp_path, entry, "pope", [{"id": 0, "statistics": statistics}])
+    table = {"name": "t", "title": "", "columns": [{"title": "yes", "figures": [["pope", "yes_no_yes_rate"]]}]}
+    text = write(tmp_path, Matrix(ENTRIES[:2], ["pope"], [table]))["t.md"]
     assert "50.00" in text and "**50.00" not in text
 
 
 def test_figures_without_bertscore_do_not_depend_on_its_settings(tmp_path):
-    make_cell(tmp_path, ROWS[0], "one", make_samples("choice_accuracy", [1]))
-    assert Results(tmp_path, replace(SETTINGS, bertscore_model="other")).of(ROWS[0], "one")
-    make_cell(tmp_path, ROWS[0], "two", make_samples("bertscore", [1]))
-    assert not Results(tmp_path, replace(SETTINGS, bertscore_model="other")).of(ROWS[0], "two")
+    make_run(tmp_path, ENTRIES[0], "one", make_samples("choice_accuracy", [1]))
+    assert Results(tmp_path, replace(SETTINGS, bertscore_model="other")).of(ENTRIES[0], "one")
+    make_run(tmp_path, ENTRIES[0], "two", make_samples("bertscore", [1]))
+    assert not Results(tmp_path, replace(SETTINGS, bertscore_model="other")).of(ENTRIES[0], "two")
 
 
 def test_latex_escapes_and_plots_are_pictures(filled):
-    write(filled, Matrix(ROWS, ["one", "two"], [TABLE]))
+    write(filled, Matrix(ENTRIES, ["one", "two"], [TABLE]))
     tex = (filled / "tables" / "t.tex").read_text()
     assert r"plain \& simple" in tex and r"G\_1" in tex and r"\textbf{75.00" in tex and tex.count(r"\\") == 4
     assert tex.startswith(r"\begin{tabular}{llrrr}") and tex.rstrip().endswith(r"\end{tabular}")
@@ -328,31 +344,31 @@ def test_latex_escapes_and_plots_are_pictures(filled):
 
 
 def test_the_newest_of_equal_cells_counts_and_cells_of_other_settings_do_not_but_are_told(tmp_path, capsys):
-    row, few = Row("a", "m"), replace(SETTINGS, limit=5)
-    make_cell(tmp_path, row, "one", make_samples("choice_accuracy", [0]), "2026-03-01")
-    make_cell(tmp_path, row, "one", make_samples("choice_accuracy", [1]), "2026-04-01", few)
-    make_cell(tmp_path, row, "one", make_samples("choice_accuracy", [1, 0]), "2025-01-01", few)
-    matrix = Matrix([row], ["one"], [])
+    entry, few = Entry("a", "m"), replace(SETTINGS, limit=5)
+    make_run(tmp_path, entry, "one", make_samples("choice_accuracy", [0]), "2026-03-01")
+    make_run(tmp_path, entry, "one", make_samples("choice_accuracy", [1]), "2026-04-01", few)
+    make_run(tmp_path, entry, "one", make_samples("choice_accuracy", [1, 0]), "2025-01-01", few)
+    matrix = Matrix([entry], ["one"], [])
     assert "| 0.00 " in write(tmp_path, matrix)["results.md"]
     assert Results(tmp_path, SETTINGS).others == {("limit",): 2}
     assert "| 100.00 " in write(tmp_path, matrix, few)["results.md"]
     main(["--model", "m", "--tasks", "one", "--output", str(tmp_path), "--tables_only"])
-    assert "2 finished cells are in no table: they were run with another limit" in capsys.readouterr().out
+    assert "2 finished runs are in no table: they were run with another limit" in capsys.readouterr().out
 
 
 def test_a_figure_that_nobody_can_have_is_undefined_and_one_that_failed_is_not_computed(tmp_path):
-    row = Row("a", "m")
+    entry = Entry("a", "m")
     never_yes = [{"id": 0, "statistics": {"yes_no_precision": [0.0, 0.0, 1.0, 0.0, 0.0, 1.0]}}]
-    make_cell(tmp_path, row, "pope", never_yes)
-    make_cell(tmp_path, row, "two", [], not_computed={"bertscore": "no model"})
+    make_run(tmp_path, entry, "pope", never_yes)
+    make_run(tmp_path, entry, "two", [], not_computed={"bertscore": "no model"})
     columns = [
-        {"title": name, "cells": [[task, name]]}
+        {"title": name, "figures": [[task, name]]}
         for task, name in (("pope", "yes_no_precision"), ("two", "bertscore"), ("two", "bleu"), ("two", "gptscore"))
     ]
-    text = write(tmp_path, Matrix([row], ["pope", "two"], [{"name": "t", "title": "T", "columns": columns}]))["t.md"]
+    text = write(tmp_path, Matrix([entry], ["pope", "two"], [{"name": "t", "title": "T", "columns": columns}]))["t.md"]
     assert "| a | undefined | not computed | no such figure | not judged |" in text
 
 
 def test_a_table_that_asks_for_something_unknown_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"the table t has \['colour'\]"):
-        write(tmp_path, Matrix(ROWS, ["one"], [{**TABLE, "colour": 1}]))
+        write(tmp_path, Matrix(ENTRIES, ["one"], [{**TABLE, "colour": 1}]))

@@ -6,7 +6,7 @@ import pytest
 import yaml
 from huggingface_hub import parse_eval_result_entries
 
-from granulon.evaluation.cells import model_identity
+from granulon.evaluation.matrix import model_identity
 from granulon.hub.eval_results import eval_results, weights_sha256
 
 
@@ -26,7 +26,7 @@ def cell(checkpoint, tmp_path):
     def write(name="pope-1", **changes):
         entry = {"value": 0.86123, "low": 0.84, "high": 0.88, "n": 9000, "higher_is_better": True}
         result = {
-            "row": {"model": str(checkpoint), "granularity": None, "view": "full", "overrides": {}},
+            "entry": {"model": str(checkpoint), "granularity": None, "view": "full", "overrides": {}},
             "task": {"name": "pope", "config": {"dataset_path": "lmms-lab-encoder/POPE"}},
             "settings": {"limit": None, "sample_rows": False},
             "model": {"sha256": weights_sha256(checkpoint)},
@@ -40,7 +40,7 @@ def cell(checkpoint, tmp_path):
             for parent in parents:
                 place = place[parent]
             place[last] = value
-        folder = tmp_path / "results" / "cells" / name
+        folder = tmp_path / "results" / "runs" / name
         folder.mkdir(parents=True)
         (folder / "result.json").write_text(json.dumps(result))
         return tmp_path / "results"
@@ -73,9 +73,9 @@ def test_of_a_task_the_newest_result_counts(cell, checkpoint):
         {"model": {"sha256": "of other weights"}},
         {"model": {"revision": "abc"}},
         {"not_computed": {"bertscore": "no network"}},
-        {"row__granularity": "fine"},
-        {"row__view": "semantic"},
-        {"row__overrides": {"controller": "random"}},
+        {"entry__granularity": "fine"},
+        {"entry__view": "semantic"},
+        {"entry__overrides": {"controller": "random"}},
         {"settings__limit": 10},
         {"settings__sample_rows": True},
         {"task__config": {"dataset_path": "data/surgvlm/phase"}},

@@ -393,7 +393,7 @@ def test_the_card_tells_how_to_load_what_is_inside_and_validates(checkpoint):
 
 def test_what_the_evaluation_found_stands_on_the_card_and_in_its_own_file(checkpoint, hub, tmp_path, unverified):
     cell = {
-        "row": {"granularity": None, "view": "full", "overrides": {}},
+        "entry": {"granularity": None, "view": "full", "overrides": {}},
         "task": {"name": "mmvp", "config": {"dataset_path": "lmms-lab-encoder/MMVP"}},
         "settings": {"limit": None, "sample_rows": False},
         "model": {"sha256": weights_sha256(checkpoint)},
@@ -401,8 +401,8 @@ def test_what_the_evaluation_found_stands_on_the_card_and_in_its_own_file(checkp
         "not_computed": {},
         "finished_at": "2026-01-02T03:04:05+00:00",
     }
-    (tmp_path / "results" / "cells" / "mmvp").mkdir(parents=True)
-    (tmp_path / "results" / "cells" / "mmvp" / "result.json").write_text(json.dumps(cell))
+    (tmp_path / "results" / "runs" / "mmvp").mkdir(parents=True)
+    (tmp_path / "results" / "runs" / "mmvp" / "result.json").write_text(json.dumps(cell))
     publish(hub, checkpoint, results=str(tmp_path / "results"))
     files = hub.files(REPO)
     assert b"lmms-lab-encoder/MMVP" in files[".eval_results/mmvp.yaml"] and ".eval_results/pope.yaml" in files

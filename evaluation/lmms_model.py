@@ -23,7 +23,7 @@ from tqdm import tqdm
 from granulon.hub.ask import level_of, prompt_of, text_tokens
 from modeling_granulon import GranulonConfig, GranulonForConditionalGeneration, GranulonProcessor, load_rgb
 
-MANIFEST = ModelManifest("granulon", chat_class_path="granulon.evaluation.lmms_adapter.GranulonForEvaluation")
+MANIFEST = ModelManifest("granulon", chat_class_path="granulon.evaluation.lmms_model.GranulonForEvaluation")
 VIEWS = ("full", "pixel", "semantic", "auto")
 MAX_NEW_TOKENS = 256  # where a task names no limit
 GENERATION = {"do_sample", "temperature", "top_p", "top_k", "num_beams", "repetition_penalty", "min_new_tokens"}

@@ -1,0 +1,209 @@
+"""The matrix of an evaluation: entries (a model and how it is evaluated), tasks, and the folders of finished runs.
+
+A run is one entry on one task. Its key is a hash of everything that decides its answers, so that a finished run is
+found again after its entry was renamed or its model was moved. Entries that come to the same run share its folder;
+each adds its description there.
+"""
+
+import hashlib
+import json
+import re
+from dataclasses import asdict, dataclass, field
+from functools import lru_cache
+from pathlib import Path
+
+import yaml
+from huggingface_hub import snapshot_download
+
+from granulon.hub.eval_results import weights_sha256
+from granulon.hub.files import read_jsonl, write_atomically
+from granulon.hub.manifest import versions
+from granulon.hub.text import first_line
+
+MATRICES = Path(__file__).parent
+RUNS, RESULT, SAMPLES, ANSWERS = "runs", "result.json", "samples.jsonl", "answers.jsonl"
+LIBRARIES = ("granulon", "lmms_eval", "transformers", "torch", "datasets", "sacrebleu", "torchmetrics", "numpy")
+MANIFEST = "granulon_manifest.json"
+SCORING = ("bertscore_model", "bertscore_layer")  # settings that change no answer
+_weights_sha256 = lru_cache(weights_sha256)  # every task of an entry needs it
+
+
+@dataclass(frozen=True)
+class Entry:
+    """
+    An entry of a table: a model, and how it is evaluated.
+
+    Args:
+        name: as shown in the table.
+        group: the block of the table, such as the language model.
+        model, revision: a folder or a Hub repository.
+        granularity, view: as in `GranulonForEvaluation`.
+        overrides: changes of the configuration.
+        tasks: of this entry; None for the matrix's.
+        made_by: the command that trains the model, printed where the model is missing.
+    """
+
+    name: str
+    model: str
+    group: str = ""
+    revision: str = "main"
+    granularity: str | int | None = None
+    view: str = "full"
+    overrides: dict = field(default_factory=dict)
+    tasks: tuple[str, ...] | None = None
+    made_by: str | None = None
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Settings that all runs of a matrix share and that decide their figures; those of BERTScore are `SCORING`."""
+
+    limit: int | None = None
+    seed: int = 0
+    dtype: str = "auto"
+    sample_rows: bool = False
+    bertscore_model: str = "roberta-large"
+    bertscore_layer: int | None = 17
+    max_new_tokens: int = 256
+
+
+@dataclass(frozen=True)
+class Run:
+    """One entry on one task."""
+
+    entry: Entry
+    task: str
+
+    @property
+    def name(self) -> str:
+        return " / ".join(part for part in (self.entry.group, self.entry.name, self.task) if part)
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """Entries, tasks, and descriptions of tables (see `tables.make_table`)."""
+
+    entries: list[Entry]
+    tasks: list[str]
+    tables: list[dict]
+
+    @property
+    def runs(self) -> list[Run]:
+        """All runs, entry by entry, so that each model is loaded once."""
+        return [Run(entry, task) for entry in self.entries for task in entry.tasks or self.tasks]
+
+
+def read_matrix(name: str) -> Matrix:
+    """
+    Read a matrix from a YAML file, or the one of that name in the package (`matrix`, `ablations`).
+
+    Raises:
+        ValueError: the file does not exist or is not YAML, has unknown keys, or two entries have the same name.
+    """
+    path = Path(name) if Path(name).is_file() else MATRICES / f"{name}.yaml"
+    if not path.is_file():
+        raise ValueError(f"there is no matrix {name}; give a YAML file, or one of matrix, ablations")
+    try:
+        content = yaml.safe_load(path.read_text())
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path} is not YAML: {error}") from error
+    if not isinstance(content, dict) or not {"entries", "tasks"} <= content.keys() <= {"entries", "tasks", "tables"}:
+        found = sorted(content) if isinstance(content, dict) else type(content).__name__
+        raise ValueError(f"{path} holds {found}; expected entries, tasks and optionally tables")
+    entries = [_entry(f"entry {number} of {path}", given) for number, given in enumerate(content["entries"])]
+    names = [(entry.group, entry.name) for entry in entries]
+    if repeated := {name for name in names if names.count(name) > 1}:
+        raise ValueError(f"{path} has more than one entry named {sorted(repeated)}; give each its own name")
+    return Matrix(entries, list(content["tasks"]), list(content.get("tables") or []))
+
+
+def model_identity(model: str, revision: str) -> dict:
+    """
+    What identifies a model: the commit of a Hub repository or the hash of a folder's weights, and its manifest.
+
+    Raises:
+        ValueError: the model was not found.
+    """
+    folder = Path(model)
+    if folder.is_dir():
+        identity = {"sha256": _weights_sha256(folder)}
+    else:
+        try:
+            folder = Path(snapshot_download(model, revision=revision, allow_patterns=["*.json"]))
+        except Exception as error:  # the client's own errors have no common class
+            raise ValueError(f"{model} was not found locally or on the Hub: {first_line(error)}") from error
+        identity = {"revision": folder.name}
+    manifest = folder / MANIFEST
+    return {**identity, "manifest": json.loads(manifest.read_text()) if manifest.is_file() else None}
+
+
+def run_key(entry: Entry, identity: dict, task: dict, settings: Settings) -> str:
+    """The key of a run: a hash of level, view and overrides, the model, the task, and the settings."""
+    options = {name: getattr(entry, name) for name in ("granularity", "view", "overrides")}
+    model = {name: value for name, value in identity.items() if name != "manifest"}
+    shared = {name: value for name, value in asdict(settings).items() if name not in SCORING}
+    content = json.dumps([options, model, task, shared], sort_keys=True, default=str)
+    return hashlib.sha256(content.encode()).hexdigest()[:16]
+
+
+def effective_overrides(entry: Entry) -> dict:
+    """The overrides that differ from the checkpoint's own configuration; all of them for a model on the Hub."""
+    config = Path(entry.model, "config.json")
+    own = json.loads(config.read_text()) if config.is_file() else {}
+    return {name: value for name, value in entry.overrides.items() if name not in own or own[name] != value}
+
+
+def run_folder(output: Path, run: Run, key: str) -> Path:
+    """The folder of a run: the one that has its key, else a new name."""
+    for folder in (output / RUNS).glob(f"*-{key}"):
+        return folder
+    slug = re.sub(r"[^\w.]+", "-", f"{run.entry.group} {run.entry.name} {run.task}").strip("-").lower()
+    return output / RUNS / f"{slug[:80]}-{key}"
+
+
+def add_entry(folder: Path, entry: Entry):
+    """Record in the folder of a finished run that it is also the run of this entry."""
+    text = json.dumps(asdict(entry), indent=1, sort_keys=True)
+    if json.loads(text) != json.loads((folder / RESULT).read_text())["entry"]:
+        write_atomically(folder / f"entry-{hashlib.sha256(text.encode()).hexdigest()[:8]}.json", text)
+
+
+def read_results(output: Path) -> list[dict]:
+    """The results of all finished runs, the newest last; each with its `folder`, all its `entries`, and the scores of
+    each judge in `judges`."""
+    results = []
+    for file in sorted((output / RUNS).glob(f"*/{RESULT}")):
+        result = json.loads(file.read_text())
+        judges = {more.stem: json.loads(more.read_text()) for more in sorted(file.parent.glob("judge-*.json"))}
+        entries = [json.loads(more.read_text()) for more in sorted(file.parent.glob("entry-*.json"))]
+        results.append(result | {"folder": str(file.parent), "judges": judges, "entries": [result["entry"], *entries]})
+    return sorted(results, key=lambda result: result["finished_at"])
+
+
+def largest_runs(results: list[dict]) -> list[dict]:
+    """For each entry and task the run with the most samples (no trial with a limit), the newest of equal ones."""
+    found = {}
+    for result in results:
+        key = json.dumps([result["entry"], result["task"]["name"]], sort_keys=True)
+        if key not in found or result.get("samples", 0) >= found[key].get("samples", 0):
+            found[key] = result
+    return list(found.values())
+
+
+def read_samples(folder: Path) -> list[dict]:
+    """The samples of a finished run, in the order of the data."""
+    return read_jsonl(folder / SAMPLES)
+
+
+def used_versions() -> dict[str, str | None]:
+    """The versions of the libraries that figures depend on, and the commit of this package."""
+    return versions(*LIBRARIES)
+
+
+def _entry(place: str, given: dict) -> Entry:
+    known = Entry.__dataclass_fields__.keys()
+    if unknown := given.keys() - known:
+        raise ValueError(f"{place} has unknown keys {sorted(unknown)}; known are {', '.join(known)}")
+    if missing := {"name", "model"} - given.keys():
+        raise ValueError(f"{place} has no {' and no '.join(sorted(missing))}")
+    return Entry(**{key: tuple(value) if key == "tasks" and value else value for key, value in given.items()})
