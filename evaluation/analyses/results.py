@@ -1,344 +1,311 @@
-"""What finished cells of granulon-evaluate tell beside their figures: accuracy per visual token, levels per question.
+"""Further figures of finished runs of granulon-evaluate: score per visual token, chosen level per type of question.
 
-Nothing is run again: all of it is read from the samples, each of which carries its level and how many image tokens
-were read for it.
+Everything is read from the runs' samples, each of which records its level and the number of image tokens read.
 """
 
 import re
 from collections import Counter, defaultdict
 from collections.abc import Sequence
-from math import log2
+from math import ceil
 from pathlib import Path
 
 import numpy as np
+from matplotlib import colormaps
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullLocator, ScalarFormatter
+from scipy.stats import entropy
 
-from granulon.evaluation.statistics import percentiles, resampled
 from granulon.evaluation.matrix import largest_runs, read_results, read_samples
+from granulon.evaluation.statistics import percentiles, resampled
+from granulon.hub.text import markdown_table, with_interval
 from modeling_granulon.configuration_granulon import DEFAULT_GRANULARITIES
 
-from .files import COLOURS, FAINT, INK, LEVEL_COLOURS, MARKS, ranged, table
+from .files import COLOURS, FAINT, INK, MARKERS
 
-KNOWN_LEVELS = [entry["name"] for entry in DEFAULT_GRANULARITIES]
-# Columns that say what kind of question it is, the most telling first.
+KNOWN_LEVELS = [level["name"] for level in DEFAULT_GRANULARITIES]
+# Columns of data sets that hold the type of a question, the most specific first.
 TYPE_COLUMNS = (
     "question_type", "question_type_id", "kind", "task", "category", "subcategory", "type", "task_type",
 )  # fmt: skip
-MOST_TYPES = 8  # of one benchmark; the rest is shown together
+MOST_TYPES = 8  # of one benchmark; the others are counted together
 OTHER, ALL = "other", "all"
 
 
-def finished_cells(output: str | Path, only: Sequence[str] = ()) -> list[dict]:
+def finished_runs(output: str | Path, only: Sequence[str] = ()) -> list[dict]:
     """
-    The finished cell of most samples of each row (as it is called and asked) and task, with its `samples_read`.
+    The largest finished run of each entry and task, with its samples under `samples_read`.
 
     Args:
-        only: rows of these names; all by default.
+        output: output folder of granulon-evaluate.
+        only: names of entries; all by default.
 
     Raises:
-        ValueError: there is none, or no row of a name.
+        ValueError: no finished run, or none of a name.
     """
     found = largest_runs(read_results(Path(output)))
     if not found:
-        raise ValueError(f"{output} has no finished cells; run granulon-evaluate --output {output} first")
-    rows = {result["entry"]["name"] for result in found}
-    if missing := set(only) - rows:
-        raise ValueError(f"{output} has no finished cell of the row {sorted(missing)}; it has {sorted(rows)}")
+        raise ValueError(f"{output} has no finished runs; run granulon-evaluate --output {output} first")
+    names = {result["entry"]["name"] for result in found}
+    if missing := set(only) - names:
+        raise ValueError(f"{output} has no finished run of {sorted(missing)}; it has {sorted(names)}")
     wanted = [result for result in found if not only or result["entry"]["name"] in only]
     return [result | {"samples_read": read_samples(Path(result["folder"]))} for result in wanted]
 
 
-def accuracy_against_tokens(cells: list[dict], metrics: dict[str, str] | None = None, seed: int = 0) -> dict:
+def accuracy_against_tokens(runs: list[dict]) -> dict:
     """
-    One point for each cell: visual tokens per sample, and the figure of its task.
+    One point for each run: visual tokens per sample, and the first metric of its task of which more is better.
 
     Args:
-        cells: of `finished_cells`.
-        metrics: by task, the figure to show; by default a task's first one of which more is better.
+        runs: of `finished_runs`.
 
     Returns:
-        dict: `points`, each with task, group, row, view, granularity, metric, samples, `tokens`, `pixel_tokens`,
-        `semantic_tokens` and `value`, all four (value, low, high); `left_out`, cells without a point: why.
+        dict: `points`, each with task, group, entry, view, granularity, metric, samples, and as (value, low, high)
+        `tokens`, `pixel_tokens`, `semantic_tokens` and `value`; `left_out`, the reason for each run without a point.
 
     Raises:
-        ValueError: no cell has both, or a figure that a task does not have.
+        ValueError: no run has both.
     """
     points, left_out = [], {}
-    for cell in cells:
-        metric, reason = _shown_metric(cell, (metrics or {}).get(cell["task"]["name"]))
-        counted = [sample for sample in cell["samples_read"] if sample.get("view")]
-        if not counted:
-            reason = "its samples count no visual tokens"
-        if reason:
-            left_out[_cell_name(cell)] = reason
+    for run in runs:
+        metrics = run["metrics"].items()
+        usable = [name for name, entry in metrics if entry.get("higher_is_better") and entry["value"] is not None]
+        counted = [sample for sample in run["samples_read"] if sample.get("view")]
+        if not usable or not counted:
+            left_out[_run_name(run)] = "its samples count no visual tokens" if usable else "it has no score"
             continue
-        figure = cell["metrics"][metric]
+        score = run["metrics"][usable[0]]
         points.append(
             {
-                "task": cell["task"]["name"],
-                **_told(cell),
-                "metric": metric,
+                "task": run["task"]["name"],
+                **_settings(run),
+                "metric": usable[0],
                 "samples": len(counted),
-                **_token_means(counted, seed),
-                "value": [figure["value"], figure["low"], figure["high"]],
+                **_token_means(counted),
+                "value": [score["value"], score["low"], score["high"]],
             }
         )
     if not points:
-        raise ValueError(f"no cell has a figure and visual tokens: {left_out}")
+        raise ValueError(f"no run has a score and visual tokens: {left_out}")
     return {"points": points, "left_out": left_out}
 
 
-def _shown_metric(cell: dict, wanted: str | None) -> tuple[str | None, str | None]:
-    """The figure to show, or why there is none."""
-    task, found = cell["task"]["name"], cell["metrics"]
-    if wanted is not None and wanted not in found:
-        raise ValueError(f"{task} has no figure {wanted}; it has {', '.join(found) or 'none'}")
-    usable = [name for name, entry in found.items() if entry.get("higher_is_better") and entry["value"] is not None]
-    metric = wanted or (usable[0] if usable else None)
-    if metric is None or found[metric]["value"] is None:
-        return None, "it has no figure"
-    return metric, None
+def _settings(run: dict) -> dict:
+    """The entry of a run, and how it was evaluated."""
+    entry, level = run["entry"], run["entry"].get("granularity")
+    return {
+        "group": entry.get("group", ""),
+        "entry": entry["name"],
+        "view": entry.get("view", "full"),
+        "granularity": entry.get("overrides", {}).get("controller") if level is None else level,
+    }
 
 
-def _cell_name(cell: dict) -> str:
-    """A cell and how it was asked, since cells of one model are called alike."""
-    told = _told(cell)
-    return f"{cell['run']} ({_how(told['view'], told['granularity'])})"
+def _run_name(run: dict) -> str:
+    return f"{run['run']} ({_view_and_level(_settings(run))})"
 
 
-def _how(view: str, level) -> str:
-    return view if level is None else f"{view}, {level}"
+def _view_and_level(settings: dict) -> str:
+    return ", ".join(str(settings[key]) for key in ("view", "granularity") if settings[key] is not None)
 
 
-def _left_out(cells: dict[str, str]) -> list[str]:
+def _left_out_notes(left_out: dict[str, str]) -> list[str]:
     reasons = defaultdict(list)
-    for name, reason in cells.items():
+    for name, reason in left_out.items():
         reasons[reason].append(name)
     return [f"Left out, since {reason}: {'; '.join(names)}." for reason, names in reasons.items()]
 
 
-def _told(cell: dict) -> dict:
-    """What a row is called and how it is asked."""
-    row = cell["entry"]
-    level = row.get("granularity")
-    return {
-        "group": row.get("group", ""),
-        "row": row["name"],
-        "view": row.get("view", "full"),
-        "granularity": row.get("overrides", {}).get("controller") if level is None else level,
-    }
-
-
-def _token_means(samples: list[dict], seed: int) -> dict[str, tuple[float, float, float]]:
-    """Mean visual tokens of samples, as they count them, with bootstrap intervals."""
+def _token_means(samples: list[dict]) -> dict[str, tuple[float, float, float]]:
+    """Mean visual tokens of samples, with bootstrap intervals."""
     counts_N2 = np.array([[sample["pixel_tokens"], sample["semantic_tokens"]] for sample in samples], dtype=float)
     counts_N3 = np.column_stack([counts_N2.sum(1), counts_N2])
-    drawn_R3 = resampled(lambda sums_R3: sums_R3 / len(samples), counts_N3, seed)
+    drawn_R3 = resampled(lambda sums_R3: sums_R3 / len(samples), counts_N3)
     names = ("tokens", "pixel_tokens", "semantic_tokens")
     return {
-        name: (float(counts_N3[:, place].mean()), *percentiles(drawn_R3[:, place])) for place, name in enumerate(names)
+        name: (float(counts_N3[:, column].mean()), *percentiles(drawn_R3[:, column]))
+        for column, name in enumerate(names)
     }
 
 
 def tokens_markdown(report: dict) -> str:
-    header = [
-        "task",
-        "model",
-        "row",
-        "view",
-        "level",
-        "samples",
-        "visual tokens",
-        "pixel",
-        "semantic",
-        "figure",
-        "value",
-    ]
-    lines = [
+    """A table with a row for each run, by task and number of tokens."""
+    header = ["task", "model", "entry", "view", "level", "samples"]
+    header += ["visual tokens", "pixel", "semantic", "metric", "value"]
+    rows = [
         [
-            *(point["task"], point["group"], point["row"], point["view"]),
+            *(point["task"], point["group"], point["entry"], point["view"]),
             "chosen" if point["granularity"] is None else point["granularity"],
             point["samples"],
-            ranged(*point["tokens"], digits=1),
+            with_interval(*point["tokens"], digits=1),
             *(f"{point[name][0]:.1f}" for name in ("pixel_tokens", "semantic_tokens")),
             point["metric"],
-            ranged(*point["value"], digits=1),
+            with_interval(*point["value"], digits=1),
         ]
         for point in sorted(report["points"], key=lambda point: (point["task"], point["tokens"][0]))
     ]
-    notes = _left_out(report["left_out"])
-    return "\n\n".join(["95% bootstrap intervals over samples.", table(header, lines, 5), *notes])
+    notes = _left_out_notes(report["left_out"])
+    return "\n\n".join(["95% bootstrap intervals over samples.", markdown_table(header, rows, 5), *notes])
 
 
 def draw_tokens(report: dict) -> Figure:
-    """A panel per task: figure against visual tokens, a colour and a mark for each row."""
+    """A panel per task: score against visual tokens, a colour and a marker for each entry."""
     points = report["points"]
     tasks = sorted({point["task"] for point in points})
-    rows = list(dict.fromkeys(_asked(point) for point in points))
-    named = {asked: _row_name(asked, rows) for asked in rows}
+    names = _names(points)
+    labels = list(dict.fromkeys(names))
     across = min(3, len(tasks))
-    down = -(-len(tasks) // across)
-    figure = Figure(figsize=(3.5 * across + 0.4, 2.9 * down + 0.6 + 0.22 * -(-len(rows) // 3)), layout="constrained")
+    down = ceil(len(tasks) / across)
+    figure = Figure(
+        figsize=(3.5 * across + 0.4, 2.9 * down + 0.6 + 0.22 * ceil(len(labels) / 3)), layout="constrained"
+    )
     panels = figure.subplots(down, across, squeeze=False).flatten()
     for axes in panels[len(tasks) :]:
         axes.set_visible(False)
     for axes, task in zip(panels, tasks):
-        own = [point for point in points if point["task"] == task]
-        for point in own:
-            _draw_point(axes, point, rows.index(_asked(point)))
-        _scale(axes, own)
+        shown = [(point, labels.index(name)) for point, name in zip(points, names) if point["task"] == task]
+        for point, number in shown:
+            _draw_point(axes, point, number)
+        metric = shown[0][0]["metric"]
+        _set_scales(axes, [point for point, _ in shown])
         axes.set_title(task, fontsize=9)
-        axes.set_ylabel(f"{own[0]['metric']} (%)" if own[0]["metric"] != "bleu" else "bleu", fontsize=8)
+        axes.set_ylabel(metric if metric == "bleu" else f"{metric} (%)", fontsize=8)
         axes.set_xlabel("visual tokens per sample", fontsize=8)
         axes.tick_params(labelsize=7.5)
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
-    for place, row in enumerate(rows):
-        panels[0].plot([], [], **_look(place), linestyle="none", label=named[row])
-    figure.legend(loc="outside lower center", ncols=min(3, len(rows)), fontsize=8, frameon=False)
-    figure.suptitle("What visual tokens buy: figure with its 95% interval", fontsize=10)
+    for number, label in enumerate(labels):
+        panels[0].plot([], [], **_marker_style(number), linestyle="none", label=label)
+    figure.legend(loc="outside lower center", ncols=min(3, len(labels)), fontsize=8, frameon=False)
+    figure.suptitle("Score against visual tokens, with 95% intervals", fontsize=10)
     return figure
 
 
-def _asked(entry: dict) -> tuple:
-    return entry["group"], entry["row"], entry["view"], entry["granularity"]
+def _names(entries: list[dict]) -> list[str]:
+    """The name of each entry, with view and level where others have the same name."""
+    settings = {(entry["group"], entry["entry"], _view_and_level(entry)) for entry in entries}
+    count = Counter(key[:2] for key in settings)
+    named = []
+    for entry in entries:
+        key = entry["group"], entry["entry"]
+        name = " ".join(filter(None, key))
+        named.append(name if count[key] == 1 else f"{name}, {_view_and_level(entry)}")
+    return named
 
 
-def _row_name(asked: tuple, rows: list[tuple]) -> str:
-    """A row's name, with its view and level where others are called alike."""
-    name = " ".join(filter(None, asked[:2]))
-    if sum(other[:2] == asked[:2] for other in rows) == 1:
-        return name
-    return f"{name}, {_how(*asked[2:])}"
-
-
-def _scale(axes, points: list[dict]):
-    """Tokens on a logarithmic axis where they differ much; values not closer than a few per cent."""
-    spread = [point["tokens"][0] for point in points]
-    if min(spread) > 0 and max(spread) > 4 * min(spread):
+def _set_scales(axes, points: list[dict]):
+    """Tokens on a logarithmic axis where they differ by more than four times; at least five points of score."""
+    tokens = [point["tokens"][0] for point in points]
+    if min(tokens) > 0 and max(tokens) > 4 * min(tokens):
         axes.set_xscale("log")
         axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axes.xaxis.set_minor_locator(NullLocator())
         axes.xaxis.set_major_formatter(ScalarFormatter())
     low, high = axes.get_ylim()
-    axes.set_ylim(low - max(0, 5 - (high - low)) / 2, high + max(0, 5 - (high - low)) / 2)
+    margin = max(0, 5 - (high - low)) / 2
+    axes.set_ylim(low - margin, high + margin)
 
 
-def _look(place: int) -> dict:
-    return {
-        "color": COLOURS[place % len(COLOURS)],
-        "marker": MARKS[(place + place // len(COLOURS)) % len(MARKS)],
-        "markeredgecolor": INK,
-        "markeredgewidth": 0.5,
-        "markersize": 6.5,
-    }
+def _marker_style(number: int) -> dict:
+    marker = MARKERS[(number + number // len(COLOURS)) % len(MARKERS)]
+    style = {"marker": marker, "markersize": 6.5, "markeredgecolor": INK, "markeredgewidth": 0.5}
+    return style | {"color": COLOURS[number % len(COLOURS)]}
 
 
-def _draw_point(axes, point: dict, place: int):
-    look = _look(place)
-    for key, along in (("value", "y"), ("tokens", "x")):
+def _draw_point(axes, point: dict, number: int):
+    errors = {}
+    for key, direction in (("value", "yerr"), ("tokens", "xerr")):
         middle, low, high = point[key]
         if low is not None and np.isfinite([low, high]).all():
-            reach = [[max(0.0, middle - low)], [max(0.0, high - middle)]]
-            axes.errorbar(
-                point["tokens"][0],
-                point["value"][0],
-                **{f"{along}err": reach},
-                color=look["color"],
-                linewidth=1.2,
-                alpha=0.8,
-                capsize=2,
-            )
-    axes.plot(point["tokens"][0], point["value"][0], **look)
+            errors[direction] = [[max(0.0, middle - low)], [max(0.0, high - middle)]]
+    style = {"ecolor": INK, "elinewidth": 0.8, "capsize": 2, **_marker_style(number)}
+    axes.errorbar(point["tokens"][0], point["value"][0], **errors, **style)
 
 
-def chosen_levels(cells: list[dict]) -> dict:
+def chosen_levels(runs: list[dict]) -> dict:
     """
-    How often each level was chosen, by row, benchmark and type of question.
+    How often each level was chosen, by entry, benchmark and type of question.
 
-    A type is what the data set says (`TYPE_COLUMNS`), else the first two words of the question. Rows whose level was
-    not chosen by the model (a fixed or random one) are left out.
+    A type is what the data set says (`TYPE_COLUMNS`), else the first two words of the question. Entries whose level
+    was fixed or random are left out.
 
     Returns:
-        dict: `levels`, from coarse to fine; `counts`, each with group, row, task, type ("all" for all of them),
-        `types_from`, samples, `count` and `share` by level, and `entropy` in bits; `left_out`, cells: why.
+        dict: `levels`, from coarse to fine; `counts`, each with group, entry, task, type ("all" for all of them),
+        `types_from`, samples, `count` and `share` by level, and `entropy` in bits; `left_out`, the reason for each
+        run that was left out.
 
     Raises:
-        ValueError: no cell has a level that was chosen.
+        ValueError: no run has a level that the model chose.
     """
     counts, left_out, tokens = [], {}, defaultdict(list)
-    for cell in cells:
-        samples = [sample for sample in cell["samples_read"] if sample.get("granularity")]
-        forced = _told(cell)["granularity"]
-        if not samples or forced not in (None, "learned"):
-            left_out[_cell_name(cell)] = (
-                f"its level is set ({forced})" if samples else "its samples have no level: no image, or no levels"
-            )
+    for run in runs:
+        samples = [sample for sample in run["samples_read"] if sample.get("granularity")]
+        level = _settings(run)["granularity"]
+        if not samples or level not in (None, "learned"):
+            reason = f"its level is set ({level})" if samples else "its samples have no level: no image, or no levels"
+            left_out[_run_name(run)] = reason
             continue
         for sample in samples:
             tokens[sample["granularity"]].append(sample.get("semantic_tokens") or 0)
-        counts += _counted(cell, samples)
+        counts += _count_levels(run, samples)
     if not counts:
-        raise ValueError(f"no cell has a level that the model chose: {left_out}")
-    levels = sorted(tokens, key=lambda name: (_known_place(name), np.mean(tokens[name]), name))
+        raise ValueError(f"no run has a level that the model chose: {left_out}")
+
+    def from_coarse_to_fine(name):
+        known = KNOWN_LEVELS.index(name) if name in KNOWN_LEVELS else len(KNOWN_LEVELS)
+        return known, np.mean(tokens[name]), name
+
+    levels = sorted(tokens, key=from_coarse_to_fine)
     return {"levels": levels, "counts": [_with_shares(entry, levels) for entry in counts], "left_out": left_out}
 
 
-def _known_place(level: str) -> int:
-    return KNOWN_LEVELS.index(level) if level in KNOWN_LEVELS else len(KNOWN_LEVELS)
-
-
-def _counted(cell: dict, samples: list[dict]) -> list[dict]:
-    """One entry for all samples of a cell, and one for each type of question, the commonest first."""
+def _count_levels(run: dict, samples: list[dict]) -> list[dict]:
+    """One entry for all samples of a run, and one for each type of question, the most frequent first."""
     source, types = question_types(samples)
     common = [name for name, _ in Counter(types).most_common(MOST_TYPES)]
     types = [name if name in common else OTHER for name in types]
-    names = [ALL, *common, *([OTHER] if OTHER in types and OTHER not in common else [])]
+    names = list(dict.fromkeys([*common, *([OTHER] if OTHER in types else [])]))
     return [
         {
-            **_told(cell),
-            "task": cell["task"]["name"],
+            **_settings(run),
+            "task": run["task"]["name"],
             "type": name,
             "types_from": source,
             "count": Counter(sample["granularity"] for sample, own in zip(samples, types) if name in (ALL, own)),
         }
-        for name in (names if len(names) > 2 else [ALL])
+        for name in ([ALL, *names] if len(names) > 1 else [ALL])
     ]
 
 
 def question_types(samples: list[dict]) -> tuple[str, list[str]]:
-    """Where types were read from, and the type of each sample's question."""
+    """The column that types were read from (or "first words"), and the type of each sample's question."""
     docs = [sample.get("doc") or {} for sample in samples]
     for column in TYPE_COLUMNS:
         values = [doc.get(column) for doc in docs]
         if all(isinstance(value, (str, int)) and value != "" for value in values) and len(set(values)) > 1:
             return column, [str(value) for value in values]
-    questions = [
-        next((doc[name] for name in ("question", "Question") if isinstance(doc.get(name), str)), None)
-        or str(sample.get("question", ""))
-        for doc, sample in zip(docs, samples)
-    ]
-    return "first words", [" ".join(re.findall(r"\w+", question.lower())[:2]) or "(none)" for question in questions]
-
-
-def entropy(shares) -> float:
-    """Of a distribution, in bits: 0 where one level is always chosen, log2 of their number where all are alike."""
-    return float(-sum(share * log2(share) for share in shares if share > 0)) + 0.0
+    types = []
+    for doc, sample in zip(docs, samples):
+        questions = [doc.get("question"), doc.get("Question"), sample.get("question"), ""]
+        question = next(question for question in questions if isinstance(question, str))
+        types.append(" ".join(re.findall(r"\w+", question.lower())[:2]) or "(none)")
+    return "first words", types
 
 
 def _with_shares(entry: dict, levels: list[str]) -> dict:
-    total = sum(entry["count"].values())
-    shares = {level: entry["count"][level] / total for level in levels}
     count = {level: entry["count"][level] for level in levels}
-    return entry | {"samples": total, "count": count, "share": shares, "entropy": entropy(shares.values())}
+    total = sum(count.values())
+    shares = {level: number / total for level, number in count.items()}
+    bits = float(entropy(list(count.values()), base=2))
+    return entry | {"samples": total, "count": count, "share": shares, "entropy": bits}
 
 
 def levels_markdown(report: dict) -> str:
-    header = ["model", "row", "view", "task", "questions", "samples", *report["levels"], "entropy (bits)"]
-    lines = [
+    """A table with a row for each entry, benchmark and type of question."""
+    header = ["model", "entry", "view", "task", "questions", "samples", *report["levels"], "entropy (bits)"]
+    rows = [
         [
-            *(entry["group"], entry["row"], entry["view"], entry["task"], entry["type"]),
+            *(entry["group"], entry["entry"], entry["view"], entry["task"], entry["type"]),
             entry["samples"],
             *(f"{entry['count'][level]} ({entry['share'][level]:.0%})" for level in report["levels"]),
             f"{entry['entropy']:.2f}",
@@ -346,46 +313,31 @@ def levels_markdown(report: dict) -> str:
         for entry in report["counts"]
     ]
     sources = {entry["task"]: entry["types_from"] for entry in report["counts"]}
-    told = "; ".join(f"{task}: {source}" for task, source in sources.items())
-    most = log2(len(report["levels"])) if report["levels"] else 0
-    notes = _left_out(report["left_out"])
-    first = f"Types of questions come from: {told}. The entropy is {most:.2f} bits where all levels are chosen alike."
-    return "\n\n".join([first, table(header, lines, 5), *notes])
+    sources = "; ".join(f"{task}: {source}" for task, source in sources.items())
+    note = f"Types of questions come from: {sources}. "
+    note += f"The entropy is {np.log2(len(report['levels'])):.2f} bits where all levels are chosen equally often."
+    return "\n\n".join([note, markdown_table(header, rows, 5), *_left_out_notes(report["left_out"])])
 
 
 def draw_levels(report: dict) -> Figure:
     """
-    Stacked bars of the levels' shares, one for each benchmark.
+    Stacked bars with the levels' shares, one for each benchmark.
 
-    Of one row alone, a bar for each type of question stands below its benchmark's; of several rows, there is no room.
+    For a single entry, a bar for each type of question is below its benchmark's; for several there is no room.
     """
-    levels, counts = report["levels"], report["counts"]
-    rows = list(dict.fromkeys(_asked(entry) for entry in counts))
-    several = len(rows) > 1
-    counts = [entry for entry in counts if entry["type"] == ALL or not several]
+    names = dict(zip(map(id, report["counts"]), _names(report["counts"])))
+    several = len(set(names.values())) > 1
+    counts = [entry for entry in report["counts"] if entry["type"] == ALL or not several]
     figure = Figure(figsize=(8, 1.3 + 0.27 * len(counts)), layout="constrained")
     axes = figure.subplots()
-    colours = _level_colours(len(levels))
-    for line, entry in enumerate(counts):
-        left = 0.0
-        for level, colour in zip(levels, colours):
-            share = entry["share"][level]
-            axes.barh(line, share, left=left, height=0.78, color=colour, edgecolor="white", linewidth=0.8)
-            if share > 0.06:
-                dark = sum(int(colour[place : place + 2], 16) for place in (1, 3, 5)) < 380
-                axes.text(
-                    left + share / 2,
-                    line,
-                    f"{share:.0%}",
-                    ha="center",
-                    va="center",
-                    fontsize=7,
-                    color="white" if dark else INK,
-                )
-            left += share
-        axes.text(1.015, line, f"{entry['samples']:>5}   {entry['entropy']:.2f}", va="center", fontsize=7.5)
-    names = [_bar_name(entry, rows) for entry in counts]
-    axes.set_yticks(range(len(counts)), names, fontsize=8)
+    # From light for coarse to dark for fine, readable without colour too.
+    colours = dict(zip(report["levels"], colormaps["Blues"](np.linspace(0.2, 0.95, len(report["levels"])))))
+    bars = []
+    for height, entry in enumerate(counts):
+        _draw_bar(axes, height, entry, colours)
+        name = f"{entry['task']} ({names[id(entry)]})" if several else entry["task"]
+        bars.append(name if entry["type"] == ALL else entry["type"][:40])
+    axes.set_yticks(range(len(counts)), bars, fontsize=8)
     for label, entry in zip(axes.get_yticklabels(), counts):
         label.set_color(INK if entry["type"] == ALL else FAINT)
         label.set_fontweight("bold" if entry["type"] == ALL else "normal")
@@ -396,22 +348,20 @@ def draw_levels(report: dict) -> Figure:
     axes.text(1.015, -0.6, "number, entropy (bits)", fontsize=7.5, color=FAINT, va="bottom")
     axes.spines[["top", "right", "left"]].set_visible(False)
     axes.tick_params(axis="y", length=0)
-    for level, colour in zip(levels, colours):
+    for level, colour in colours.items():
         axes.barh([0], [0], color=colour, label=level)
-    figure.legend(loc="outside lower center", ncols=len(levels), fontsize=8, frameon=False)
+    figure.legend(loc="outside lower center", ncols=len(colours), fontsize=8, frameon=False)
     figure.suptitle("Level chosen, by benchmark and type of question", fontsize=10)
     return figure
 
 
-def _bar_name(entry: dict, rows: list[tuple]) -> str:
-    if entry["type"] != ALL:
-        return entry["type"][:40]
-    return f"{entry['task']} ({_row_name(_asked(entry), rows)})" if len(rows) > 1 else entry["task"]
-
-
-def _level_colours(count: int) -> list[str]:
-    """Light for coarse, dark for fine; more levels than shades begin again."""
-    if count <= len(LEVEL_COLOURS):
-        places = np.linspace(0, len(LEVEL_COLOURS) - 1, count).round().astype(int) if count > 1 else [1]
-        return [LEVEL_COLOURS[place] for place in places]
-    return [LEVEL_COLOURS[place % len(LEVEL_COLOURS)] for place in range(count)]
+def _draw_bar(axes, height: int, entry: dict, colours: dict[str, np.ndarray]):
+    left = 0.0
+    for level, colour in colours.items():
+        share = entry["share"][level]
+        axes.barh(height, share, left=left, height=0.78, color=colour, edgecolor="white", linewidth=0.8)
+        if share > 0.06:
+            style = {"fontsize": 7, "color": "white" if colour[0] < 0.4 else INK, "ha": "center", "va": "center"}
+            axes.text(left + share / 2, height, f"{share:.0%}", **style)
+        left += share
+    axes.text(1.015, height, f"{entry['samples']:>5}   {entry['entropy']:.2f}", va="center", fontsize=7.5)

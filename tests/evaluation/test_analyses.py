@@ -1,7 +1,7 @@
 """The analyses compare the right states, count what the samples count, and say clearly what they cannot use."""
 
 import json
-import sys
+from functools import partial
 
 import numpy as np
 import pytest
@@ -9,9 +9,15 @@ import torch
 from conftest import count_calls, make_image, make_model, make_processor
 from PIL import Image, ImageColor
 
-from granulon.evaluation.analyses import alignment as aligning
-from granulon.evaluation.analyses.alignment import alignment, alignment_markdown, compared, draw_alignment, mean_states
-from granulon.evaluation.analyses.files import one_image_each, read_questions, write_analysis
+from granulon.evaluation.analyses.alignment import (
+    alignment,
+    alignment_markdown,
+    compare,
+    draw_alignment,
+    mean_states,
+    prompts_with_answers,
+)
+from granulon.evaluation.analyses.files import first_row_of_each_image, read_questions, write_analysis
 from granulon.evaluation.analyses.levels import (
     CHOSEN,
     calibration,
@@ -27,23 +33,14 @@ from granulon.evaluation.analyses.results import (
     chosen_levels,
     draw_levels,
     draw_tokens,
-    entropy,
-    finished_cells,
+    finished_runs,
     levels_markdown,
     question_types,
     tokens_markdown,
 )
 from granulon.evaluation.analyses.run import main
-from granulon.evaluation.analyses.speed import (
-    Way,
-    _begin_peak,
-    _peak,
-    _peak_memory,
-    draw_speed,
-    measure_speed,
-    speed_markdown,
-    ways_of,
-)
+from granulon.evaluation.analyses.speed import draw_speed, measure_speed, speed_markdown
+from granulon.evaluation.timing import interleaved, peak_bytes
 from granulon.hub.tiny import assemble_tiny
 from granulon.train.controller.level_scores import scores
 
@@ -88,7 +85,7 @@ def tiny(tmp_path_factory):
 
 def test_identical_states_have_cosine_one_and_orthogonal_ones_zero():
     one, other = [[1.0, 0, 0], [0, 2.0, 0]], [[0, 0, 3.0], [0, 0, 1.0]]
-    pairs = compared(states_of(one, other, one, other), ["a", "b"])
+    pairs = compare(states_of(one, other, one, other), ["a", "b"])
     assert cosine_of(pairs, "question", "pixel") == pytest.approx(1)
     assert cosine_of(pairs, "question", "semantic") == pytest.approx(0)
     assert cosine_of(pairs, "answer", "semantic") == pytest.approx(1)
@@ -100,7 +97,7 @@ def test_centring_takes_away_a_direction_that_all_states_share():
     common = 100 * np.ones(64)
     groups = [common + random.normal(size=(40, 64)) for _ in range(4)]
     groups[2] = groups[0] - 50  # the question says what the pixels say, and the answer something else
-    pairs = compared(states_of(*groups), [str(number) for number in range(40)])
+    pairs = compare(states_of(*groups), [str(number) for number in range(40)])
     assert cosine_of(pairs, "answer", "pixel") > 0.99
     assert abs(cosine_of(pairs, "answer", "pixel", "centred")) < 0.1
     assert cosine_of(pairs, "question", "pixel", "centred") == pytest.approx(1)
@@ -109,7 +106,7 @@ def test_centring_takes_away_a_direction_that_all_states_share():
 
 def test_a_state_that_never_changes_has_no_centred_cosine():
     same, other = np.ones((4, 3)), np.eye(4)[:, :3] + 1
-    pairs = compared(states_of(other, other, same, other), list("abcd"))
+    pairs = compare(states_of(other, other, same, other), list("abcd"))
     assert np.isnan(cosine_of(pairs, "question", "pixel", "centred"))
     assert np.isfinite(cosine_of(pairs, "question", "pixel"))
 
@@ -120,14 +117,14 @@ def test_intervals_come_from_images_and_not_from_questions():
     repeated = states_of(*(np.repeat(group, 10, 0) for group in (one, one, other, other)))
     once = states_of(one, one, other, other)
     images = [str(number) for number in range(12)]
-    few = compared(once, images)[0]["cosine"][0]
-    many = compared(repeated, [name for name in images for _ in range(10)])[0]["cosine"][0]
+    few = compare(once, images)[0]["cosine"][0]
+    many = compare(repeated, [name for name in images for _ in range(10)])[0]["cosine"][0]
     assert many == pytest.approx(few)
 
 
 def test_question_and_answer_are_found_in_prompts_of_any_length(processor):
     rows = make_rows()
-    inputs, texts_B2T = aligning.prompt_groups(processor, rows, [row["image"] for row in rows])
+    inputs, texts_B2T = prompts_with_answers(processor, rows, [row["image"] for row in rows])
     assert len(set(inputs["attention_mask"].sum(1).tolist())) > 1, "some rows are padded"
     for row, ids_T, texts_2T in zip(rows, inputs["input_ids"], texts_B2T):
         found = [processor.tokenizer.decode(ids_T[mask_T]) for mask_T in texts_2T]
@@ -166,7 +163,7 @@ def test_a_sample_in_a_padded_batch_is_the_sample_alone(model, processor):
 def test_the_last_layer_is_what_the_head_reads(model, processor):
     (row,) = make_rows(1, answers=False)
     states_LCE = mean_states(model, processor, [row])[0][0]
-    inputs, texts_B2T = aligning.prompt_groups(processor, [row], [row["image"]])
+    inputs, texts_B2T = prompts_with_answers(processor, [row], [row["image"]])
     with torch.no_grad():
         last_TE = model.model(**inputs).last_hidden_state[0]
     assert np.allclose(states_LCE[-1, 2], last_TE[texts_B2T[0, 0]].mean(0).numpy(), atol=1e-4)
@@ -199,7 +196,7 @@ def test_without_answers_or_levels_there_are_fewer_pairs(processor):
 
 
 def test_alignment_needs_two_samples_of_two_images(model, processor):
-    with pytest.raises(ValueError, match="two are needed at least, found 1"):
+    with pytest.raises(ValueError, match="needs at least two, found 1"):
         alignment(model, processor, make_rows(1))
     with pytest.raises(ValueError, match="all 2 samples show one image"):
         alignment(model, processor, make_rows(2))
@@ -230,19 +227,19 @@ def test_a_sheet_needs_levels_and_rows(model, processor):
         cluster_rows(model, processor, [])
 
 
-# Finished cells
+# Finished runs
 
 
-def make_cell(output, row, task, samples, value=50.0, at=0, **more):
-    folder = output / "runs" / f"{row}-{task}-{at}"
+def make_run(output, entry, task, samples, value=50.0, at=0, **more):
+    folder = output / "runs" / f"{entry}-{task}-{at}"
     folder.mkdir(parents=True)
     (folder / "samples.jsonl").write_text("".join(json.dumps(sample) + "\n" for sample in samples))
-    figure = {"value": value, "low": 40.0, "high": 60.0, "n": len(samples), "higher_is_better": True}
+    score = {"value": value, "low": 40.0, "high": 60.0, "n": len(samples), "higher_is_better": True}
     result = {
-        "run": f"{row} / {task}",
-        "entry": {"name": row, "group": "", "view": "full", "granularity": None, "overrides": {}, **more},
+        "run": f"{entry} / {task}",
+        "entry": {"name": entry, "group": "", "view": "full", "granularity": None, "overrides": {}, **more},
         "task": {"name": task},
-        "metrics": {"unclear": {**figure, "higher_is_better": False}, "accuracy": figure} if value else {},
+        "metrics": {"unclear": {**score, "higher_is_better": False}, "accuracy": score} if value else {},
         "finished_at": f"2026-01-01T00:00:0{at}+00:00",
     }
     (folder / "result.json").write_text(json.dumps(result))
@@ -262,11 +259,11 @@ def make_sample(number, level="coarse", pixel=36, semantic=2, **doc):
 
 def test_visual_tokens_are_those_that_the_samples_count(tmp_path):
     samples = [make_sample(number, semantic=number) for number in range(5)]
-    make_cell(tmp_path, "ours", "pope", samples, at=1)
-    make_cell(tmp_path, "ours", "pope", samples[:1], at=0)  # an older run of the same
-    make_cell(tmp_path, "short", "pope", [make_sample(0, pixel=0, semantic=5)] * 3, view="semantic")
-    report = accuracy_against_tokens(finished_cells(tmp_path))
-    ours, short = report["points"] if report["points"][0]["row"] == "ours" else report["points"][::-1]
+    make_run(tmp_path, "ours", "pope", samples, at=1)
+    make_run(tmp_path, "ours", "pope", samples[:1], at=0)  # an older run of the same
+    make_run(tmp_path, "short", "pope", [make_sample(0, pixel=0, semantic=5)] * 3, view="semantic")
+    report = accuracy_against_tokens(finished_runs(tmp_path))
+    ours, short = report["points"] if report["points"][0]["entry"] == "ours" else report["points"][::-1]
     assert ours["samples"] == 5 and ours["tokens"][0] == 38 and ours["semantic_tokens"][0] == 2
     low, high = ours["tokens"][1:]
     assert 36 <= low < 38 < high <= 40
@@ -276,39 +273,37 @@ def test_visual_tokens_are_those_that_the_samples_count(tmp_path):
     assert draw_tokens(report).axes
 
 
-def test_rows_of_one_name_are_told_apart_by_how_they_are_asked(tmp_path):
-    make_cell(tmp_path, "ours", "pope", [make_sample(0)], at=0)
-    make_cell(tmp_path, "ours", "pope", [make_sample(0)], at=1, view="semantic", granularity="coarse")
-    cells = finished_cells(tmp_path)
-    assert len(cells) == 2
-    texts = [text.get_text() for text in draw_tokens(accuracy_against_tokens(cells)).legends[0].get_texts()]
+def test_entries_of_one_name_are_shown_with_view_and_level(tmp_path):
+    make_run(tmp_path, "ours", "pope", [make_sample(0)], at=0)
+    make_run(tmp_path, "ours", "pope", [make_sample(0)], at=1, view="semantic", granularity="coarse")
+    runs = finished_runs(tmp_path)
+    assert len(runs) == 2
+    texts = [text.get_text() for text in draw_tokens(accuracy_against_tokens(runs)).legends[0].get_texts()]
     assert texts == ["ours, full", "ours, semantic, coarse"]
 
 
-def test_a_figure_can_be_named_and_cells_without_one_are_told_of(tmp_path):
-    make_cell(tmp_path, "ours", "pope", [make_sample(0)])
-    make_cell(tmp_path, "ours", "amber", [make_sample(0)], value=None)
-    make_cell(tmp_path, "ours", "text", [{"id": 0, "question": "?", "doc": {}}])
-    report = accuracy_against_tokens(finished_cells(tmp_path), {"pope": "unclear"})
-    assert [point["metric"] for point in report["points"]] == ["unclear"]
+def test_runs_without_score_or_visual_tokens_are_left_out_with_the_reason(tmp_path):
+    make_run(tmp_path, "ours", "pope", [make_sample(0)])
+    make_run(tmp_path, "ours", "amber", [make_sample(0)], value=None)
+    make_run(tmp_path, "ours", "text", [{"id": 0, "question": "?", "doc": {}}])
+    runs = finished_runs(tmp_path)
+    report = accuracy_against_tokens(runs)
+    assert [point["metric"] for point in report["points"]] == ["accuracy"]
     assert report["left_out"] == {
-        "ours / amber (full)": "it has no figure",
+        "ours / amber (full)": "it has no score",
         "ours / text (full)": "its samples count no visual tokens",
     }
-    with pytest.raises(ValueError, match="pope has no figure f1; it has unclear, accuracy"):
-        accuracy_against_tokens(finished_cells(tmp_path), {"pope": "f1"})
-    (text,) = finished_cells(tmp_path, ["ours"])[-1:]
-    with pytest.raises(ValueError, match="no cell has a figure and visual tokens"):
-        accuracy_against_tokens([text])
+    with pytest.raises(ValueError, match="no run has a score and visual tokens"):
+        accuracy_against_tokens([run for run in runs if run["task"]["name"] == "text"])
 
 
 def test_shares_of_levels_sum_to_one_and_types_come_from_the_data(tmp_path):
     samples = [make_sample(n, ["coarse", "fine"][n % 2], category=["a", "b"][n // 4]) for n in range(8)]
     samples += [make_sample(8, None)]  # a question without an image
-    make_cell(tmp_path, "ours", "pope", [sample | {"doc": sample["doc"] or {}} for sample in samples])
-    make_cell(tmp_path, "fixed", "pope", samples, granularity="coarse")
-    make_cell(tmp_path, "drawn", "pope", samples, overrides={"controller": "random"})
-    report = chosen_levels(finished_cells(tmp_path))
+    make_run(tmp_path, "ours", "pope", [sample | {"doc": sample["doc"] or {}} for sample in samples])
+    make_run(tmp_path, "fixed", "pope", samples, granularity="coarse")
+    make_run(tmp_path, "drawn", "pope", samples, overrides={"controller": "random"})
+    report = chosen_levels(finished_runs(tmp_path))
     assert report["levels"] == ["coarse", "fine"]
     assert [(entry["type"], entry["samples"]) for entry in report["counts"]] == [("all", 8), ("a", 4), ("b", 4)]
     for entry in report["counts"]:
@@ -331,63 +326,60 @@ def test_types_of_questions_fall_back_to_their_first_words():
 
 def test_rare_types_are_counted_together(tmp_path):
     samples = [make_sample(number, type=f"kind {number}") for number in range(20)]
-    make_cell(tmp_path, "ours", "seed", samples)
-    counts = chosen_levels(finished_cells(tmp_path))["counts"]
+    make_run(tmp_path, "ours", "seed", samples)
+    counts = chosen_levels(finished_runs(tmp_path))["counts"]
     assert [entry["type"] for entry in counts][-1] == "other" and len(counts) == 10
     assert sum(entry["samples"] for entry in counts[1:]) == counts[0]["samples"] == 20
 
 
-def test_entropy_in_bits():
-    assert entropy([1.0, 0.0]) == 0 and entropy([0.25] * 4) == 2
-
-
-def test_cells_that_are_not_there_or_chose_nothing(tmp_path):
-    with pytest.raises(ValueError, match="has no finished cells; run granulon-evaluate"):
-        finished_cells(tmp_path)
-    make_cell(tmp_path, "fixed", "pope", [make_sample(0)], granularity="coarse")
-    with pytest.raises(ValueError, match="no cell has a level that the model chose"):
-        chosen_levels(finished_cells(tmp_path))
-    with pytest.raises(ValueError, match=r"no finished cell of the row \['gone'\]; it has \['fixed'\]"):
-        finished_cells(tmp_path, ["gone"])
+def test_missing_runs_and_levels_are_named(tmp_path):
+    with pytest.raises(ValueError, match="has no finished runs; run granulon-evaluate"):
+        finished_runs(tmp_path)
+    make_run(tmp_path, "fixed", "pope", [make_sample(0)], granularity="coarse")
+    with pytest.raises(ValueError, match="no run has a level that the model chose"):
+        chosen_levels(finished_runs(tmp_path))
+    with pytest.raises(ValueError, match=r"no finished run of \['gone'\]; it has \['fixed'\]"):
+        finished_runs(tmp_path, ["gone"])
 
 
 # Speed
 
 
 def test_every_view_and_level_is_measured_against_the_full_view(model, processor):
-    report = measure_speed(model, processor, make_rows(2), rounds=2, warm_up=1, new_tokens=3)
-    ways = {way["name"]: way for way in report["ways"]}
-    assert list(ways) == [way.name for way in ways_of(model.config)] and len(ways) == 8
-    assert ways["full"]["first_token_ratio"] == (1, 1, 1) and ways["full"]["speed_ratio"] == (1, 1, 1)
-    assert all(way["first_token_ms"][0] > 0 and way["tokens_per_second"][0] > 0 for way in report["ways"])
-    assert ways["pixel"]["visual_tokens"] == 36
-    assert ways["coarse, full"]["visual_tokens"] == 36 + ways["coarse, semantic"]["visual_tokens"]
-    chosen = {name: ways[name]["visual_tokens"] for name in ("full", "semantic", "auto")}
+    report = measure_speed(model, processor, make_rows(2), new_tokens=8)
+    settings = {setting["name"]: setting for setting in report["settings"]}
+    assert [*settings] == ["full", "pixel", "semantic", "auto"] + [
+        f"{level}, {view}" for level in model.config.granularity_names for view in ("full", "semantic")
+    ]
+    assert settings["full"]["first_token_ratio"] == (1, 1, 1) and settings["full"]["speed_ratio"] == (1, 1, 1)
+    assert all(setting["first_token_ms"][0] > 0 and setting["peak_mb"] > 0 for setting in report["settings"])
+    assert settings["pixel"]["visual_tokens"] == 36
+    assert settings["coarse, full"]["visual_tokens"] == 36 + settings["coarse, semantic"]["visual_tokens"]
+    chosen = {name: settings[name]["visual_tokens"] for name in ("full", "semantic", "auto")}
     assert chosen["semantic"] <= chosen["auto"] <= chosen["full"] == 36 + chosen["semantic"]
-    assert report["memory"] == "not measured" and "| coarse, semantic |" in speed_markdown(report)
-    assert len(draw_speed(report).axes) == 2
-
-
-def test_memory_is_that_of_one_answer(tiny):
-    row = read_questions(str(tiny.parent / "rows.json"))[0]
-    assert 0 <= _peak_memory(str(tiny), row, Way("full"), 2) < 2e9
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="the peak can begin anew on Linux alone")
-def test_the_peak_is_that_since_it_began():
-    first = np.ones(20_000_000)  # 160 MB
-    del first
-    before = _begin_peak()
-    second = np.ones(5_000_000)  # 40 MB
-    del second
-    assert 30e6 < _peak() - before < 80e6
-
-
-def test_what_cannot_be_measured(model, processor):
-    with pytest.raises(ValueError, match="there are 0 rows, rounds is 1, warm_up 1 and new_tokens 2"):
-        measure_speed(model, processor, [], rounds=1, warm_up=1, new_tokens=2)
+    assert report["rounds"] == 2 and "| coarse, semantic |" in speed_markdown(report)
+    assert len(draw_speed(report).axes) == 3
+    with pytest.raises(ValueError, match="there are 0 rows and new_tokens is 1"):
+        measure_speed(model, processor, [], new_tokens=1)
     with pytest.raises(ValueError, match="no levels of granularity"):
         measure_speed(make_model(granularities=[]), processor, make_rows(1))
+
+
+def test_a_round_makes_every_call_once_and_warm_up_does_not_count():
+    made = []
+    calls = {name: partial(made.append, name) for name in "abc"}
+    seconds = interleaved(calls, rounds=5, warm_up=2)
+    rounds = [made[start : start + 3] for start in range(0, len(made), 3)]
+    assert len(rounds) == 7 and all(sorted(names) == ["a", "b", "c"] for names in rounds)
+    assert len({"".join(names) for names in rounds}) > 1, "the order differs between rounds"
+    assert all(len(values) == 5 and min(values) >= 0 for values in seconds.values())
+
+
+def test_the_peak_is_what_a_call_holds_at_once():
+    kept = torch.ones(10_000_000)
+    assert 12e6 <= peak_bytes(lambda: [torch.ones(1_000_000) for _ in range(3)]) < 13e6
+    assert 4e6 <= peak_bytes(lambda: [torch.ones(1_000_000).sum() for _ in range(3)]) < 5e6
+    assert len(kept) == 10_000_000
 
 
 # Calibration
@@ -452,7 +444,7 @@ def test_rows_are_read_from_a_list_or_lines_with_images_beside_them(tmp_path):
         found = read_questions(str(tmp_path / name))
         assert [row["answer"] for row in found] == ["this", None]
         assert Image.open(found[0]["image"]).size == (40, 30)
-        assert len(one_image_each(found)) == 1 and one_image_each(found)[0]["question"] == "What?"
+        assert len(first_row_of_each_image(found)) == 1 and first_row_of_each_image(found)[0]["question"] == "What?"
         assert len(read_questions(str(tmp_path / name), limit=1)) == 1
     (tmp_path / "bad.json").write_text(json.dumps([{"image": "a.png"}]))
     with pytest.raises(ValueError, match=r"row 0 of .*bad.json holds \['image'\]; a row needs image and question"):
@@ -483,13 +475,15 @@ def test_the_command_writes_and_prints_an_analysis(tiny, tmp_path, capsys):
 
 
 def test_the_command_ends_with_one_line_for_what_it_cannot_use(tiny, tmp_path):
-    asked = ["--model", str(tiny), "--rows", str(tiny.parent / "rows.json"), "--output", str(tmp_path / "out")]
+    options = ["--model", str(tiny), "--rows", str(tiny.parent / "rows.json"), "--output", str(tmp_path / "out")]
     with pytest.raises(SystemExit, match="granulon-analyse alignment: unknown granularity 'huge'"):
-        main(["alignment", *asked, "--granularity", "huge"])
+        main(["alignment", *options, "--granularity", "huge"])
     with pytest.raises(SystemExit, match="granulon-analyse alignment: .*found 1"):
-        main(["alignment", *asked, "--limit", "1"])
-    with pytest.raises(SystemExit, match="granulon-analyse tokens: .*write task=figure"):
-        main(["tokens", "--results", str(tmp_path), "--output", str(tmp_path / "out"), "--metrics", "pope"])
-    with pytest.raises(SystemExit, match="granulon-analyse clusters: Unrecognized model"):
-        main(["clusters", "--model", str(tmp_path), *asked[2:]])
+        main(["alignment", *options, "--limit", "1"])
+    with pytest.raises(SystemExit, match="granulon-analyse speed: limit is 0"):
+        main(["speed", *options, "--limit", "0"])
+    with pytest.raises(SystemExit, match="granulon-analyse tokens: .*has no finished runs"):
+        main(["tokens", "--results", str(tmp_path), "--output", str(tmp_path / "out")])
+    with pytest.raises(SystemExit, match="granulon-analyse clusters: .*not found"):
+        main(["clusters", "--model", str(tmp_path), *options[2:]])
     assert not (tmp_path / "out").exists()
