@@ -6,23 +6,22 @@ Whether tokens follow things at these settings is measured in things.py; the oth
 goes to stderr.
 """
 
-import argparse
 import os
 import platform
 from functools import partial
-from time import perf_counter, process_time
 
 import rivals
 import sklearn
 import torch
+from settings import parse, parser
 from sklearn.cluster import KMeans
 from sklearn.datasets import load_sample_images
-from timing import interleaved, machine, milliseconds, table
 from torch import Tensor
 from torch.nn import functional as F
-from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from granulon.evaluation.timing import interleaved, machine, medians, milliseconds, peak_bytes
+from granulon.hub.text import markdown_table
 from modeling_granulon import AdaptiveTokenAggregation
 from modeling_granulon.configuration_granulon import DEFAULT_GRANULARITIES
 from modeling_granulon.vision_features import COLUMN_STRIDE
@@ -31,6 +30,8 @@ STRIDE, CLUSTERS, KEPT = (DEFAULT_GRANULARITIES[-1][key] for key in ("stride", "
 GOALS = {196: 3, 576: 5, 784: 8, 1024: 8, 4096: 50}  # patches: how many times faster than the authors' k-means
 FASTER_THAN = ("ToMe", "DPC-KNN", "fast_pytorch_kmeans")
 MEMORY = 1.5
+WIDTH = 1024  # of the features
+FEW_ROUNDS = 5  # at 4096 patches
 INERTIA = (5, 12, 20, 24)  # clusters
 PREFACE = """\
 # Aggregation
@@ -47,9 +48,6 @@ columns summed over {column_stride} x {column_stride} patches, as the model give
 cosine matrix, random seeds, up to 100 rounds with a convergence check on the host, one image at a time. "Floor" is one
 read of the features and the sums, one N x D x K product and one mean over segments. "Compiled" is `torch.compile`
 with `fullgraph=True`."""
-
-
-# ---- what is clustered
 
 
 def drawn_features(images: int, side: int, width: int, seed: int = 0) -> Tensor:
@@ -89,9 +87,6 @@ def photo_features(images: int, side: int, width: int, seed: int = 0) -> Tensor:
     return torch.stack(seen)
 
 
-# ---- what is measured
-
-
 def methods(features: Tensor, attention: Tensor, side: int) -> dict:
     """Calls by name; those that end with "compiled" are."""
     torch.compiler.reset()
@@ -129,24 +124,6 @@ def floor(features: Tensor, profiles: Tensor) -> tuple:
         (features.sum(), profiles.sum(), features @ features[:, :CLUSTERS].mT),
         sums.index_add_(0, segment, features.flatten(0, 1)) / (patches / CLUSTERS),
     )
-
-
-def peak_bytes(call, device: str) -> int:
-    """The most memory that a call holds at once beyond its arguments; its result included."""
-    call()
-    if device == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        call()
-        return torch.cuda.max_memory_allocated() - before
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        call()
-    held = most = 0
-    for event in sorted(profiler.profiler.kineto_results.events(), key=lambda event: event.start_ns()):
-        if event.name() == "[memory]":
-            held += event.nbytes()
-            most = max(most, held)
-    return most
 
 
 class HostReads(TorchDispatchMode):
@@ -196,9 +173,6 @@ def cosine_attention(features: Tensor) -> Tensor:
     return (10 * unit @ unit.mT).softmax(-1)
 
 
-# ---- the report
-
-
 def verdict(met: bool) -> str:
     return "met" if met else "**not met**"
 
@@ -231,65 +205,63 @@ def report(results: dict, memory: list[list], qualities: list[list], reads: int,
     sizes = [f"{patches} x {images}" for patches, (images, _) in results.items()]
     lines = [
         "## Against the authors' k-means\n",
-        table(
+        markdown_table(
             ["patches x images", "authors ms", "AdaTA ms", "compiled ms", "floor ms"]
             + ["authors / AdaTA", "authors / compiled", "goal", ""],
             speed_rows(results),
         ),
         "\n## Against other methods: time of AdaTA compiled over theirs, compiled where that is faster\n",
-        table(["method", *sizes, "goal", ""], share_rows(results)),
+        markdown_table(["method", *sizes, "goal", ""], share_rows(results)),
         "\nVisionZip clusters nothing: its patches join the nearest of evenly spaced ones, in one product.",
         "\n## Inertia over that of scikit-learn's best of ten restarts, attention left out\n",
         "No goal: seeds of pooled cells leave more inertia, and find more things (things.md).\n",
-        table(["", "drawn features", "photographs through random filters"], qualities),
+        markdown_table(["", "drawn features", "photographs through random filters"], qualities),
         "\n## Memory: the most that is held beyond the arguments, over the bytes of features and sums\n",
-        table(["patches x images", "features and sums MB", "eager", "compiled", "goal", ""], memory),
+        markdown_table(["patches x images", "features and sums MB", "eager", "compiled", "goal", ""], memory),
         f"\nHost reads: {reads} (goal 0). Graph breaks: {breaks} (goal 0).",
     ]
     return "\n".join(lines)
 
 
+def measure(side: int, images: int, options) -> tuple[dict[str, float], list]:
+    """Seconds of each method on drawn features, and the row of the table of memory."""
+    features = drawn_features(images, side, WIDTH).to(options.device)
+    attention = cosine_attention(features)
+    calls = methods(features, attention, side)
+    rounds = options.rounds if side < 64 else min(options.rounds, FEW_ROUNDS)
+    seconds = medians(interleaved(calls, rounds, options.device, options.clock))
+    size = features.nbytes + sum_columns(attention, side).nbytes
+    ratios = [peak_bytes(calls[name], options.device) / size for name in ("AdaTA", "AdaTA compiled")]
+    row = [f"{side**2} x {images}", f"{size / 1e6:.0f}", *(f"{ratio:.2f}" for ratio in ratios)]
+    return seconds, [*row, f"≤ {MEMORY}", verdict(max(ratios) <= MEMORY)]
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--width", type=int, default=1024, help="width of the features (1024)")
-    parser.add_argument("--rounds", type=int, default=15, help="rounds of which the median is taken (15)")
-    parser.add_argument("--threads", type=int, default=2, help="CPU threads (2); with 1, CPU time is measured")
-    parser.add_argument("--quick", action="store_true", help="three rounds, 196 patches, two images")
-    options = parser.parse_args()
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    torch.set_num_threads(options.threads)
+    options = parse(parser(__doc__, rounds=15))
     torch.set_grad_enabled(False)
     sides = {14: 8, 24: 8, 28: 8, 32: 8, 64: 1}  # images of each side
     if options.quick:
         options.rounds, sides = 3, {14: 2}
-    # The CPU time of one thread leaves out what other programs take.
-    clock = process_time if options.threads == 1 and device == "cpu" else perf_counter
     load = os.getloadavg()[0]
     results, memory = {}, []
     for side, images in sides.items():
-        features = drawn_features(images, side, options.width).to(device)
-        attention = cosine_attention(features)
-        calls = methods(features, attention, side)
-        rounds = options.rounds if side < 64 else min(options.rounds, 5)
-        results[side**2] = images, interleaved(calls, rounds, device, clock)
-        size = features.nbytes + sum_columns(attention, side).nbytes
-        ratios = [peak_bytes(calls[name], device) / size for name in ("AdaTA", "AdaTA compiled")]
-        row = [f"{side**2} x {images}", f"{size / 1e6:.0f}", *(f"{ratio:.2f}" for ratio in ratios)]
-        memory.append([*row, f"≤ {MEMORY}", verdict(max(ratios) <= MEMORY)])
-    qualities = quality(2 if options.quick else 24, 14, options.width)
+        seconds, row = measure(side, images, options)
+        results[side**2] = images, seconds
+        memory.append(row)
+    qualities = quality(2 if options.quick else 24, 14, WIDTH)
     preface = PREFACE.format(
-        arguments=" --quick" * options.quick + f" --threads {options.threads}" * (options.threads != 2),
-        machine=machine(device),
+        arguments=" --quick" * options.quick + " --cpu-time" * options.cpu_time,
+        machine=machine(options.device),
         sklearn=sklearn.__version__,
         python=platform.python_version(),
-        width=options.width,
+        width=WIDTH,
         rounds=options.rounds,
-        few=" (5 at 4096 patches)" if 64 in sides and options.rounds > 5 else "",
+        few=f" ({FEW_ROUNDS} at 4096 patches)" if 64 in sides and options.rounds > FEW_ROUNDS else "",
         stride=STRIDE,
         clusters=CLUSTERS,
         kept=KEPT,
         column_stride=COLUMN_STRIDE,
-        clock="CPU time" if clock is process_time else "wall time",
+        clock=options.clock_name,
         load=load,
         after=os.getloadavg()[0],
     )

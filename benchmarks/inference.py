@@ -6,33 +6,16 @@ A question of a few tokens about one image, on random weights: nothing that is t
 clustering runs a fixed number of rounds. The parts are those of docs/method.md; progress goes to stderr.
 """
 
-import argparse
-from time import perf_counter, process_time
-
 import torch
-from timing import interleaved, machine, milliseconds, table
-from transformers import DINOv3ViTConfig, Qwen2Config
+from settings import PATCH, SHAPES, add_shapes, build, parse, parser
 
-from modeling_granulon import GranulonConfig, GranulonForConditionalGeneration
+from granulon.evaluation.timing import interleaved, machine, medians, milliseconds
+from granulon.hub.text import markdown_table
+from modeling_granulon import GranulonForConditionalGeneration
+from modeling_granulon.image_tokens import VIEWS
 from modeling_granulon.vision_features import COLUMN_STRIDE, RelationMap, rotate, vision_features
 
-SHAPES = {
-    "tiny": (
-        "a small DINOv3 ViT (4 layers of width 64) and a small Qwen2 (4 layers of width 128)",
-        {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 4, "num_attention_heads": 4},
-        {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 4, "vocab_size": 512}
-        | {"num_attention_heads": 4, "num_key_value_heads": 2},
-    ),
-    "real": (
-        "DINOv3 ViT-L/16 and the decoder of Qwen2.5-0.5B",
-        {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16},
-        {"hidden_size": 896, "intermediate_size": 4864, "num_hidden_layers": 24, "vocab_size": 151936}
-        | {"num_attention_heads": 14, "num_key_value_heads": 2},
-    ),
-}
-PATCH = 16
 BEFORE, QUESTION, AFTER = 4, 12, 5  # tokens of the prompt around the image, as a chat template writes it
-VIEWS = ("full", "pixel", "semantic")
 PREFACE = f"""\
 # Inference, part by part
 
@@ -44,21 +27,6 @@ PREFACE = f"""\
 - "First token" is `generate` from pixels to the first token at the finest level: all parts, each once.
 - On a CPU the model runs in float32: without a matrix unit, bfloat16 products are slower there. On CUDA, bfloat16."""
 GOALS = {224: (0.01, 3), 448: (0.01, 10), 896: (0.02, 45)}  # pixels: the largest share, the smallest ratio
-
-
-def build(name: str, device: str, dtype: torch.dtype) -> GranulonForConditionalGeneration:
-    """A Granulon of the shapes that `name` stands for, with random weights and the default levels."""
-    _, vision, text = SHAPES[name]
-    config = GranulonConfig(
-        vision_config=DINOv3ViTConfig(**vision, patch_size=PATCH, num_register_tokens=4).to_dict(),
-        text_config=Qwen2Config(**text, max_position_embeddings=32768, tie_word_embeddings=True).to_dict(),
-        image_token_id=text["vocab_size"] - 1,
-    )
-    torch.manual_seed(0)
-    with torch.device(device):
-        head = GranulonForConditionalGeneration(config).to(dtype).eval()
-    head.generation_config.pad_token_id = 0
-    return head
 
 
 def visual_parts(head: GranulonForConditionalGeneration, size: int) -> dict:
@@ -191,7 +159,7 @@ def report(sizes: list[int], results: list[tuple[dict[str, float], dict[str, int
         ratios.append([f"prefill of the language model, full / {view}", *row])
         row = [f"{first_token_ratio(seconds, view):.1f}x" for seconds, _ in results]
         ratios.append([f"first token from pixels, full / {view}", *row])
-    return table(["milliseconds", *header], parts) + "\n\n" + table(["ratio", *header], ratios)
+    return markdown_table(["milliseconds", *header], parts) + "\n\n" + markdown_table(["ratio", *header], ratios)
 
 
 def first_token_ratio(seconds: dict[str, float], view: str) -> float:
@@ -205,38 +173,30 @@ def measure(name: str, sizes: list[int], head: GranulonForConditionalGeneration,
     for size in sizes:
         calls, lengths = text_parts(head, size)
         calls = visual_parts(head, size) | calls | first_token_parts(head, size)
-        results.append((interleaved(calls, device=head.device, **timing), lengths))
+        results.append((medians(interleaved(calls, device=head.device, **timing)), lengths))
     section = f"## {name.capitalize()} shapes: {SHAPES[name][0]}\n\n{report(sizes, results, levels)}"
-    if name == "real" and GOALS.keys() & set(sizes):
+    if name == "large" and GOALS.keys() & set(sizes):
         lines = [verdicts(size, *result, levels) for size, result in zip(sizes, results) if size in GOALS]
         section += "\n\n" + "\n".join(f"- {line}" for of_size in lines for line in of_size)
     return section
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", nargs="+", choices=SHAPES, default=list(SHAPES), help="shapes to run (both)")
-    parser.add_argument(
-        "--sizes", nargs="+", type=int, default=[224, 448, 896], help="image sides in pixels (224 448 896)"
+    made = parser(__doc__, rounds=3)
+    add_shapes(made, "tiny and large", [224, 448, 896])
+    options = parse(made)
+    dtype_name = str(options.dtype).removeprefix("torch.")
+    print(
+        PREFACE.format(
+            machine=machine(options.device), dtype=dtype_name, clock=options.clock_name, rounds=options.rounds
+        )
     )
-    parser.add_argument("--rounds", type=int, default=3, help="rounds of which the median is taken (3)")
-    parser.add_argument("--threads", type=int, default=2, help="CPU threads (2)")
-    parser.add_argument("--cpu-time", action="store_true", help="CPU time of one thread, for a machine that is shared")
-    parser.add_argument("--quick", action="store_true", help="one round of the tiny shapes at 64 pixels")
-    options = parser.parse_args()
-    if options.quick:
-        options.model, options.sizes, options.rounds = ["tiny"], [64], 1
-    if wrong := [size for size in options.sizes if size < PATCH or size % PATCH]:
-        parser.error(f"--sizes {wrong}: a size must be a multiple of the patch size, {PATCH}")
-    torch.set_num_threads(1 if options.cpu_time else options.threads)
-    on_cuda = torch.cuda.is_available() and not options.cpu_time
-    device, dtype = ("cuda", torch.bfloat16) if on_cuda else ("cpu", torch.float32)
-    clock, clock_name = (process_time, "CPU time") if options.cpu_time else (perf_counter, "wall time")
-    dtype_name = str(dtype).removeprefix("torch.")
-    print(PREFACE.format(machine=machine(device), dtype=dtype_name, clock=clock_name, rounds=options.rounds))
-    for name in options.model:
-        head = build(name, device, dtype)
-        print("\n" + measure(name, options.sizes, head, rounds=options.rounds, clock=clock), flush=True)
+    for name in options.model or ["tiny", "large"]:
+        image_token_id = SHAPES[name][2]["vocab_size"] - 1
+        head = build(name, options.device, options.dtype, image_token_id).eval()
+        head.generation_config.pad_token_id = 0
+        section = measure(name, options.sizes, head, rounds=options.rounds, clock=options.clock)
+        print("\n" + section, flush=True)
 
 
 if __name__ == "__main__":

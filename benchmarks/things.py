@@ -24,12 +24,13 @@ import torch
 from PIL import Image
 from rivals import authors_kmeans, dpc_knn, grid_cells, tome, visionzip
 from sklearn.cluster import KMeans
-from timing import table
 from torch import Tensor
 from torch.nn import functional as F
 from tqdm import tqdm
 
 from granulon.evaluation.statistics import interval
+from granulon.hub.text import markdown_table, with_interval
+from granulon.hub.visualize import overlay_clusters
 from modeling_granulon import AdaptiveTokenAggregation
 from modeling_granulon.adaptive_token_aggregation import fold, quality_terms
 from modeling_granulon.configuration_granulon import DEFAULT_GRANULARITIES
@@ -69,9 +70,6 @@ attention summed over 4 x 4 patches.
 The scenes are composed: photographs or noise with stamps pasted on them. No weights of DINOv3 could be had, so its
 defaults are those of DINOv2.
 """
-
-
-# ---- scenes
 
 
 @cache
@@ -188,9 +186,6 @@ def encode(pictures: list[Image.Image], batch: int = 8) -> tuple[Tensor, Tensor]
     return torch.cat(features), torch.cat(attention)
 
 
-# ---- measures
-
-
 def overlaps(label_SN: Tensor, things_SN: Tensor, tokens: int) -> tuple[Tensor, Tensor, Tensor]:
     """Of each thing (S,T): best IoU with a token's patches, share of its patches with a token, whether it is there."""
     token_SKN = (label_SN[:, None] == torch.arange(tokens)[:, None]).float()
@@ -206,9 +201,6 @@ def sums_by_scene(label_SN: Tensor, things_SN: Tensor, tokens: int) -> np.ndarra
     iou_ST, share_ST, there_ST = overlaps(label_SN, things_SN, tokens)
     parts = (torch.ones_like(iou_ST), (iou_ST > 0.5).float(), iou_ST, share_ST)
     return torch.stack([(part * there_ST).sum(1) for part in parts], dim=1).double().numpy()
-
-
-# ---- methods: the token of each patch (S,N)
 
 
 @dataclass(frozen=True)
@@ -293,13 +285,9 @@ def all_methods(seen: Seen, level: int) -> dict[str, Tensor]:
     }
 
 
-# ---- the report
-
-
-def with_interval(value, sums: np.ndarray) -> str:
+def bootstrap(value, sums: np.ndarray) -> str:
     """A function of sums over scenes and its 95% bootstrap interval."""
-    low, high = interval(value, sums)
-    return f"{value(sums.sum(0, keepdims=True))[0]:.2f} ({low:.2f} to {high:.2f})"
+    return with_interval(value(sums.sum(0, keepdims=True))[0], *interval(value, sums))
 
 
 def share(column: int):
@@ -313,7 +301,7 @@ def ratio(ours: np.ndarray, theirs: np.ndarray, column: int) -> tuple[str, float
     def value(sums_R2):
         return sums_R2[:, 0] / sums_R2[:, 1]
 
-    return with_interval(value, both), float(value(both.sum(0, keepdims=True))[0])
+    return bootstrap(value, both), float(value(both.sum(0, keepdims=True))[0])
 
 
 def method_table(side: int, sums: dict[str, list[np.ndarray]]) -> str:
@@ -325,10 +313,10 @@ def method_table(side: int, sums: dict[str, list[np.ndarray]]) -> str:
     for method, levels in sums.items():
         row = [method]
         for part in levels:
-            row += [with_interval(share(FOUND), part), with_interval(share(IOU), part)]
+            row += [bootstrap(share(FOUND), part), bootstrap(share(IOU), part)]
             row.append(f"{share(KEPT_SHARE)(part.sum(0, keepdims=True))[0]:.3f}")
         rows.append(row)
-    return table(header, rows)
+    return markdown_table(header, rows)
 
 
 def ratio_table(sums: dict[int, dict[str, list[np.ndarray]]]) -> str:
@@ -342,7 +330,7 @@ def ratio_table(sums: dict[int, dict[str, list[np.ndarray]]]) -> str:
             met = "met" if number >= goal and kept >= 0.99 else "**not met**"
             size = f"{side} px" if side else "both"
             rows.append([f"{name}, {size}", found, ratio(ours, theirs, IOU)[0], f"{kept:.3f}", f"≥ {goal:.2f}", met])
-    return table(["AdaTA over k-means on patches", "found", "best IoU", "kept", "goal for found", ""], rows)
+    return markdown_table(["AdaTA over k-means on patches", "found", "best IoU", "kept", "goal for found", ""], rows)
 
 
 def effect_table(half: dict[int, Seen], baseline: dict[int, list[np.ndarray]]) -> str:
@@ -361,7 +349,7 @@ def effect_table(half: dict[int, Seen], baseline: dict[int, list[np.ndarray]]) -
     header = ["what differs from the defaults"]
     for name in LEVELS:
         header += [f"{name}: found", "best IoU"]
-    return table(header, rows)
+    return markdown_table(header, rows)
 
 
 def term_table(half: dict[int, Seen]) -> str:
@@ -384,7 +372,7 @@ def term_table(half: dict[int, Seen]) -> str:
             + [f"{pairs[i, j]:.2f}" for i, j in ((0, 1), (0, 2), (1, 2))]
         )
     header = ["level", "size", "coherence", "dispersion", "size-coherence", "size-dispersion", "coherence-dispersion"]
-    return table(header, rows)
+    return markdown_table(header, rows)
 
 
 def measure(half: dict[int, Seen]) -> dict[int, dict[str, list[np.ndarray]]]:
@@ -412,24 +400,11 @@ def figure(tile: int = 232, gap: int = 6) -> Image.Image:
     labels = [VARIATIONS["the defaults"].labels(seen, level).unflatten(1, seen.grid) for level in range(len(LEVELS))]
     sheet = Image.new("RGB", (4 * (tile + gap) - gap, len(pictures) * (tile + gap) - gap), "white")
     for row, picture in enumerate(pictures):
-        columns = [picture, *(paint(picture, level[row].numpy(), kept) for level, kept in zip(labels, KEPT))]
+        columns = [picture, *(overlay_clusters(picture, level[row].numpy()) for level in labels)]
         for column, shown in enumerate(columns):
             shown = shown.resize((tile, tile), Image.Resampling.LANCZOS)
             sheet.paste(shown, (column * (tile + gap), row * (tile + gap)))
     return sheet.quantize(256, dither=Image.Dither.NONE)
-
-
-def paint(picture: Image.Image, label_HW: np.ndarray, tokens: int) -> Image.Image:
-    """The picture in grey under the colours of its clusters, with white lines between them."""
-    hues = [Image.new("HSV", (1, 1), (int(255 * (0.618 * k % 1)), 190, 235)).convert("RGB") for k in range(tokens)]
-    palette_K3 = np.array([hue.getpixel((0, 0)) for hue in hues])
-    pixels_LL = label_HW.repeat(PATCH, 0).repeat(PATCH, 1)
-    grey_LL3 = np.asarray(picture.convert("L").convert("RGB"))
-    mixed_LL3 = (0.5 * grey_LL3 + 0.5 * palette_K3[pixels_LL]).astype(np.uint8)
-    for axis in (0, 1):
-        for shift in (1, -1):
-            mixed_LL3[pixels_LL != np.roll(pixels_LL, shift, axis)] = 255
-    return Image.fromarray(mixed_LL3)
 
 
 def main() -> None:

@@ -6,55 +6,26 @@ Each step is the trainer's own: `GranulonTrainer.training_step`, its checks and 
 Weights and images are random: the time depends on neither. Progress goes to stderr.
 """
 
-import argparse
 import gc
 import tempfile
 from functools import partial
-from time import perf_counter, process_time
 
 import torch
 from datasets import Dataset
 from PIL import Image
-from timing import interleaved, machine, milliseconds, table
-from torch.profiler import ProfilerActivity, profile
+from settings import PATCH, SHAPES, add_shapes, build, parse, parser
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
-from transformers import DINOv3ViTConfig, Qwen2Config
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
+from granulon.evaluation.timing import interleaved, machine, medians, milliseconds, peak_bytes
 from granulon.hub.chat_template import with_image_parts
+from granulon.hub.text import markdown_table
 from granulon.hub.tiny import byte_tokenizer
 from granulon.train.arguments import GranulonSFTConfig
 from granulon.train.trainer import GranulonTrainer
-from modeling_granulon import GranulonConfig, GranulonForConditionalGeneration, GranulonProcessor
+from modeling_granulon import GranulonProcessor
 
-VOCABULARY, IMAGE_TOKEN = 151936, "<|image_pad|>"
-PATCH = 16
-SHAPES = {
-    "tiny": (
-        "four layers of width 64 on two of width 64",
-        {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 4, "num_attention_heads": 4},
-        {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}
-        | {"num_attention_heads": 4, "num_key_value_heads": 2},
-    ),
-    "small": (
-        "DINOv3 ViT-S/16 and six layers of width 512",
-        {"hidden_size": 384, "intermediate_size": 1536, "num_hidden_layers": 12, "num_attention_heads": 6},
-        {"hidden_size": 512, "intermediate_size": 2816, "num_hidden_layers": 6}
-        | {"num_attention_heads": 8, "num_key_value_heads": 2},
-    ),
-    "medium": (
-        "DINOv3 ViT-B/16 and the decoder of Qwen2.5-0.5B",
-        {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12},
-        {"hidden_size": 896, "intermediate_size": 4864, "num_hidden_layers": 24}
-        | {"num_attention_heads": 14, "num_key_value_heads": 2},
-    ),
-    "real": (
-        "DINOv3 ViT-L/16 and the decoder of Qwen2.5-1.5B",
-        {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16},
-        {"hidden_size": 1536, "intermediate_size": 8960, "num_hidden_layers": 28}
-        | {"num_attention_heads": 12, "num_key_value_heads": 2},
-    ),
-}
+IMAGE_TOKEN = "<|image_pad|>"
 PLAIN, SEPARATE = "plain fine-tuning", "separate passes"
 SAMPLED, PACKED = "packed views, two levels a step", "packed views, every level"
 JOINT = {"pixel_loss_weight": 0.5, "semantic_loss_weight": 0.5, "granularity_loss_weight": 0.1}
@@ -74,27 +45,13 @@ PREFACE = f"""\
 rounds.
 
 - A step is forward, backward, the check of the gradients and AdamW's update, of all weights but the tower's, on
-  {{batch}}. A row has one image, a question and an answer; the vocabulary has {VOCABULARY:,} words.
+  {{batch}}. A row has one image, a question and an answer.
 - "{PACKED.capitalize()}" is what `GranulonTrainer` does: the full view, the pixel view, and the semantic view of each
   of the three levels in one pass. "{SAMPLED.capitalize()}" is the same with `levels_per_step: 2`.
   "{SEPARATE.capitalize()}" is what it does under FlashAttention, which takes no block mask: five passes with the same
   losses and gradients. "{PLAIN.capitalize()}" is the same trainer with all weights at 0: the full view alone.
 - "Products" counts the multiplications and additions in the matrix products of a step (`FlopCounterMode`). The peak is
   that of all tensors together: weights, gradients, AdamW's moments and activations."""
-
-
-def build(name: str, device: str, dtype: torch.dtype) -> GranulonForConditionalGeneration:
-    """A Granulon of the shapes that `name` stands for, with random weights and the default levels."""
-    _, vision, text = SHAPES[name]
-    text = {"vocab_size": VOCABULARY, "max_position_embeddings": 32768, "tie_word_embeddings": True, **text}
-    config = GranulonConfig(
-        vision_config=DINOv3ViTConfig(**vision, patch_size=PATCH, num_register_tokens=4).to_dict(),
-        text_config=Qwen2Config(**text).to_dict(),
-        image_token_id=byte_tokenizer().convert_tokens_to_ids(IMAGE_TOKEN),
-    )
-    torch.manual_seed(0)
-    with torch.device(device):
-        return GranulonForConditionalGeneration(config).to(dtype)
 
 
 def make_rows(batch: int, size: int) -> list[dict]:
@@ -140,23 +97,6 @@ def step(trainer: GranulonTrainer, batch: dict, name: str):
     trainer.optimizer.zero_grad()
 
 
-def peak_bytes(call, trainer: GranulonTrainer) -> int:
-    """All that is held at once during a call: weights, gradients, moments, activations."""
-    if trainer.args.device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-        call()
-        return torch.cuda.max_memory_allocated()
-    moments = [value for state in trainer.optimizer.state.values() for value in state.values()]
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        call()
-    held = most = sum(tensor.nbytes for tensor in [*trainer.model.parameters(), *moments])
-    for event in sorted(profiler.profiler.kineto_results.events(), key=lambda event: event.start_ns()):
-        if event.name() == "[memory]":
-            held += event.nbytes()
-            most = max(most, held)
-    return most
-
-
 def count_products(call) -> int:
     """Multiplications and additions of a call's matrix products, those that the counter does not know included."""
     aten = torch.ops.aten
@@ -172,10 +112,11 @@ def count_products(call) -> int:
     return counter.get_total_flops()
 
 
-def measure(name: str, size: int, options, device: str, dtype: torch.dtype, **timing) -> dict:
+def measure(name: str, size: int, options) -> dict:
     """Seconds, bytes and products of each of STEPS, and what they were measured on, at one size of images."""
     gc.collect()  # the model before this one, which a trainer's cycles keep
-    head = build(name, device, dtype)
+    device = options.device
+    head = build(name, device, options.dtype, byte_tokenizer().convert_tokens_to_ids(IMAGE_TOKEN))
     with tempfile.TemporaryDirectory() as folder:
         trainer = make_trainer(head, size, options.batch, folder)
     batch = {key: value.to(device) for key, value in trainer.data_collator(make_rows(options.batch, size)).items()}
@@ -185,7 +126,9 @@ def measure(name: str, size: int, options, device: str, dtype: torch.dtype, **ti
         head.gradient_checkpointing_enable({"use_reentrant": False})
     if options.compile:
         head.model.language_model.compile(dynamic=False)
-    seconds = interleaved(calls, device=device, **timing)
+    seconds = medians(interleaved(calls, options.rounds, device, options.clock))
+    moments = [value for state in trainer.optimizer.state.values() for value in state.values()]
+    held = sum(tensor.nbytes for tensor in [*head.parameters(), *moments])
     scored = (batch["labels"] != -100).sum().item()
     return {
         "patches": (size // PATCH) ** 2,
@@ -193,8 +136,9 @@ def measure(name: str, size: int, options, device: str, dtype: torch.dtype, **ti
         "scored": scored,
         "trained": sum(parameter.numel() for parameter in head.parameters() if parameter.requires_grad),
         "in_head": head.lm_head.weight.numel(),
+        "vocabulary": len(head.lm_head.weight),
         "seconds": seconds,
-        "peaks": {name: peak_bytes(call, trainer) for name, call in calls.items()},
+        "peaks": {name: held + peak_bytes(call, device) for name, call in calls.items()},
         "products": products,
         # The logits, the logits again in the backward pass, and the gradients of states and weights.
         "head_products": 4 * 2 * scored * head.lm_head.weight.numel(),
@@ -223,7 +167,7 @@ def table_of(result: dict, peak_flops: float | None) -> str:
         )
         if peak_flops is not None:
             rows[-1].append(f"{products / seconds / peak_flops:.1%}")
-    return table(header if peak_flops is None else [*header, "MFU"], rows)
+    return markdown_table(header if peak_flops is None else [*header, "MFU"], rows)
 
 
 def verdict(result: dict) -> str:
@@ -236,68 +180,51 @@ def verdict(result: dict) -> str:
     share = result["head_products"] / products[PLAIN]
     without = (products[PACKED] - 5 * result["head_products"]) / (products[PLAIN] - result["head_products"])
     return (
-        f"{line}: not met. Five views score five times the answer tokens, and against {VOCABULARY:,} words that is "
-        f"{share:.0%} of plain fine-tuning's products a view; without the scores the products are {without:.2f}x."
+        f"{line}: not met. Five views score five times the answer tokens, and against {result['vocabulary']:,} words "
+        f"that is {share:.0%} of plain fine-tuning's products a view; without the scores the products are {without:.2f}x."
     )
 
 
-def section(name: str, options, device: str, dtype: torch.dtype, **timing) -> str:
+def section(name: str, options) -> str:
     """The Markdown section of one model."""
-    gpu = torch.cuda.get_device_name() if device == "cuda" else ""
+    gpu = torch.cuda.get_device_name() if options.device == "cuda" else ""
     peak_flops = next((flops for known, flops in DENSE_FLOPS.items() if known in gpu), None)
-    results = [measure(name, size, options, device, dtype, **timing) for size in options.sizes]
+    results = [measure(name, size, options) for size in options.sizes]
     trained, in_head = results[0]["trained"] / 1e6, results[0]["in_head"] / 1e6
     parts = [
         f"## {name.capitalize()} shapes: {SHAPES[name][0]}",
-        f"{trained:,.0f} million weights train, {in_head:,.0f} of them in the head, which is tied to the embedding.",
+        f"{trained:,.0f} million weights train, {in_head:,.0f} of them in the head, which is tied to the embedding of "
+        f"{results[0]['vocabulary']:,} words.",
         *(table_of(result, peak_flops) for result in results),
     ]
     verdicts = [f"- {verdict(result)}" for result in results if result["patches"] in GOALS]
     return "\n\n".join([*parts, "\n".join(verdicts)] if verdicts else parts)
 
 
-def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", nargs="+", choices=SHAPES, help="shapes to run (small and medium; real on CUDA)")
-    parser.add_argument("--sizes", nargs="+", type=int, default=[224, 448], help="image sides in pixels (224 448)")
-    parser.add_argument("--batch", type=int, help="rows of a batch (1; 16 on CUDA)")
-    parser.add_argument("--rounds", type=int, default=3, help="rounds of which the median is taken (3)")
-    parser.add_argument("--threads", type=int, default=2, help="CPU threads (2)")
-    parser.add_argument("--cpu-time", action="store_true", help="CPU time of one thread, for a machine that is shared")
-    parser.add_argument("--gradient-checkpointing", action="store_true", help="compute activations twice, keep few")
-    parser.add_argument("--compile", action="store_true", help="compile the language model")
-    parser.add_argument("--quick", action="store_true", help="one round of the tiny shapes at 64 pixels")
-    options = parser.parse_args()
-    if options.quick:
-        options.model, options.sizes, options.rounds = ["tiny"], [64], 1
-    if wrong := [size for size in options.sizes if size < PATCH or size % PATCH]:
-        parser.error(f"--sizes {wrong}: a size must be a multiple of the patch size, {PATCH}")
-    options.cuda = torch.cuda.is_available() and not options.cpu_time
-    options.model = options.model or (["real"] if options.cuda else ["small", "medium"])
-    options.batch = options.batch or (16 if options.cuda else 1)
-    return options
-
-
 def main() -> None:
-    options = parse()
-    torch.set_num_threads(1 if options.cpu_time else options.threads)
-    device, dtype = ("cuda", torch.bfloat16) if options.cuda else ("cpu", torch.float32)
-    clock, clock_name = (process_time, "CPU time") if options.cpu_time else (perf_counter, "wall time")
-    arguments = "".join(f" --{flag.replace('_', '-')}" for flag in ("gradient_checkpointing", "compile", "cpu_time")
-                        if getattr(options, flag))  # fmt: skip
-    arguments += f" --model {' '.join(options.model)}"
+    made = parser(__doc__, rounds=3)
+    add_shapes(made, "small and medium; real on CUDA", [224, 448])
+    made.add_argument("--batch", type=int, help="rows of a batch (1; 16 on CUDA)")
+    made.add_argument("--gradient-checkpointing", action="store_true", help="compute activations twice, keep few")
+    made.add_argument("--compile", action="store_true", help="compile the language model")
+    options = parse(made)
+    on_cuda = options.device == "cuda"
+    options.model = options.model or (["real"] if on_cuda else ["small", "medium"])
+    options.batch = options.batch or (16 if on_cuda else 1)
+    flags = [flag for flag in ("gradient_checkpointing", "compile", "cpu_time") if getattr(options, flag)]
+    arguments = "".join(f" --{flag.replace('_', '-')}" for flag in flags) + f" --model {' '.join(options.model)}"
     print(
         PREFACE.format(
             arguments=arguments,
-            machine=machine(device),
-            dtype=str(dtype).removeprefix("torch."),
-            clock=clock_name,
+            machine=machine(options.device),
+            dtype=str(options.dtype).removeprefix("torch."),
+            clock=options.clock_name,
             rounds=options.rounds,
             batch="one row" if options.batch == 1 else f"{options.batch} rows",
         )
     )
     for name in options.model:
-        print("\n" + section(name, options, device, dtype, rounds=options.rounds, clock=clock), flush=True)
+        print("\n" + section(name, options), flush=True)
 
 
 if __name__ == "__main__":

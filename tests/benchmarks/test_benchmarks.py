@@ -25,7 +25,7 @@ def test_quick_form_prints_a_table_of_numbers(name, rows):
     done = subprocess.run(run, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     lines = [line.strip("| ").split(" | ") for line in done.stdout.splitlines() if line.startswith("| ")]
-    measured = {cells[0]: cells[1] for cells in lines}
+    measured = {entries[0]: entries[1] for entries in lines}
     for row in rows:
         assert float(measured[row]) > 0, row
 

@@ -48,7 +48,7 @@ def test_scenes_repeat_and_their_things_are_never_hidden(things):
 
 def test_the_ratio_is_one_for_the_same_sums(things):
     sums = np.array([[2.0, 1.0, 1.2, 2.0], [1.0, 1.0, 0.7, 1.0], [3.0, 1.0, 1.5, 3.0]])
-    assert things.ratio(sums, sums, things.FOUND) == ("1.00 (1.00 to 1.00)", 1.0)
+    assert things.ratio(sums, sums, things.FOUND) == ("1.00 [1.00, 1.00]", 1.0)
 
 
 def test_missing_parts_are_named_with_the_remedy(things, monkeypatch, tmp_path):
