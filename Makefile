@@ -32,7 +32,7 @@ parts: setup
 	$(PY) -m granulon.hub.parts
 
 demo: setup
-	$(PY) -m granulon.train.demo
+	$(PY) -m studies.demo.run
 
 # The Space in a browser of this machine, with the model that the demo left.
 space: setup

@@ -1,87 +1,78 @@
 """`granulon-train`: alignment and joint tuning by recipe.
 
     granulon-train --config tiny-cpu
+    granulon-train --config sft-qwen2.5-1.5b --print
     accelerate launch -m granulon.train.sft --config recipe.yaml --learning_rate 1e-5
 
-A recipe is a YAML file that says everything; options on the command line override it. The bare name of a recipe that
-ships with the package is found there. What is trained in which stage is in stages.py.
+A recipe is a YAML file with the values of options, found by its path or, in train/recipes/, by its name; `base:` names
+a recipe that it changes. Options on the command line override it. stages.py says what each stage trains.
 
-Under `output_dir` lie the checkpoints, the rows that could not be used (quarantine.jsonl) and, when training has
-ended, the model in `model/`, or with adapters `adapter/` and, with `merge`, `model/`. Neither appears before it is
-complete.
+`output_dir` receives the checkpoints, the rows that could not be used (quarantine.jsonl) and, when training has ended,
+the model in `model/`, or with adapters `adapter/` and, with `merge`, `model/`. Both appear only when complete.
 """
 
+import argparse
 import json
 import logging
-import re
 import shutil
 import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 import torch
 import yaml
 from accelerate import PartialState
 from accelerate.utils import reduce
-from transformers import TrainerCallback, set_seed
+from transformers import HfArgumentParser, TrainerCallback, set_seed
 from transformers.trainer import TRAINING_ARGS_NAME
-from trl import ModelConfig, TrlParser
+from trl import ModelConfig
 
-from granulon.hub.tiny import assemble_tiny
+from granulon.hub.assemble import assemble_tiny
+from granulon.hub.inference import load_model, load_processor
 from granulon.train.controller.replay import QuestionReplay, load_corpus
 from granulon.train.data import DataSource, load_rows
 
 from .arguments import GranulonSFTConfig
 from .checkpoints import newest_complete, record_training, resume_point
-from .stages import STAGES, load_model, load_processor, lora_config, merge, parameter_counts, set_trainable
+from .stages import STAGES, lora_config, merge, parameter_counts, set_trainable
 from .trainer import GranulonTrainer
 
 RECIPES = Path(__file__).parent / "recipes"
-TINY = "tiny"  # a model's name: the small random one of `granulon-assemble --tiny`
-MODEL, ADAPTER = "model", "adapter"  # folders of what training leaves, under output_dir
-UNTOLD = ("output_dir", "logging_dir", "hub_token", "push_to_hub_token", "resume", "merge")  # not for the manifest
+TINY = "tiny"  # as a model's name: the small random model of `granulon-assemble --tiny`
+MODEL, ADAPTER = "model", "adapter"  # folders under output_dir
+EXCLUDED_FROM_MANIFEST = ("output_dir", "logging_dir", "hub_token", "push_to_hub_token", "resume", "merge")
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass
 class SFTArguments:
-    """What a recipe says beyond the settings of the trainer and of the model."""
+    """What a recipe sets beyond the options of the trainer and of the model."""
 
-    stage: str = field(
-        default="sft",
-        metadata={"help": f"one of {', '.join(STAGES)}: which parts of the model learn"},
-    )
+    stage: str = field(default="sft", metadata={"help": "which parts of the model are trained", "choices": [*STAGES]})
     data: list[str] = field(
         default_factory=list,
-        metadata={
-            "help": "files, folders, Hub datasets or 'scenes'; in a recipe also mappings of DataSource's arguments"
-        },
+        metadata={"help": "files, folders, Hub datasets or 'scenes'; a recipe may give DataSource's arguments"},
     )
     eval_data: list[str] = field(default_factory=list, metadata={"help": "as data, for evaluation"})
-    streaming: bool = field(default=False, metadata={"help": "read the data as training goes"})
+    streaming: bool = field(default=False, metadata={"help": "read the data during training instead of before"})
     max_bad_share: float = field(
-        default=0.01, metadata={"help": "share of a source's rows that may be unusable before training stops"}
+        default=0.01, metadata={"help": "stop if more than this share of a source's rows is unusable"}
     )
     granularities: list[str] | None = field(
-        default=None,
-        metadata={"help": "levels in place of the checkpoint's own: a list in a recipe, or in JSON; [] for none"},
+        default=None, metadata={"help": "levels that replace the checkpoint's, in JSON; [] for none"}
     )
     global_batch_size: int | None = field(
-        default=None,
-        metadata={"help": "rows per step over all processes; gradient_accumulation_steps follows from it"},
+        default=None, metadata={"help": "rows per step over all processes; sets gradient_accumulation_steps"}
     )
     replay_corpus: str | None = field(
-        default=None,
-        metadata={
-            "help": "granularity corpus (JSONL file, folder, or 'seed') whose questions the controller keeps learning"
-        },
+        default=None, metadata={"help": "granularity corpus that the controller keeps learning: a file, or 'seed'"}
     )
-    merge: bool = field(default=False, metadata={"help": "with adapters: also save the model with them merged"})
-    resume: bool = field(default=False, metadata={"help": "go on from the newest complete checkpoint, if any"})
+    merge: bool = field(default=False, metadata={"help": "also save the model with the adapters merged"})
+    resume: bool = field(default=False, metadata={"help": "continue from the newest complete checkpoint, if any"})
 
     def __post_init__(self):
         if self.stage not in STAGES:
@@ -94,7 +85,7 @@ class SFTArguments:
 
 @dataclass
 class Run:
-    """Everything that was asked for, and the words it was asked in (for the manifest)."""
+    """The arguments of a run, and those that recipe and command line set (for the manifest)."""
 
     sft: SFTArguments
     trainer: GranulonSFTConfig
@@ -108,7 +99,7 @@ class Run:
 
 
 def main(argv: list[str] | None = None, callbacks: list[TrainerCallback] = ()):
-    """Train as the command line says; `callbacks` are handed to the trainer."""
+    """Run `granulon-train` with the arguments `argv`; `callbacks` are passed to the trainer."""
     stop = StopOnSignal()
     try:
         run = parse(sys.argv[1:] if argv is None else argv)
@@ -116,45 +107,76 @@ def main(argv: list[str] | None = None, callbacks: list[TrainerCallback] = ()):
         checkpoint = resume_point(run.output) if run.sft.resume else None
     except (OSError, ValueError) as error:
         sys.exit(f"granulon-train: {error}")
-    say(described(trainer, run))
+    print_once(summary(trainer, run))
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     if trainer.state.global_step < trainer.state.max_steps and stop.asked:
-        say(f"stopped by a signal after step {trainer.state.global_step}; go on with --resume")
+        print_once(f"stopped by a signal after step {trainer.state.global_step}; continue with --resume")
         return
     for folder in save(trainer, run):
-        say(f"wrote {folder}")
+        print_once(f"wrote {folder}")
 
 
 def parse(argv: list[str]) -> Run:
     """
-    A run from a command line.
+    The run that a command line describes.
 
     Raises:
-        ValueError: a recipe that does not exist or has unknown keys, settings that contradict each other.
-        SystemExit: an option that does not exist.
+        ValueError: an unknown recipe or key, or settings that contradict each other.
+        SystemExit: an unknown option, `--help`, or `--print`, which prints the recipe.
     """
-    argv, recipe, keys = _with_recipe_path(list(argv))
-    parser = TrlParser((SFTArguments, GranulonSFTConfig, ModelConfig), description=__doc__)
-    sft, trainer, model = parser.parse_args_and_config(argv)
-    keys |= {re.sub("^no_", "", option) for option in _options(argv)}
-    given = {
-        key: value
-        for part in (sft, trainer, model)
-        for key, value in vars(part).items()
-        if key in keys and key not in UNTOLD
-    }
-    run = Run(sft, trainer, model, recipe, json.loads(json.dumps(given, default=_told)))
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument("--config", help="recipe: a YAML file, or the name of one in train/recipes/")
+    first.add_argument("--print", action="store_true", help="print the whole recipe and exit")
+    chosen, argv = first.parse_known_args(argv)
+    recipe = read_recipe(chosen.config) if chosen.config is not None else {}
+    if chosen.print:
+        print(yaml.safe_dump(recipe, sort_keys=False), end="")
+        raise SystemExit
+    types = (SFTArguments, GranulonSFTConfig, ModelConfig)
+    parser = HfArgumentParser(types, description=__doc__, parents=[first])
+    names = [entry.name for kind in types for entry in fields(kind) if entry.init]
+    if unknown := recipe.keys() - set(names):
+        raise ValueError(f"the recipe {chosen.config} has {', '.join(sorted(unknown))}, which is not an option")
+    if not {"-h", "--help"} & set(argv):  # the help shows the defaults; else what was not given stays absent
+        parser.set_defaults(**dict.fromkeys(names, argparse.SUPPRESS) | recipe)
+    given = vars(parser.parse_args(argv))
+    sft, trainer, model = (kind(**{name: given[name] for name in _init_names(kind) & given.keys()}) for kind in types)
+    values = {name: value for part in (sft, trainer, model) for name, value in vars(part).items()}
+    recorded = {name: values[name] for name in names if name in given and name not in EXCLUDED_FROM_MANIFEST}
+    name = Path(chosen.config).stem if chosen.config is not None else None
+    run = Run(sft, trainer, model, name, json.loads(json.dumps(recorded, default=_set_fields)))
     _check(run)
     if sft.global_batch_size is not None:
         trainer.gradient_accumulation_steps = _accumulation(run)
     return run
 
 
+def read_recipe(name: str) -> dict:
+    """
+    The values of a recipe, a YAML file or the name of one in train/recipes/, over those of its `base`.
+
+    Raises:
+        ValueError: no such recipe, or not a mapping in YAML.
+    """
+    path = Path(name) if Path(name).is_file() else RECIPES / f"{name}.yaml"
+    if not path.is_file():
+        known = sorted(file.stem for file in RECIPES.glob("*.yaml"))
+        raise ValueError(f"there is no recipe {name}; give a YAML file or one of {', '.join(known)}")
+    try:
+        recipe = yaml.safe_load(path.read_text()) or {}
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path} is not YAML: {error}") from error
+    if not isinstance(recipe, dict):
+        raise ValueError(f"{path} holds a {type(recipe).__name__}; a recipe maps options to values")
+    base = recipe.pop("base", None)
+    return recipe if base is None else read_recipe(base) | recipe
+
+
 def make_trainer(run: Run, callbacks: list[TrainerCallback] = ()) -> GranulonTrainer:
     """Model, processor, rows and trainer of a run; raises `ValueError` or `OSError` where one cannot be made."""
     _set_up_logging(run.trainer)
     set_seed(run.trainer.seed)
-    name = _fetched_name(run)
+    name = _model_name(run)
     model = _model(run, name)
     processor = load_processor(name, model.config, revision=run.model.model_revision)
     rows = _rows(run, run.sft.data, "quarantine.jsonl", processor, model)
@@ -180,16 +202,16 @@ def make_trainer(run: Run, callbacks: list[TrainerCallback] = ()) -> GranulonTra
 def save(trainer: GranulonTrainer, run: Run) -> list[Path]:
     """Write the trained model with processor, code, licences and manifest, by all processes; the folders written."""
     folder = run.output / (ADAPTER if run.model.use_peft else MODEL)
-    with _whole_or_absent(folder) as draft:
+    with _replace_when_complete(folder) as draft:
         trainer.save_model(str(draft))
         if PartialState().is_main_process:
             _add_documents(trainer, run, draft)
     if not (run.model.use_peft and run.sft.merge):
         return [folder]
     merged = run.output / MODEL
-    with _whole_or_absent(merged) as draft:
+    with _replace_when_complete(merged) as draft:
         if PartialState().is_main_process:
-            model = merge(_model(run, _fetched_name(run)), folder)
+            model = merge(_model(run, _model_name(run)), folder)
             model.save_pretrained(draft)
             trainer.processing_class.save_pretrained(draft)
             _add_documents(trainer, run, draft)
@@ -226,71 +248,50 @@ class StopOnSignal(TrainerCallback):
         self.received = True
 
 
-def described(trainer: GranulonTrainer, run: Run) -> str:
-    """What will be trained, in a line."""
-    every, learning = parameter_counts(trainer.model)
+def summary(trainer: GranulonTrainer, run: Run) -> str:
+    """What will be trained, in one line."""
+    total, trained = parameter_counts(trainer.model)
     args = trainer.args
     batch = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
     rows = f"{len(trainer.train_dataset):,} rows" if hasattr(trainer.train_dataset, "__len__") else "streamed rows"
-    return f"stage {run.sft.stage}: {learning:,} of {every:,} parameters learn from {rows}, {batch} a step"
+    return f"stage {run.sft.stage}: {trained:,} of {total:,} parameters are trained on {rows}, {batch} per step"
 
 
-def say(line: str):
+def print_once(line: str):
+    """Print on the main process alone."""
     if PartialState().is_main_process:
         print(line, flush=True)
 
 
-def _with_recipe_path(argv: list[str]) -> tuple[list[str], str | None, set[str]]:
-    """The command line with the recipe's path in place of its name, the recipe's name, and its keys."""
-    argv = [part for entry in argv for part in (entry.split("=", 1) if entry.startswith("--config=") else [entry])]
-    if "--config" not in argv:
-        return argv, None, set()
-    if argv[-1] == "--config":
-        raise ValueError("--config names no recipe; give a YAML file or the name of a recipe")
-    place = argv.index("--config") + 1
-    path = Path(argv[place])
-    if not path.is_file():
-        path = RECIPES / f"{argv[place]}.yaml"
-    if not path.is_file():
-        known = sorted(file.stem for file in RECIPES.glob("*.yaml"))
-        raise ValueError(f"there is no recipe {argv[place]}; give a YAML file or one of {', '.join(known)}")
-    argv[place] = str(path)
-    try:
-        content = yaml.safe_load(path.read_text())
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path} is not YAML: {error}") from error
-    return argv, path.stem, set(content if isinstance(content, dict) else ())
-
-
 def _levels(entry: str | dict) -> list[dict]:
-    """The levels of an entry: itself, or what it says in JSON."""
+    """The levels of an entry, which is a level or JSON of one or several."""
     try:
         levels = json.loads(entry) if isinstance(entry, str) else entry
     except ValueError as error:
         raise ValueError(f"granularities is not JSON ({error}): {entry}") from error
     levels = levels if isinstance(levels, list) else [levels]
     if wrong := [level for level in levels if not isinstance(level, dict)]:
-        raise ValueError(f"granularities holds {wrong}; a granularity is a dict with name, stride, clusters and keep")
+        raise ValueError(f"granularities has {wrong}; each is a mapping with name, stride, clusters and keep")
     return levels
 
 
-def _told(source: DataSource) -> dict:
-    return {key: value for key, value in vars(source).items() if value is not None}
+def _init_names(kind: type) -> set[str]:
+    return {entry.name for entry in fields(kind) if entry.init}
 
 
-def _options(argv: list[str]) -> Iterator[str]:
-    return (part[2:].partition("=")[0].replace("-", "_") for part in argv if part.startswith("--"))
+def _set_fields(source: DataSource) -> dict:
+    return {name: value for name, value in vars(source).items() if value is not None}
 
 
 def _check(run: Run):
     if not run.model.model_name_or_path:
-        raise ValueError("model_name_or_path is missing; name an assembled checkpoint, or 'tiny'")
+        raise ValueError("model_name_or_path is missing; give an assembled checkpoint or 'tiny'")
     if run.model.load_in_4bit or run.model.load_in_8bit:
         raise ValueError("quantised loading is not supported; use dtype: bfloat16 with adapters")
     if run.model.dtype != "float32" and not run.model.use_peft:
         raise ValueError(
-            f"dtype is {run.model.dtype}, in which most steps are too small to change a weight; set dtype to float32 "
-            "(bf16 makes the arithmetic bfloat16), or train adapters with use_peft"
+            f"dtype is {run.model.dtype}, too coarse for small updates of the weights; set dtype to float32 (bf16 "
+            "makes the arithmetic bfloat16), or train adapters with use_peft"
         )
     if run.sft.merge and not run.model.use_peft:
         raise ValueError("merge needs adapters; set use_peft, or leave merge out")
@@ -302,11 +303,11 @@ def _check(run: Run):
         )
     if run.trainer.eval_strategy != "no" and not run.sft.eval_data:
         raise ValueError(
-            f"eval_strategy is {run.trainer.eval_strategy} without eval_data; name some, or set it to 'no'"
+            f"eval_strategy is {run.trainer.eval_strategy} but there is no eval_data; name some, or set it to 'no'"
         )
     found = newest_complete(run.output)
     if found is not None and not run.sft.resume:
-        raise ValueError(f"{found} is there already; add --resume to go on from it, or choose another output_dir")
+        raise ValueError(f"{found} exists already; add --resume to continue from it, or choose another output_dir")
 
 
 def _accumulation(run: Run) -> int:
@@ -325,8 +326,8 @@ def _set_up_logging(args: GranulonSFTConfig):
     logging.getLogger("granulon").setLevel(logging.INFO if args.process_index == 0 else logging.ERROR)
 
 
-def _fetched_name(run: Run) -> str:
-    """The model's folder or Hub id; the tiny model is made on first use."""
+def _model_name(run: Run) -> str:
+    """The model's folder or Hub id; the tiny model is assembled on first use."""
     name = run.model.model_name_or_path
     if name != TINY:
         return name
@@ -338,12 +339,14 @@ def _fetched_name(run: Run) -> str:
 
 
 def _model(run: Run, name: str):
+    levels = run.sft.granularities
     return load_model(
         name,
         revision=run.model.model_revision,
-        granularities=run.sft.granularities,
+        overrides=None if levels is None else {"granularities": levels},
+        new_levels=levels is not None,
         dtype=run.model.dtype,
-        attention=run.model.attn_implementation,
+        attn_implementation=run.model.attn_implementation,
     )
 
 
@@ -363,13 +366,9 @@ def _rows(run: Run, sources: list[DataSource], quarantine: str, processor, model
 
 
 @contextmanager
-def _whole_or_absent(folder: Path) -> Iterator[Path]:
-    """A folder for all processes to write to, which takes its name when they have; an older one gives way then."""
-    state, draft, old = (
-        PartialState(),
-        folder.with_name(f".{folder.name}-draft"),
-        folder.with_name(f".{folder.name}-old"),
-    )
+def _replace_when_complete(folder: Path) -> Iterator[Path]:
+    """A draft folder for all processes to write to, which replaces `folder` at the end of the block."""
+    state, draft = PartialState(), folder.with_name(f".{folder.name}-draft")
     if state.is_main_process:
         shutil.rmtree(draft, ignore_errors=True)
         draft.mkdir(parents=True)
@@ -377,6 +376,7 @@ def _whole_or_absent(folder: Path) -> Iterator[Path]:
     yield draft
     state.wait_for_everyone()
     if state.is_main_process:
+        old = folder.with_name(f".{folder.name}-old")
         shutil.rmtree(old, ignore_errors=True)
         if folder.exists():
             folder.rename(old)

@@ -1,29 +1,32 @@
 """Supervised fine-tuning with the joint objective: task, pixel, semantic and controller losses at once (Eq. 9-11).
 
-TRL's `SFTTrainer` asks the model for the log-likelihood of the answers. Here the model is handed to it in a wrapper
-that evaluates all views in one pass and returns the full one; the other views' losses are added to TRL's. Every
-likelihood is a sum over answer tokens divided by one count, the answer tokens of the whole step, and every part of the
-controller's loss a sum over rows divided by their number in the step, so that neither gradient accumulation nor the
-number of devices changes what is learned.
+`SFTTrainer` with a loss of its own: the answers are scored under every view in one pass (answer_scores.py) and the
+losses of the views are added. Every likelihood is a sum over answer tokens divided by the answer tokens of the whole
+step, and every part of the controller's loss a sum over rows divided by their number in the step, so that neither
+gradient accumulation nor the number of devices changes what is learned.
 
 Shapes by suffix: B rows, T prompt tokens, L answer tokens of the row with the most, G levels, S levels of this step.
 """
 
 import time
+from copy import copy
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 from transformers import ProgressCallback
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl import SFTTrainer
 from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
 
 from granulon.train.controller.replay import QuestionReplay
-from modeling_granulon.image_tokens import FULL, PIXEL, SEMANTIC, compact, take
+from modeling_granulon.image_tokens import FULL, PIXEL, SEMANTIC
 
+from .answer_scores import AnswerScores, add_answer_scores
 from .arguments import GranulonSFTConfig
-from .checkpoints import complete_checkpoint
+from .checkpoints import finish_checkpoint, remove_checkpoint
 from .meters import Meter, peak_memory_gb
 
 LIKELIHOODS = ("task", "pixel", "semantic")  # parts of the loss that count answer tokens
@@ -75,11 +78,13 @@ class GranulonTrainer(SFTTrainer):
                 assistant_only_loss=args.assistant_only_loss,
                 levels=self.level_names,
             )
+        args = copy(args)  # older checkpoints are deleted by finish_checkpoint, once the new one is complete
+        self.save_total_limit, args.save_total_limit = args.save_total_limit, None
         super().__init__(
             model=model, args=args, processing_class=processing_class, data_collator=data_collator, **kwargs
         )
-        self.granulon = granulon_of(self.model)
-        self.granulon.register_forward_hook(self._keep_visual_output)
+        add_answer_scores(head_of(self.model))
+        self.granulon = head_of(self.model).model
         self.packs_views = config.text_config._attn_implementation in ("sdpa", "eager")
         self.replay, self.rows_of_step = replay, None
         self.meters = {mode: Meter(meter_names(self.level_names), self.args.device) for mode in ("train", "eval")}
@@ -101,21 +106,20 @@ class GranulonTrainer(SFTTrainer):
         return batches, num_items
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        """The joint objective of a batch; TRL computes the task's part and its own metrics."""
+        """The joint objective of a batch, and TRL's own metrics of the full view."""
         level_B = inputs.pop("granularity_labels", None)
-        views = AnswerViews(model, self._views(), self)
-        super().compute_loss(views, dict(inputs), num_items_in_batch=num_items_in_batch)
+        scores = model(**inputs, views=self._views(), packed=self.packs_views)
+        super().compute_loss(lambda **_: scores.full, dict(inputs), num_items_in_batch=num_items_in_batch)
         processes = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
         if num_items_in_batch is None:
-            tokens, processes = views.tokens_B.sum(), 1
+            tokens, processes = scores.tokens_B.sum(), 1
         else:  # the count is that of all processes, and their gradients are averaged
-            tokens = torch.as_tensor(num_items_in_batch, device=views.tokens_B.device)
-        nll_BS, logits_BS = self._levels(views, inputs)
-        likelihoods = self._likelihoods(views, nll_BS, logits_BS)
-        controller = self._controller_losses(views, inputs, level_B, nll_BS, logits_BS)
+            tokens = torch.as_tensor(num_items_in_batch, device=self.args.device)
+        nll_BS, logits_BS = self._levels(scores, inputs)
+        likelihoods = self._likelihoods(scores, nll_BS, logits_BS)
+        controller = self._controller_losses(scores, inputs, level_B, nll_BS, logits_BS)
         self._stop_unless_finite(likelihoods | {name: total for name, (total, *_) in controller.items()}, "loss")
-        self._measure(inputs, views, likelihoods, controller, nll_BS)
-        self.visual = None
+        self._measure(inputs, scores, likelihoods, controller, nll_BS)
 
         weights = dict(zip(LIKELIHOODS, (1, self.args.pixel_loss_weight, self.args.semantic_loss_weight)))
         loss = sum(weights[name] * total for name, total in likelihoods.items()) / tokens.clamp_min(1)
@@ -136,46 +140,46 @@ class GranulonTrainer(SFTTrainer):
             names = [names[level] for level in chosen.tolist()]
         return (FULL, *pixel, *names)
 
-    def _levels(self, views: "AnswerViews", inputs: dict) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    def _levels(self, scores: AnswerScores, inputs: dict) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         """Each level's negative log-likelihood of the answers, and the controller's logits of these levels.
 
         (B,S) each, or None without levels. A row whose level the controller does not choose has equal logits.
         """
-        levels = [level for level, name in enumerate(self.level_names) if name in views.log_probs]
+        levels = [level for level, name in enumerate(self.level_names) if name in scores.log_probs]
         if not levels:
             return None, None
-        nll_BS = torch.stack([-views.log_probs[self.level_names[level]].sum(-1) for level in levels], dim=1)
-        logits_BG = views.visual.granularity_logits
+        nll_BS = torch.stack([-scores.log_probs[self.level_names[level]].sum(-1) for level in levels], dim=1)
+        logits_BG = scores.granularity_logits
         if logits_BG is None:
             return nll_BS, torch.zeros_like(nll_BS)
         return nll_BS, logits_BG[:, levels].float() * self._asked_rows(inputs).unsqueeze(-1)
 
-    def _likelihoods(self, views: "AnswerViews", nll_BS, logits_BS) -> dict[str, torch.Tensor]:
+    def _likelihoods(self, scores: AnswerScores, nll_BS, logits_BS) -> dict[str, torch.Tensor]:
         """The parts of Eq. 9: sums over answer tokens, in nats."""
-        parts = {"task": -views.log_probs[FULL].sum()}
-        if PIXEL in views.log_probs:
-            parts["pixel"] = -views.log_probs[PIXEL].sum()
-        if SEMANTIC in views.log_probs:
-            parts["semantic"] = -views.log_probs[SEMANTIC].sum()
+        parts = {"task": -scores.log_probs[FULL].sum()}
+        if PIXEL in scores.log_probs:
+            parts["pixel"] = -scores.log_probs[PIXEL].sum()
+        if SEMANTIC in scores.log_probs:
+            parts["semantic"] = -scores.log_probs[SEMANTIC].sum()
         if nll_BS is not None and self.args.semantic_loss_weight > 0:
             share = self.args.level_exploration
             weights_BS = (1 - share) * logits_BS.detach().softmax(-1) + share / logits_BS.shape[1]  # no level starves
             parts["semantic"] = (weights_BS * nll_BS).sum()
         return parts
 
-    def _controller_losses(self, views: "AnswerViews", inputs: dict, level_B, nll_BS, logits_BS) -> dict[str, tuple]:
+    def _controller_losses(self, scores: AnswerScores, inputs: dict, level_B, nll_BS, logits_BS) -> dict[str, tuple]:
         """Eq. 11: the answer's likelihood over all levels, and the cross-entropy of known and of replayed levels.
 
         Each part is a sum, the number of rows that divides it (of the whole step) and that of this batch.
         """
         if not self.args.granularity_loss_weight:
             return {}
-        parts, logits_BG = {}, views.visual.granularity_logits
+        parts, logits_BG = {}, scores.granularity_logits
         if logits_BG is not None:
             own = self._count_rows(inputs | {"granularity_labels": level_B})
             asked, labelled = own if self.rows_of_step is None or not self.model.training else self.rows_of_step
             asked_B = self._asked_rows(inputs)
-            cost_BS = nll_BS.detach() + self.args.token_cost * self._token_shares(views.levels, nll_BS.device)
+            cost_BS = nll_BS.detach() + self.args.token_cost * self._token_shares(scores)
             # Its gradient is p minus the posterior of the levels: none where all levels answer alike.
             loss_B = -(logits_BS.log_softmax(-1) - cost_BS).logsumexp(-1)
             parts["controller"] = (loss_B * asked_B).sum(), asked, own[0]
@@ -191,10 +195,11 @@ class GranulonTrainer(SFTTrainer):
             parts["replay"] = F.cross_entropy(logits_QG.float(), target_QG, reduction="sum"), count, own
         return parts
 
-    def _token_shares(self, levels: list[str], device: torch.device) -> torch.Tensor:
-        """Semantic tokens of each level over the most of any level, (S,)."""
+    def _token_shares(self, scores: AnswerScores) -> torch.Tensor:
+        """Semantic tokens of each scored level over the most of any level, (S,)."""
         keep = {entry["name"]: entry["keep"] for entry in self.granulon.config.granularities}
-        return torch.tensor([keep[name] / max(keep.values()) for name in levels], device=device)
+        shares = [keep[name] / max(keep.values()) for name in scores.levels(self.level_names)]
+        return torch.tensor(shares, device=self.args.device)
 
     def _asked_rows(self, inputs: dict) -> torch.Tensor:
         """Rows with an image and a question, (B,) bool: those whose level the controller chooses."""
@@ -227,12 +232,10 @@ class GranulonTrainer(SFTTrainer):
         super().log(logs, start_time)
 
     def _save_checkpoint(self, model, trial):
-        with complete_checkpoint(self, trial):
-            super()._save_checkpoint(model, trial)
-
-    def _keep_visual_output(self, module, args, output):
-        """TRL's fused head drops what the model chose and saw."""
-        self.visual = output
+        folder = Path(self._get_output_dir(trial=trial), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
+        remove_checkpoint(self, folder)
+        super()._save_checkpoint(model, trial)
+        finish_checkpoint(self, folder, self.save_total_limit)
 
     def _count_seconds(self, mode: str):
         """What passed since the last call belongs to `mode`, so that evaluation takes no time from training."""
@@ -250,89 +253,45 @@ class GranulonTrainer(SFTTrainer):
         )
 
     @torch.no_grad()
-    def _measure(self, inputs: dict, views: "AnswerViews", likelihoods: dict, controller: dict, nll_BS):
-        meter, visual = self.meters["train" if self.model.training else "eval"], views.visual
-        count = views.tokens_B.sum()
+    def _measure(self, inputs: dict, scores: AnswerScores, likelihoods: dict, controller: dict, nll_BS):
+        meter = self.meters["train" if self.model.training else "eval"]
+        count = scores.tokens_B.sum()
         for name, total in likelihoods.items():
             meter.add(f"loss_{name}", total, count)
         for name, (total, _, rows) in controller.items():
             meter.add(f"loss_{name}", total, rows)
         for view in (FULL, PIXEL):
-            if view in views.right:
-                meter.add(f"token_accuracy_{view}", views.right[view].sum(), count)
-        for view in (SEMANTIC, *views.levels):
-            if view in views.right:
-                meter.add("token_accuracy_semantic", views.right[view].sum(), count)
+            if view in scores.correct:
+                meter.add(f"token_accuracy_{view}", scores.correct[view].sum(), count)
+        for view in (SEMANTIC, *scores.levels(self.level_names)):
+            if view in scores.correct:
+                meter.add("token_accuracy_semantic", scores.correct[view].sum(), count)
         slots_BT = inputs["input_ids"] == self.granulon.config.image_token_id
-        empty = 0 if visual.semantic_mask is None else (~visual.semantic_mask).sum().to(slots_BT.device)
+        empty = 0 if scores.semantic_mask is None else (~scores.semantic_mask).sum().to(slots_BT.device)
         read = inputs["attention_mask"].sum() - empty
         meter.add("visual_token_share", slots_BT.sum() - empty, read)
         meter.add("tokens_per_second", read, 0)
-        if visual.granularity_index is not None:
-            self._measure_levels(meter, inputs, views, nll_BS)
+        if scores.granularity_index is not None:
+            self._measure_levels(meter, inputs, scores, nll_BS)
 
-    def _measure_levels(self, meter: Meter, inputs: dict, views: "AnswerViews", nll_BS):
+    def _measure_levels(self, meter: Meter, inputs: dict, scores: AnswerScores, nll_BS):
         """How often each level acts, how well the answers are read at it, and how good the controller's choice is."""
-        visual, asked_B, tokens_B = views.visual, self._asked_rows(inputs), views.tokens_B
-        if visual.granularity_logits is not None:
-            entropy_B = torch.distributions.Categorical(logits=visual.granularity_logits.float()).entropy()
+        levels, asked_B, tokens_B = scores.levels(self.level_names), self._asked_rows(inputs), scores.tokens_B
+        if scores.granularity_logits is not None:
+            entropy_B = torch.distributions.Categorical(logits=scores.granularity_logits.float()).entropy()
             meter.add("controller_entropy", (entropy_B * asked_B).sum(), asked_B.sum())
-            if len(views.levels) == len(self.level_names):
-                best_B = nll_BS.argmin(1) == visual.granularity_logits.argmax(1)
+            if len(levels) == len(self.level_names):
+                best_B = nll_BS.argmin(1) == scores.granularity_logits.argmax(1)
                 meter.add("controller_agreement", (best_B & asked_B).sum(), asked_B.sum())
         seeing_B = (inputs["input_ids"] == self.granulon.config.image_token_id).any(-1)
-        for place, name in enumerate(views.levels):
+        for place, name in enumerate(levels):
             meter.add(f"loss_semantic/{name}", (nll_BS[:, place] * seeing_B).sum(), (tokens_B * seeing_B).sum())
         for level, name in enumerate(self.level_names):
-            chosen_B = seeing_B & (visual.granularity_index == level)
+            chosen_B = seeing_B & (scores.granularity_index == level)
             meter.add(f"level_share/{name}", chosen_B.sum(), seeing_B.sum())
             level_tokens = (tokens_B * chosen_B).sum()
-            meter.add(f"loss/{name}", -(views.log_probs[FULL].sum(-1) * chosen_B).sum(), level_tokens)
-            meter.add(f"token_accuracy/{name}", (views.right[FULL].sum(-1) * chosen_B).sum(), level_tokens)
-
-
-class AnswerViews:
-    """Wrapper passed to TRL in place of the model: evaluates all views of the answers and returns the full one.
-
-    After the call: tokens_B answer tokens of each row; for each view log_probs and right (B,L), zero where nothing is
-    scored; visual, what the model chose and saw. levels: the levels among the views.
-    """
-
-    def __init__(self, model, views: tuple[str, ...], trainer: GranulonTrainer):
-        self.model, self.views, self.trainer = model, views, trainer
-        self.levels = [view for view in views if view in trainer.level_names]
-
-    def __call__(self, labels: torch.Tensor, **inputs):
-        index_BL, target_BL = answer_tokens(labels)
-        self.tokens_B = (target_BL != -100).sum(-1)
-        read = self._in_one_pass if self.trainer.packs_views else self._one_by_one
-        outputs = read(index_BL, target_BL, inputs)
-        self.log_probs = {view: output.log_probs for view, output in zip(self.views, outputs, strict=True)}
-        self.right = {view: output.is_top1 for view, output in zip(self.views, outputs, strict=True)}
-        return outputs[0]
-
-    def _in_one_pass(self, index_BL, target_BL, inputs) -> list:
-        count = len(self.views)
-        packed = self.model(
-            **inputs, joint_views=self.views[1:], predict=index_BL, shift_labels=target_BL.repeat(1, count)
-        )
-        self.visual = self.trainer.visual
-        return [
-            type(packed)(**{name: x.chunk(count, dim=1)[view] if x.dim() == 2 else x for name, x in packed.items()})
-            for view in range(count)
-        ]
-
-    def _one_by_one(self, index_BL, target_BL, inputs) -> list:
-        """For attention that takes no block mask; the acting level is chosen once."""
-        outputs = [self.model(**inputs, predict=index_BL, shift_labels=target_BL)]
-        self.visual = self.trainer.visual
-        acting = {"granularity": self.visual.granularity_index} if self.visual.granularity_index is not None else {}
-        for view in self.views[1:]:
-            is_level = view in self.levels
-            choice = {"granularity": view} if is_level else acting
-            view = SEMANTIC if is_level else view
-            outputs.append(self.model(**inputs, **choice, visual_view=view, predict=index_BL, shift_labels=target_BL))
-        return outputs
+            meter.add(f"loss/{name}", -(scores.log_probs[FULL].sum(-1) * chosen_B).sum(), level_tokens)
+            meter.add(f"token_accuracy/{name}", (scores.correct[FULL].sum(-1) * chosen_B).sum(), level_tokens)
 
 
 @dataclass
@@ -374,19 +333,9 @@ class PartsInProgressBar(ProgressCallback):
             self.training_bar.set_postfix({name: f"{logs[name]:.3g}" for name in SHOWN if name in logs})
 
 
-def answer_tokens(labels_BT: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Places and ids of the tokens to be predicted, row by row: (B,L) each, the ids -100 beyond a row's last."""
-    scored_BT = labels_BT != -100
-    scored_BT[:, 0] = False  # nothing stands before it
-    index_BL, valid_BL = compact(scored_BT)
-    if not index_BL.shape[1]:  # no answer in the batch: one place that does not count
-        return labels_BT.new_ones(len(labels_BT), 1), labels_BT.new_full((len(labels_BT), 1), -100)
-    return index_BL, take(labels_BT, index_BL).masked_fill(~valid_BL, -100)
-
-
-def granulon_of(model):
-    """The `GranulonModel` within a head, with or without adapters."""
-    return (model.get_base_model() if hasattr(model, "get_base_model") else model).model
+def head_of(model):
+    """The `GranulonForConditionalGeneration`, with or without adapters around it."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def parameter_groups(model, granulon) -> dict[str, list]:

@@ -1,4 +1,4 @@
-"""A run that is killed goes on from its newest complete checkpoint and ends where it would have ended."""
+"""A run that is killed resumes from its newest complete checkpoint and ends with the same weights."""
 
 import json
 import os
@@ -13,11 +13,11 @@ import torch
 from training_run import make_base
 from transformers.trainer_utils import get_last_checkpoint
 
-from granulon.train.checkpoints import SEAL, is_complete, newest_complete, resume_point, seal
+from granulon.train.checkpoints import MARKER, is_complete, newest_complete, resume_point, write_marker
 
 SCRIPT = Path(__file__).parents[1] / "training_run.py"
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
-FOUR_STEPS = {"steps": 4}  # saves after 2 and 4; the second rotates the first away
+FOUR_STEPS = {"steps": 4}  # saves after 2 and 4; the second save deletes the first
 KILLED = -9
 
 
@@ -34,7 +34,7 @@ def run_all(folder, runs):
 
 
 def losses(folder, name):
-    """Of each step, every loss that was ever logged for it."""
+    """All losses that were logged for each step."""
     logged = {}
     for line in (folder / name / "losses.jsonl").read_text().splitlines():
         entry = json.loads(line)
@@ -43,7 +43,7 @@ def losses(folder, name):
 
 
 def killed_and_resumed(kills):
-    """Two runs for each kill: one that it ends, one that goes on."""
+    """Two runs for each kill: the killed one, and one that resumes."""
     return [
         {**FOUR_STEPS, "name": f"kill-{number}", **extra}
         for number, kill in enumerate(kills)
@@ -51,7 +51,7 @@ def killed_and_resumed(kills):
     ]
 
 
-def assert_all_end_alike(folder, kills):
+def assert_same_end(folder, kills):
     (uninterrupted,) = run_all(folder, [{**FOUR_STEPS, "name": "uninterrupted"}])
     results = run_all(folder, killed_and_resumed(kills))
     expected = losses(folder, "uninterrupted")
@@ -84,20 +84,20 @@ def test_a_run_killed_in_a_save_ends_with_the_same_weights_and_losses(folder, wr
         {"kill_at": second_save, "torn": True},
         {"kill_at": rotation},
     ]
-    results = assert_all_end_alike(folder, kills)
+    results = assert_same_end(folder, kills)
     assert [resumed["resumed"] for resumed in results[1::2]] == [None, "checkpoint-2", "checkpoint-4"]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("torn", [False, True], ids=["between writes", "within a write"])
 def test_a_run_killed_at_any_write_of_a_save_ends_with_the_same_weights_and_losses(folder, writes, torn):
-    assert_all_end_alike(folder, [{"kill_at": number, "torn": torn} for number in range(writes[0])])
+    assert_same_end(folder, [{"kill_at": number, "torn": torn} for number in range(writes[0])])
 
 
 @pytest.mark.slow
 def test_a_run_killed_at_any_moment_ends_with_the_same_weights_and_losses(folder, writes):
     moments = random.Random(0)
-    results = assert_all_end_alike(folder, [{"kill_after": moments.uniform(0, writes[1])} for _ in range(20)])
+    results = assert_same_end(folder, [{"kill_after": moments.uniform(0, writes[1])} for _ in range(20)])
     assert sum(killed["exit"] == KILLED for killed in results[::2]) >= 10
 
 
@@ -136,13 +136,13 @@ def test_a_checkpoint_is_self_contained(folder, writes, tmp_path):
     assert is_complete(checkpoint)
 
 
-def make_checkpoint(folder, step, sealed=True):
+def make_checkpoint(folder, step, complete=True):
     checkpoint = folder / f"checkpoint-{step}"
     (checkpoint / "inner").mkdir(parents=True)
     for name in ("model.safetensors", "inner/rank_0", "trainer_state.json", "rng_state_0.pth", "rng_state_1.pth"):
         (checkpoint / name).write_bytes(b"content")
-    if sealed:
-        seal(checkpoint)
+    if complete:
+        write_marker(checkpoint)
     return checkpoint
 
 
@@ -158,7 +158,7 @@ def test_no_folder_and_an_empty_folder_have_no_complete_checkpoint(tmp_path):
     assert resume_point(tmp_path / "absent") is None
 
 
-@pytest.mark.parametrize("name", ["model.safetensors", "inner/rank_0", SEAL])
+@pytest.mark.parametrize("name", ["model.safetensors", "inner/rank_0", MARKER])
 @pytest.mark.parametrize("damage", ["absent", "shorter", "longer"])
 def test_a_checkpoint_with_a_damaged_file_is_not_complete(tmp_path, name, damage):
     file = make_checkpoint(tmp_path, 3) / name
@@ -166,24 +166,24 @@ def test_a_checkpoint_with_a_damaged_file_is_not_complete(tmp_path, name, damage
         file.unlink()
     elif damage == "shorter":
         file.write_bytes(file.read_bytes()[:-4])
-    elif name == SEAL:
+    elif name == MARKER:
         file.write_bytes(file.read_bytes() + b"}")
     else:
         file.write_bytes(file.read_bytes() + b"more")
     assert newest_complete(tmp_path) is None
 
 
-def test_a_seal_is_refused_while_the_file_of_a_process_is_absent(tmp_path):
-    checkpoint = make_checkpoint(tmp_path, 3, sealed=False)
+def test_no_marker_is_written_while_the_file_of_a_process_is_missing(tmp_path):
+    checkpoint = make_checkpoint(tmp_path, 3, complete=False)
     with pytest.raises(FileNotFoundError, match="rng_state_2.pth .1 of 3 .*shared|rng_state_2.pth .*share"):
-        seal(checkpoint, [f"rng_state_{rank}.pth" for rank in range(3)])
+        write_marker(checkpoint, [f"rng_state_{rank}.pth" for rank in range(3)])
     assert not is_complete(checkpoint)
 
 
-def test_resuming_deletes_what_a_kill_cut_short_and_puts_aside_what_may_be_whole(tmp_path):
+def test_resuming_deletes_incomplete_checkpoints_and_renames_those_without_a_marker(tmp_path):
     whole = make_checkpoint(tmp_path, 2)
-    make_checkpoint(tmp_path, 4, sealed=False)
-    (make_checkpoint(tmp_path, 6, sealed=False) / "trainer_state.json").unlink()
+    make_checkpoint(tmp_path, 4, complete=False)
+    (make_checkpoint(tmp_path, 6, complete=False) / "trainer_state.json").unlink()
     (make_checkpoint(tmp_path, 8) / "model.safetensors").unlink()
     assert resume_point(tmp_path) == whole
     assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-2", "incomplete-checkpoint-4"]

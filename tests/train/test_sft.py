@@ -13,11 +13,10 @@ from conftest import LEVELS, make_image, make_inputs, make_model, make_processor
 from peft import PeftModel
 from transformers import AutoModelForImageTextToText, AutoProcessor, TrainerCallback
 
+from granulon.hub.inference import load_model
 from granulon.train import sft
 from granulon.train.checkpoints import newest_complete
 from granulon.train.data.sources import DataSource, drawn_rows
-from granulon.train.memory import ENGINES, Sizes, sizes_of
-from granulon.train.stages import STAGES, load_model, parameter_counts, set_trainable
 
 MANIFEST = "granulon_manifest.json"
 RECIPE = {
@@ -127,7 +126,7 @@ def test_the_model_is_self_contained(command, base, tmp_path):
     sft.main(command())
     folder = tmp_path / "run/model"
     assert (folder / "licences/vision/LICENSE.md").read_text() == "the tower's licence\n"
-    assert not list(folder.glob("*.bin")), "a pickle is no part of a model"
+    assert not list(folder.glob("*.bin")), "a model has no pickle"
     model = AutoModelForImageTextToText.from_pretrained(folder, trust_remote_code=True)
     processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
     assert torch.equal(answer(model, processor)[0], answer(load_model(str(folder)), make_processor())[0])
@@ -322,27 +321,6 @@ def test_scenes_of_test_are_not_those_of_train():
     assert len(train) == len(test) == 14
     assert train[0]["images"][0].tobytes() != test[0]["images"][0].tobytes()
     assert {row["granularity"] for row in train} == {"coarse", "medium", "fine"}
-
-
-def test_the_memory_table_counts_what_a_step_holds():
-    model = make_model(tie_word_embeddings=True)
-    set_trainable(model, "sft")
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
-    for parameter in model.parameters():
-        parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
-    optimizer.step()
-    held = [*model.parameters(), *(p.grad for p in model.parameters() if p.grad is not None)]
-    held += [moment for state in optimizer.state.values() for moment in state.values() if moment.dim()]
-    assert Sizes(*parameter_counts(model), root=0).states("one GPU", 1) == sum(t.nbytes for t in held)
-
-
-def test_the_memory_table_builds_the_real_sizes():
-    sizes = sizes_of("Qwen2.5-1.5B", "sft", 64)
-    assert sizes.learning == pytest.approx(1.5437e9 + 4.4e6, rel=1e-3)  # 1.54 B as its card says, and the new parts
-    assert sizes.every - sizes.learning == pytest.approx(303e6, rel=5e-3)  # ViT-L
-    states = [sizes.states(engine, 8) for engine in ENGINES]
-    assert states[3] < states[2] < states[0] < states[1]
-    assert set(STAGES) == {"align", "sft"}
 
 
 @pytest.mark.slow

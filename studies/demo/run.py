@@ -1,9 +1,8 @@
-"""`make demo`: a small Granulon learns a drawn world and answers questions about pictures it has never seen.
+"""`make demo`: train a small Granulon on drawn scenes and ask it about new ones; offline, in minutes.
 
-Nothing pretrained can be taken for granted offline, so the parts that a real checkpoint brings along are trained here
-first: the tower on the scenes' own labels, the language model on the world in words. What follows is what a user does
-with a real encoder and language model: assemble, train the controller on the seed corpus, train all with the joint
-objective, save, load elsewhere, ask.
+Without downloads nothing is pretrained, so tower and language model are trained first: the tower on the labels of the
+scenes, the language model on their descriptions. The rest is what a user does with real parts: assemble, train the
+controller on the seed corpus, train everything with the joint objective, save, load in another process, ask.
 """
 
 import json
@@ -37,17 +36,17 @@ from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPi
 from trl import SFTConfig, SFTTrainer
 
 from granulon.hub.assemble import assemble
+from granulon.hub.inference import load_model, load_processor
+from granulon.train.arguments import GranulonSFTConfig
+from granulon.train.checkpoints import record_training
 from granulon.train.controller.corpus import TRAIN
 from granulon.train.controller.fit import train_controller
 from granulon.train.controller.replay import QuestionReplay
 from granulon.train.controller.templates import seed_corpus
 from granulon.train.data.scenes import ANSWERS, LEVELS, SIZE, make_questions, make_scene
-from modeling_granulon import GranulonForConditionalGeneration, GranulonProcessor
+from granulon.train.trainer import GranulonTrainer
 
-from .arguments import GranulonSFTConfig
-from .checkpoints import record_training
 from .picture import draw_answers
-from .trainer import GranulonTrainer
 
 PATCH = 8
 # The default levels with smaller strides, since a picture has 8 x 8 patches only.
@@ -66,13 +65,13 @@ CHAT_TEMPLATE = (
 @dataclass
 class DemoArguments:
     output: str = field(default="build/demo", metadata={"help": "folder for checkpoint, picture and scene"})
-    seed: int = field(default=0, metadata={"help": "of the world and of the training"})
-    quick: bool = field(default=False, metadata={"help": "a few steps of everything: checks the way, learns nothing"})
+    seed: int = field(default=0, metadata={"help": "seed of scenes and training"})
+    quick: bool = field(default=False, metadata={"help": "a few steps of everything, to check that it runs"})
 
 
 @dataclass(frozen=True)
 class Budget:
-    """How much of everything; chosen on scenes that are neither trained on nor reported."""
+    """Numbers of scenes and steps, chosen on scenes that are neither trained on nor reported."""
 
     scenes: int = 5000
     held_out: int = 150
@@ -94,26 +93,24 @@ def main():
     disable_progress_bars()
     set_seed(arguments.seed)
     first = 1_000_000 * arguments.seed
-    with stage(f"Drawing {budget.scenes} scenes to learn from and {budget.held_out} to be asked about"):
+    with stage(f"Drawing {budget.scenes} scenes for training and {budget.held_out} for questions"):
         scenes = [make_scene(first + number) for number in range(budget.scenes)]
         held_out = [make_scene(first + 500_000 + number) for number in range(budget.held_out)]
         tokenizer = make_tokenizer(scenes)
-    with stage("Tower: a small DINOv3 learns the scenes' own labels, since no pretrained one is here"):
+    with stage("Tower: training a small DINOv3 on the labels of the scenes"):
         train_tower(scenes, held_out, budget, output / "tower")
-    with stage("Language model: a small Qwen2 learns the world in words, since no pretrained one is here"):
+    with stage("Language model: training a small Qwen2 on descriptions of the scenes"):
         train_language_model(scenes, tokenizer, budget, output)
-    with stage("Assembling both, as granulon-assemble does"):
+    with stage("Assembling both"):
         assemble(output / "tower", output / "language_model", output / "assembled")
-        model = GranulonForConditionalGeneration.from_pretrained(output / "assembled", granularities=GRANULARITIES)
-        processor = GranulonProcessor.from_pretrained(output / "assembled")
-    with stage("Controller: learns the levels of the seed corpus, general questions that know nothing of this world"):
+        model = load_model(output / "assembled", overrides={"granularities": GRANULARITIES})
+        processor = load_processor(output / "assembled", model.config)
+    with stage("Controller: training on the levels of the seed corpus, which has general questions"):
         trained = train_controller(model, processor, seed_corpus(), epochs=budget.controller_epochs)
         print(levels_read_right(trained))
-    with stage(
-        "Granulon: tower frozen, all else learns from images, through GranulonTrainer with the joint objective"
-    ):
+    with stage("Granulon: training everything but the tower with GranulonTrainer and the joint objective"):
         train_granulon(model, processor, scenes, budget, output)
-    with stage("A fresh process loads the checkpoint with pipeline() and answers about scenes never seen"):
+    with stage("Loading the checkpoint in a fresh process with pipeline() and asking about new scenes"):
         results = ask(held_out, output)
     print(report(results, scenes))
     draw_answers(model, processor, results, output / "demo.png")

@@ -1,4 +1,4 @@
-"""The demo's quick form goes the whole way; its report counts what it says it counts."""
+"""The quick demo runs through all its stages; its report counts right answers."""
 
 import json
 import subprocess
@@ -10,8 +10,8 @@ from packaging.version import Version
 from PIL import Image
 
 from granulon.hub.assemble import MANIFEST
-from granulon.train import demo
 from granulon.train.data.scenes import LEVELS, make_questions, make_scene
+from studies.demo import run as demo
 
 needs_masks = pytest.mark.skipif(
     Version(transformers.__version__) < Version("5.18"),
@@ -22,7 +22,7 @@ needs_masks = pytest.mark.skipif(
 @pytest.fixture(scope="module")
 def quick(tmp_path_factory):
     output = tmp_path_factory.mktemp("demo")
-    run = [sys.executable, "-m", "granulon.train.demo", "--output", str(output), "--quick"]
+    run = [sys.executable, "-m", "studies.demo.run", "--output", str(output), "--quick"]
     done = subprocess.run(run, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr[-4000:]
     return output, done.stdout
@@ -35,7 +35,7 @@ def test_the_quick_form_leaves_a_checkpoint_a_picture_and_a_table(quick):
     manifest = json.loads((output / "checkpoint" / MANIFEST).read_text())
     (training,) = manifest["training"]
     assert training["steps"] == 2 and training["settings"]["data"] == ["scenes"]
-    assert manifest["vision"]["model_type"] == "dinov3_vit", "what was assembled is still told"
+    assert manifest["vision"]["model_type"] == "dinov3_vit", "the record of the assembly is kept"
     assert Image.open(output / "demo.png").width > 1000
     lines = {line.split()[0]: line.split()[1:] for line in said.splitlines() if line.startswith(LEVELS)}
     assert [int(lines[level][0]) for level in LEVELS] == [12, 18, 12]
@@ -51,7 +51,7 @@ def test_every_question_got_an_answer_of_its_own_and_one_about_another_image(qui
 
 
 @needs_masks
-def test_granulon_ask_works_on_what_the_demo_left(quick, tmp_path):
+def test_granulon_ask_works_on_the_output_of_the_demo(quick, tmp_path):
     output, _ = quick
     run = [sys.executable, "-m", "granulon.hub.ask", "--model", output / "checkpoint", "--image", output / "scene.png"]
     run += ["What is the tiny mark?", "--json", "--max_new_tokens", "4", "--picture", tmp_path / "clusters.png"]
@@ -62,9 +62,9 @@ def test_granulon_ask_works_on_what_the_demo_left(quick, tmp_path):
 
 
 @needs_masks
-def test_the_demo_repeats_in_a_folder_that_it_used_before(quick):
+def test_the_demo_can_run_again_in_the_same_folder(quick):
     output, _ = quick
-    run = [sys.executable, "-m", "granulon.train.demo", "--output", str(output), "--quick"]
+    run = [sys.executable, "-m", "studies.demo.run", "--output", str(output), "--quick"]
     assert subprocess.run(run, capture_output=True, timeout=900).returncode == 0
 
 
