@@ -1,65 +1,86 @@
-"""Make a Granulon checkpoint folder of an encoder and a language model: `granulon-assemble`."""
+"""Make a Granulon checkpoint folder from an encoder and a language model: `granulon-assemble`."""
 
 import json
 import re
 import shutil
 import sys
+import tempfile
 from dataclasses import dataclass, field
+from importlib.resources import files as package_files
 from pathlib import Path
 
 import torch
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file
-from tokenizers import AddedToken
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer, HfArgumentParser, logging
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    DINOv3ViTConfig,
+    DINOv3ViTModel,
+    HfArgumentParser,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    logging,
+)
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
 from modeling_granulon import GranulonConfig, GranulonForConditionalGeneration, GranulonProcessor
 from modeling_granulon.configuration_granulon import TEXT_MODELS
 from modeling_granulon.vision_features import patch_size_of
 
-from .chat_template import with_image_parts
-from .parts import (
-    KNOWN_PARTS,
-    SourceUnavailable,
-    complete_or_absent,
-    download_snapshot,
-    fetch_gguf,
-    fetch_part,
-    first_line,
-    read_origin,
-)
-from .manifest import versions
+from .files import atomic_folder
+from .manifest import LICENCE_FILES, versions, write_manifest
+from .parts import KNOWN_PARTS, SourceUnavailable, download_snapshot, fetch_gguf, fetch_part, read_origin
+from .text import first_line
 
-MANIFEST = "granulon_manifest.json"
-# What granulon-publish --trainable_only uploads: the weights that come from neither part.
-TRAINABLE, TRAINED = "trainable.safetensors", ("model.multi_modal_projector.", "model.granularity_controller.")
-LICENCE_FILES = ["LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*"]
-# Tokens that mean an image, else the ones set aside for such a use; both have a row in the embedding already.
+# What granulon-publish --trainable_only uploads: the weights that come from neither of the two models.
+TRAINABLE, TRAINABLE_WEIGHTS = (
+    "trainable.safetensors",
+    ("model.multi_modal_projector.", "model.granularity_controller."),
+)
+# Tokens that stand for an image, else tokens reserved for later use; the embedding has a row for both already.
 IMAGE_TOKENS = ["<|image_pad|>", "<|image|>", "<image>"]
 RESERVED_TOKEN = re.compile(r"<\|?(reserved|unused)\w*\d+\|?>")
+PAD_TOKEN = "<|finetune_right_pad_id|>"  # of Llama 3, whose tokenizer does not name it
+# Put before a chat template, this replaces messages whose content is a list of text and image parts by messages whose
+# content is a string. Other lists stay as they are, a tool may return them. Text parts become separate lines, so that
+# two of them cannot join into a control token. The final line break leaves Jinja in the state in which a template
+# begins. vLLM takes image parts in their place because of the loop over message['content'].
+FLATTEN_CONTENT = package_files(__package__).joinpath("chat_template.jinja").read_text(encoding="utf-8")
+CHAT_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|image_pad|>"]
+CHAT_TEMPLATE = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
 _KNOWN = ", ".join(KNOWN_PARTS)
-PAD_TOKEN = "<|finetune_right_pad_id|>"  # Llama 3's own, which its tokenizer does not name
 
 
 @dataclass
 class AssembleArguments:
-    output: str = field(metadata={"help": "folder to write; must not exist yet"})
+    output: str = field(metadata={"help": "folder to write; it must not exist yet"})
     vision: str | None = field(
         default=None, metadata={"help": f"encoder: a folder, a Hub id (ID or ID@REVISION), or a known part ({_KNOWN})"}
     )
     text: str | None = field(
-        default=None, metadata={"help": "language model with chat template: the same, or a GGUF file"}
+        default=None, metadata={"help": "language model with a chat template: the same, or a GGUF file"}
     )
     image_size: int | None = field(
-        default=None, metadata={"help": "side of the square the images are resized to; the encoder's own by default"}
+        default=None, metadata={"help": "side of the square that images are resized to; by default the encoder's"}
     )
     trained: str | None = field(
         default=None,
-        metadata={"help": "projector, gains and controller that were published alone: a folder, or a Hub id"},
+        metadata={
+            "help": "folder or Hub id that granulon-publish --trainable_only wrote: projector, gains, controller"
+        },
     )
     tiny: bool = field(
-        default=False, metadata={"help": "a small random model instead of --vision and --text, offline"}
+        default=False, metadata={"help": "write a small random model, offline, instead of --vision and --text"}
     )
 
 
@@ -72,20 +93,20 @@ class Source:
     revision: str | None = None
 
     @classmethod
-    def fetch(cls, source):
+    def fetch(cls, source: str | Path) -> "Source":
         """
-        A local folder, a known part, a GGUF file (converted), or a repository of the Hub or its cache.
+        Find a model: a local folder, a known part, a GGUF file (converted), or a repository of the Hub or its cache.
 
         Raises:
             ValueError: not found in any of these, a damaged or unsupported file.
         """
         folder = Path(source).expanduser()
         if folder.is_file() and folder.suffix == ".gguf":
-            return cls.of_folder(fetch_gguf(folder, TEXT_MODELS), folder.name)
+            return cls._of_folder(fetch_gguf(folder, TEXT_MODELS), folder.name)
         if not folder.is_dir() and str(source) in KNOWN_PARTS:
             folder = fetch_part(str(source))
         if folder.is_dir():
-            return cls.of_folder(folder, folder.resolve().name)
+            return cls._of_folder(folder, folder.resolve().name)
         repo_id, _, revision = str(source).partition("@")
         try:
             folder = download_snapshot(repo_id, revision or None)
@@ -97,54 +118,53 @@ class Source:
         return cls(folder, repo_id, folder.name)
 
     @classmethod
-    def of_folder(cls, folder, name):
-        """A folder under the name and revision that it has on the Hub, if it says so, else under `name`."""
+    def _of_folder(cls, folder: Path, name: str) -> "Source":
+        """Name and revision on the Hub, if origin.json has them, else `name`."""
         origin = read_origin(folder)
         return cls(folder, origin.get("repo_id") or name, origin.get("revision"))
 
-    def config(self):
+    def config(self) -> PretrainedConfig:
         if not (self.folder / "config.json").is_file():
             raise ValueError(f"{self.name} has no config.json: it is not a transformers model")
         return AutoConfig.from_pretrained(self.folder)
 
-    def describe(self, config):
+    def describe(self, config: PretrainedConfig) -> dict:
         """The manifest's entry: the licence that the model card declares, the origin that origin.json states."""
         card = self.folder / "README.md"
         declared = ModelCard.load(card, ignore_metadata_errors=True).data.to_dict() if card.is_file() else {}
         licence = {key: declared.get(key) for key in ("license", "license_name", "license_link")}
-        origin = read_origin(self.folder) or None
         entry = {"source": self.name, "revision": self.revision, "model_type": config.model_type}
-        return {**entry, **licence, "origin": origin}
+        return {**entry, **licence, "origin": read_origin(self.folder) or None}
 
 
-def assemble(vision, text, output, image_size=None, trained=None):
+def assemble(vision, text, output, image_size: int | None = None, trained=None) -> Path:
     """
-    Write a Granulon checkpoint whose tower and language model have the weights of two existing models, and whose
-    projector, gains and controller are new.
+    Write a Granulon checkpoint: tower and language model have the weights of two existing models, projector, gains
+    and controller are new.
 
     Args:
-        vision: encoder (of a CLIP or SigLIP pair the image half): a folder, a Hub id, or a short name of a known part.
+        vision: encoder (of a CLIP or SigLIP pair the image half): a folder, a Hub id, or the name of a known part.
         text: causal language model with a chat template: the same, or a GGUF file.
-        output: folder to write. It appears when it is complete; if anything fails, nothing of it stays.
-        image_size (`int`): pixels per side of the model's images, a multiple of the patch size.
-        trained: what `granulon-publish --trainable_only` published: its levels and settings, and the weights of
-            projector, gains and controller, in place of new ones; its dtype, and the size of its images.
+        output: folder to write. It appears when it is complete; after an error nothing is left of it.
+        image_size: pixels per side of the model's images, a multiple of the patch size.
+        trained: a folder or Hub id that `granulon-publish --trainable_only` wrote. Levels, settings, dtype, image size
+            and the weights of projector, gains and controller are taken from it.
 
     Returns:
-        `Path`: the folder.
+        the folder.
 
     Raises:
-        ValueError: output that exists, a source that is not found, not supported or incomplete, a size that the
-            patches do not divide.
+        ValueError: an output that exists, a source that is not found, not supported or incomplete, an image size that
+            is not a multiple of the patch size.
     """
     output = Path(output).expanduser()
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise ValueError(f"{output} exists already; delete it or choose another folder")
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):  # before anything large is loaded
+        raise ValueError(f"{output} exists already; choose another output or delete it")
     vision, text = Source.fetch(vision), Source.fetch(text)
     trained = Source.fetch(trained) if trained else None
 
     config, processor = _config_and_processor(vision, text, image_size, trained)
-    model = _joined_model(config, vision, text)
+    model = _combined_model(config, vision, text)
     if trained:
         _load_trained(model, trained)
     generation = model.generation_config
@@ -152,11 +172,11 @@ def assemble(vision, text, output, image_size=None, trained=None):
     if generation.pad_token_id is None:
         generation.pad_token_id = processor.tokenizer.pad_token_id
 
-    with complete_or_absent(output) as folder:
+    with atomic_folder(output) as folder:
         model.save_pretrained(folder)
-        config.dtype = model.lm_head.weight.dtype  # what "auto" loads; saving took the tower's
+        config.dtype = model.lm_head.weight.dtype  # the dtype that "auto" loads; saving has set the tower's
         for part in (config.vision_config, config.text_config):
-            part.name_or_path = ""  # a local folder's; the manifest names the source
+            part.name_or_path = ""  # the path of a local folder; the manifest names the source
         config.save_pretrained(folder)
         processor.save_pretrained(folder)
         _copy_licences({"vision": vision, "text": text}, folder)
@@ -166,23 +186,23 @@ def assemble(vision, text, output, image_size=None, trained=None):
             "text": text.describe(config.text_config),
             "image_token": processor.image_token,
         }
-        (folder / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
+        write_manifest(folder, manifest)
     return output
 
 
-def _config_and_processor(vision, text, image_size, trained):
-    """What follows from the two sources' descriptions alone: nothing large is loaded before it is checked."""
+def _config_and_processor(vision: Source, text: Source, image_size: int | None, trained: Source | None):
+    """Configuration and processor, from the two models' configurations; checked before weights are loaded."""
     vision_config, text_config = vision.config(), text.config()
     vision_config = getattr(vision_config, "vision_config", vision_config)  # of a CLIP or SigLIP pair
     tokenizer, image_token = _tokenizer_with_placeholder(text)
     image_token_id = tokenizer.convert_tokens_to_ids(image_token)
     text_config.vocab_size = max(getattr(text_config, "vocab_size", 0), image_token_id + 1)
-    settings = _own_settings(trained) if trained else {}
+    settings = _trained_settings(trained) if trained else {}
     config = GranulonConfig(
         vision_config=vision_config, text_config=text_config, image_token_id=image_token_id, **settings
     )
     processor = GranulonProcessor(
-        _image_processor(vision, vision_config, image_size or (_own_side(trained) if trained else None)),
+        _image_processor(vision, vision_config, image_size or (_trained_image_size(trained) if trained else None)),
         tokenizer,
         patch_size=patch_size_of(vision_config),
         num_semantic_tokens=config.max_semantic_tokens,
@@ -191,8 +211,8 @@ def _config_and_processor(vision, text, image_size, trained):
     return config, processor
 
 
-def _joined_model(config, vision, text):
-    """The two sources' weights in one model, with a row of the embedding for the placeholder."""
+def _combined_model(config: GranulonConfig, vision: Source, text: Source) -> GranulonForConditionalGeneration:
+    """The weights of both models in one, with a row of the embedding for the placeholder."""
     tower = _load(AutoModel, vision, config=config.vision_config)
     language_model = _load(AutoModelForCausalLM, text)
     rows = config.text_config.vocab_size
@@ -203,45 +223,47 @@ def _joined_model(config, vision, text):
     return join(config, tower, language_model)
 
 
-def _own_settings(trained):
-    """Granulon's own part of the configuration of what was trained: levels, constants, projector."""
+def _trained_settings(trained: Source) -> dict:
+    """Levels, constants and projector settings of a trained configuration."""
     settings, _ = GranulonConfig.get_config_dict(trained.folder)
-    parts = ("vision_config", "text_config", "image_token_id", "architectures", "auto_map", "dtype", "model_type")
-    return {key: value for key, value in settings.items() if key not in parts and not key.startswith("transformers")}
+    other = ("vision_config", "text_config", "image_token_id", "architectures", "auto_map", "dtype", "model_type")
+    return {key: value for key, value in settings.items() if key not in other and not key.startswith("transformers")}
 
 
-def _own_side(trained):
-    """Pixels per side of the images of what was trained."""
+def _trained_image_size(trained: Source) -> int:
+    """Pixels per side of the images of a trained model."""
     file = trained.folder / "processor_config.json"
     if not file.is_file():
-        raise ValueError(f"{trained.name} has no processor_config.json, which says how large its images are")
+        raise ValueError(f"{trained.name} has no processor_config.json, which holds the size of its images")
     return json.loads(file.read_text())["image_processor"]["size"]["height"]
 
 
-def _load_trained(model, trained):
-    """Load projector, gains and controller, exactly these, into a model that is cast to their dtype first."""
+def _load_trained(model: GranulonForConditionalGeneration, trained: Source):
+    """Cast the model to the trained dtype and load projector, gains and controller, exactly these."""
     weights = load_file(trained.folder / TRAINABLE) if (trained.folder / TRAINABLE).is_file() else {}
-    wanted = {name: value.shape for name, value in model.state_dict().items() if name.startswith(TRAINED)}
+    expected = {name: value.shape for name, value in model.state_dict().items() if name.startswith(TRAINABLE_WEIGHTS)}
     found = {name: value.shape for name, value in weights.items()}
-    if found != wanted:
-        odd = sorted(name for name in wanted.keys() | found.keys() if wanted.get(name) != found.get(name))
+    if found != expected:
+        wrong = sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
         raise ValueError(
-            f"{trained.name} does not fit these parts ({', '.join(odd[:2])}, {len(odd)} in all): take the encoder and "
-            "the language model that its card names"
+            f"{trained.name} does not fit this encoder and language model ({', '.join(wrong[:2])}, {len(wrong)} in "
+            "all, are missing or have another shape): use the two that its card names"
         )
     model.to(GranulonConfig.from_pretrained(trained.folder).dtype).load_state_dict(weights, strict=False)
 
 
-def join(config, tower, language_model):
+def join(
+    config: GranulonConfig, tower: PreTrainedModel, language_model: PreTrainedModel
+) -> GranulonForConditionalGeneration:
     """
-    Put a loaded encoder and a loaded causal language model into one Granulon, without copying their weights.
+    Put a loaded encoder and a loaded causal language model into one Granulon, without a copy of their weights.
 
     Args:
-        config (`GranulonConfig`): made for these two.
-        tower, language_model (`PreTrainedModel`): the encoder and the language model with its head.
+        config: made for these two.
+        tower, language_model: the encoder, and the language model with its head.
 
     Returns:
-        `GranulonForConditionalGeneration`: with a new projector and controller, in the language model's dtype.
+        a model with a new projector and controller, in the language model's dtype.
     """
     with torch.device("meta"):
         model = GranulonForConditionalGeneration(config)
@@ -257,7 +279,24 @@ def join(config, tower, language_model):
     return model
 
 
-def _tokenizer_with_placeholder(text):
+def with_image_parts(template: str | dict[str, str], image_token: str) -> str | dict[str, str]:
+    """
+    Make a text model's chat template accept `[{"type": "image"}, {"type": "text", "text": ...}]` as content; content
+    that is a string renders exactly as before.
+
+    Args:
+        template: a chat template, or several by name.
+        image_token: the text that stands for an image.
+
+    Returns:
+        the same type as `template`.
+    """
+    if isinstance(template, dict):
+        return {name: with_image_parts(entry, image_token) for name, entry in template.items()}
+    return FLATTEN_CONTENT.replace("IMAGE_TOKEN", repr(image_token)) + template
+
+
+def _tokenizer_with_placeholder(text: Source) -> tuple[PreTrainedTokenizerFast, str]:
     """The tokenizer with image placeholder, padding token and a chat template for images; and the placeholder."""
     try:
         tokenizer = AutoTokenizer.from_pretrained(text.folder)
@@ -277,9 +316,9 @@ def _tokenizer_with_placeholder(text):
     return tokenizer, image_token
 
 
-def _image_processor(vision, vision_config, image_size):
+def _image_processor(vision: Source, vision_config, image_size: int | None) -> ViTImageProcessorPil:
     """
-    The encoder's own mean, std, interpolation and input size in the one image processor that runs without torchvision.
+    The encoder's mean, std, interpolation and input size, in the one image processor that needs no torchvision.
 
     The whole image is resized to a square: a centre crop would hide what a question may be about.
     """
@@ -289,7 +328,7 @@ def _image_processor(vision, vision_config, image_size):
     elif nested.is_file():
         settings = json.loads(nested.read_text())["image_processor"]
     else:
-        raise ValueError(f"{vision.name} has no preprocessor_config.json, which says how its images are normalised")
+        raise ValueError(f"{vision.name} has no preprocessor_config.json, which holds the normalisation of its images")
     side = image_size or _input_side(settings, vision_config)
     patch = patch_size_of(vision_config)
     if side % patch:
@@ -302,8 +341,8 @@ def _image_processor(vision, vision_config, image_size):
     return ViTImageProcessorPil(size={"height": side, "width": side}, do_convert_rgb=True, **kept)
 
 
-def _input_side(settings, vision_config):
-    """Pixels per side that the encoder expects, from any of the forms that image processors use."""
+def _input_side(settings: dict, vision_config) -> int:
+    """Pixels per side that the encoder expects, in any of the forms that image processors use."""
     size = settings.get("crop_size") if settings.get("do_center_crop") else settings.get("size")
     if isinstance(size, dict):
         size = size.get("height") or size.get("shortest_edge")
@@ -312,10 +351,10 @@ def _input_side(settings, vision_config):
     return size
 
 
-def _load(auto_class, source, **kwargs):
-    """A model with all of its weights, in the dtype they are stored in."""
+def _load(auto_class, source: Source, **kwargs) -> PreTrainedModel:
+    """Load a model in the dtype of its weights; a ValueError if one is missing."""
     verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()  # the other half of a CLIP pair is left out on purpose
+    logging.set_verbosity_error()  # else transformers warns of the other half of a CLIP pair
     try:
         model, report = auto_class.from_pretrained(source.folder, dtype="auto", output_loading_info=True, **kwargs)
     finally:
@@ -328,8 +367,8 @@ def _load(auto_class, source, **kwargs):
     return model
 
 
-def _copy_licences(sources, folder):
-    """Copy the parts' licence files: licences ask for a copy beside the weights."""
+def _copy_licences(sources: dict[str, Source], folder: Path):
+    """Copy the licence files of both models: their licences require a copy beside the weights."""
     for part, source in sources.items():
         for file in (file for pattern in LICENCE_FILES for file in source.folder.glob(pattern)):
             target = folder / "licences" / part / file.name
@@ -337,12 +376,56 @@ def _copy_licences(sources, folder):
             shutil.copyfile(file, target)
 
 
+def byte_tokenizer(chat_tokens=tuple(CHAT_TOKENS)) -> PreTrainedTokenizerFast:
+    """A tokenizer with one token per byte and the chat tokens: it encodes any text and needs no training."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    backend = Tokenizer(models.BPE(vocab={token: index for index, token in enumerate(alphabet)}, merges=[]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, chat_template=CHAT_TEMPLATE)
+    tokenizer.add_special_tokens(
+        {"pad_token": "<|endoftext|>", "eos_token": "<|im_end|>", "additional_special_tokens": list(chat_tokens)}
+    )
+    return tokenizer
+
+
+def assemble_tiny(output, seed: int = 0) -> Path:
+    """
+    Assemble a complete Granulon of a few MB from a small random encoder and language model, offline and in seconds.
+
+    Args:
+        output: folder to write; it must not exist yet.
+        seed: of the weights; the global random state does not change.
+
+    Returns:
+        the folder.
+    """
+    with tempfile.TemporaryDirectory() as folder, torch.random.fork_rng():
+        torch.manual_seed(seed)
+        vision, text = Path(folder, "tiny-dinov3"), Path(folder, "tiny-qwen2")
+        DINOv3ViTModel(
+            DINOv3ViTConfig(
+                image_size=64, patch_size=8, hidden_size=64, intermediate_size=128, num_hidden_layers=2,
+                num_attention_heads=4, num_register_tokens=4,
+            )
+        ).save_pretrained(vision)  # fmt: skip
+        ViTImageProcessorPil(size={"height": 64, "width": 64}).save_pretrained(vision)
+        tokenizer = byte_tokenizer()
+        Qwen2ForCausalLM(
+            Qwen2Config(
+                vocab_size=len(tokenizer), hidden_size=128, intermediate_size=256, num_hidden_layers=2,
+                num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=2048, tie_word_embeddings=True,
+                bos_token_id=None, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
+            )
+        ).save_pretrained(text)  # fmt: skip
+        tokenizer.save_pretrained(text)
+        return assemble(vision, text, output)
+
+
 def main():
     (arguments,) = HfArgumentParser(AssembleArguments, description=__doc__).parse_args_into_dataclasses()
     try:
         if arguments.tiny:
-            from .tiny import assemble_tiny
-
             output = assemble_tiny(arguments.output)
         elif arguments.vision and arguments.text:
             output = assemble(

@@ -1,6 +1,7 @@
 """Files that a crash cannot damage: written whole or not at all, and logs of JSON lines that runs append to."""
 
 import fcntl
+import hashlib
 import json
 import os
 import shutil
@@ -65,6 +66,12 @@ def sync_to_disk(path: str | Path) -> int:
         os.close(handle)
 
 
+def sha256_of(path: str | Path) -> str:
+    """The SHA-256 of a file, as hexadecimal text."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def read_jsonl(path: str | Path) -> list[dict]:
     """
     The complete lines of a JSON Lines file; a last line that a crash cut short is left out. [] for a missing file.
@@ -126,21 +133,27 @@ class JsonlLog:
         os.close(self.file)
 
     def append(self, *rows: dict):
-        """Append rows; if the disk is full, nothing of them stays and `OSError` is raised."""
-        lines = "".join(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows).encode()
+        """Append rows; if the disk is full or fails, nothing of them stays and `OSError` is raised."""
+        text = "".join(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows)
+        lines = text.encode(errors="surrogatepass")  # half of a surrogate pair, which json.loads takes back
         before = os.fstat(self.file).st_size
         try:
             written = os.write(self.file, lines)
             if written < len(lines):
                 raise OSError(f"{written} of {len(lines)} bytes were written to {self.own}")
+            os.fsync(self.file)
         except OSError:
             os.ftruncate(self.file, before)  # no half line may stand before another
             raise
-        os.fsync(self.file)
 
     def read(self) -> list[dict]:
-        """All rows: those of `path` and of every process's file beside it."""
-        return [row for file in (self.path, *rank_files(self.path)) for row in read_jsonl(file)]
+        """All rows, of every process: see `read_log`."""
+        return read_log(self.path)
+
+
+def read_log(path: Path) -> list[dict]:
+    """The rows of a log: those of `path` and of every process's file beside it."""
+    return [row for file in (path, *rank_files(path)) for row in read_jsonl(file)]
 
 
 def rank_files(path: Path) -> list[Path]:

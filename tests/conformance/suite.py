@@ -12,7 +12,7 @@ from transformers import DINOv3ViTConfig, Qwen2Config
 from transformers.models.auto import modeling_auto
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
-from granulon.hub.tiny import CHAT_TOKENS, byte_tokenizer
+from granulon.hub.assemble import CHAT_TOKENS, byte_tokenizer
 from modeling_granulon import GranulonConfig, GranulonForConditionalGeneration, GranulonModel, GranulonProcessor
 
 common = upstream.load("test_modeling_common")

@@ -291,7 +291,7 @@ def test_killed_at_random_moments_a_rerun_repeats_no_paid_call(server, tmp_path,
 def test_the_judge_sees_the_image_that_was_asked_about(tmp_path, server, monkeypatch):
     from granulon.evaluation import lmms_model
     from granulon.evaluation.run import main as evaluate
-    from granulon.hub.tiny import assemble_tiny
+    from granulon.hub.assemble import assemble_tiny
 
     monkeypatch.setattr(lmms_model, "_cut", lambda text, until: f"A picture. It has {len(text)} letters.")
     task, model = "granulon_aokvqa_direct", str(assemble_tiny(tmp_path / "tiny"))

@@ -22,7 +22,7 @@ from granulon.evaluation import lmms_model
 from granulon.evaluation.matrix import MATRICES, read_matrix, read_results, read_samples
 from granulon.evaluation.run import main
 from granulon.evaluation.sample_rows import MAKERS
-from granulon.hub.tiny import assemble_tiny
+from granulon.hub.assemble import assemble_tiny
 
 OWN = {file.stem for file in (MATRICES / "tasks").glob("*/granulon_*.yaml")}
 WITH_LANGUAGE_DATA = {"coco_cap_chair", "amber_g"}

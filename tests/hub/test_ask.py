@@ -17,7 +17,7 @@ from sources import text_source, vision_source
 from granulon.hub import ask as module
 from granulon.hub.ask import ask, load_model, open_image
 from granulon.hub.assemble import assemble
-from granulon.hub.tiny import assemble_tiny
+from granulon.hub.assemble import assemble_tiny
 
 
 @pytest.fixture(scope="module")

@@ -24,8 +24,7 @@ from transformers import (
 
 from granulon.hub import assemble as module
 from granulon.hub import parts
-from granulon.hub.assemble import assemble
-from granulon.hub.tiny import assemble_tiny, byte_tokenizer
+from granulon.hub.assemble import assemble, assemble_tiny, byte_tokenizer
 
 IMAGE_PARTS = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "How many?"}]}]
 

@@ -18,7 +18,7 @@ from granulon.hub import ask as ask_command
 from granulon.hub import batch
 from granulon.hub.ask import ask, load_model
 from granulon.hub.batch import answer_rows, join_parts, read_done, read_rows
-from granulon.hub.tiny import assemble_tiny
+from granulon.hub.assemble import assemble_tiny
 from modeling_granulon import load_rgb
 
 ASKED = {"model": "tiny", "granularity": None, "view": "full", "max_new_tokens": 6}

@@ -6,7 +6,7 @@ import pytest
 from sources import TEMPLATES, tokenizer_of
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from granulon.hub.chat_template import with_image_parts
+from granulon.hub.assemble import with_image_parts
 
 IMAGE = {"qwen2": "<|image_pad|>", "llama": "<|reserved_special_token_0|>"}
 TEMPLATE = {family: tokenizer_of(family).chat_template for family in IMAGE}

@@ -23,7 +23,7 @@ from granulon.hub.assemble import assemble
 from granulon.hub.eval_results import weights_sha256
 from granulon.hub.package import make_package
 from granulon.hub.publish import PublishArguments, PublishError, run
-from granulon.hub.tiny import assemble_tiny
+from granulon.hub.assemble import assemble_tiny
 from granulon.train.stages import lora_config
 
 REPO = "jinlab/granulon-qwen1.5b"

@@ -12,7 +12,7 @@ from conftest import count_calls
 from space_load import bad_files, data_url, good_picture
 
 from granulon.hub.ask import load_model
-from granulon.hub.tiny import assemble_tiny
+from granulon.hub.assemble import assemble_tiny
 from modeling_granulon import load_rgb
 
 openai = pytest.importorskip("openai")

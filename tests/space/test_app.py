@@ -17,7 +17,7 @@ from PIL import Image
 from space_load import bad_files, data_url, good_picture, peak_memory, png_bomb, running_space
 
 from granulon.hub import ask as command_line
-from granulon.hub.tiny import assemble_tiny
+from granulon.hub.assemble import assemble_tiny
 from modeling_granulon import load_rgb
 
 gradio = pytest.importorskip("gradio")

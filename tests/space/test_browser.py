@@ -14,7 +14,7 @@ import pytest
 from space_load import bad_files, good_picture, running_space
 from transformers import AutoTokenizer, GenerationConfig
 
-from granulon.hub.tiny import assemble_tiny
+from granulon.hub.assemble import assemble_tiny
 
 sync_api = pytest.importorskip("playwright.sync_api")
 pytest.importorskip("gradio")

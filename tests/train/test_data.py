@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader
 from trl import SFTConfig, SFTTrainer
 from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
 
-from granulon.hub.chat_template import with_image_parts
+from granulon.hub.assemble import with_image_parts
 from granulon.train.data import DataSource, load_rows
 from modeling_granulon import GranulonProcessor
 
