@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from granulon.evaluation.matrix import model_identity, used_versions
-from granulon.hub.batch import read_rows
+from granulon.hub.ask import read_rows
 from granulon.hub.files import write_atomically
 
 # The palette of Okabe and Ito, for all kinds of colour vision, and marker shapes for prints without colour.
@@ -24,39 +24,19 @@ def read_questions(source: str, limit: int | None = None) -> list[dict]:
     Rows with `image`, `question` and `answer` (from `answer` or `truth`; None without both).
 
     Args:
-        source: a JSON list, a JSON Lines file, a folder of images or a dataset. Images of a JSON list are looked for
-            in the working directory, then beside the list.
+        source: a JSON list, a JSON Lines file, a folder of images or a data set, as `granulon-ask --batch` takes it.
         limit: read only the first rows.
 
     Raises:
         ValueError: no rows, a row without image or question, or a limit below 1.
     """
-    path = Path(source)
     if limit is not None and limit < 1:
         raise ValueError(f"limit is {limit}; it must be at least 1")
-    if path.suffix == ".json" and path.is_file() and path.read_text().lstrip().startswith("["):
-        rows = _read_json_list(path)
-    else:
-        rows = read_rows(source)
+    rows = read_rows(source)
     rows = [rows[number] for number in range(min(len(rows), limit or len(rows)))]
     if not rows:
         raise ValueError(f"{source} holds no rows; give some with image and question")
     return [row | {"answer": row.get("answer") or row.get("truth")} for row in rows]
-
-
-def _read_json_list(path: Path) -> list[dict]:
-    try:
-        rows = json.loads(path.read_text())
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON ({error}); give a list of rows with image and question") from error
-    for number, row in enumerate(rows):
-        if not isinstance(row, dict) or not row.get("image") or not row.get("question"):
-            found = sorted(row) if isinstance(row, dict) else type(row).__name__
-            raise ValueError(f"row {number} of {path} holds {found}; a row needs image and question")
-        beside = path.parent / str(row["image"])
-        if not Path(str(row["image"])).exists() and beside.exists():
-            row["image"] = str(beside)
-    return rows
 
 
 def first_row_of_each_image(rows: list[dict]) -> list[dict]:

@@ -41,7 +41,7 @@ from granulon.evaluation.analyses.results import (
 from granulon.evaluation.analyses.run import main
 from granulon.evaluation.analyses.speed import draw_speed, measure_speed, speed_markdown
 from granulon.evaluation.timing import interleaved, peak_bytes
-from granulon.hub.tiny import assemble_tiny
+from granulon.hub.assemble import assemble_tiny
 from granulon.train.controller.level_scores import scores
 
 QUESTIONS = ("Red?", "What is in the far left corner of it?", "How many of these are there?", "Is it day?")
@@ -447,7 +447,7 @@ def test_rows_are_read_from_a_list_or_lines_with_images_beside_them(tmp_path):
         assert len(first_row_of_each_image(found)) == 1 and first_row_of_each_image(found)[0]["question"] == "What?"
         assert len(read_questions(str(tmp_path / name), limit=1)) == 1
     (tmp_path / "bad.json").write_text(json.dumps([{"image": "a.png"}]))
-    with pytest.raises(ValueError, match=r"row 0 of .*bad.json holds \['image'\]; a row needs image and question"):
+    with pytest.raises(ValueError, match="row 0 of .*bad.json has no question; a row needs image and question"):
         read_questions(str(tmp_path / "bad.json"))
     (tmp_path / "torn.json").write_text('[{"image": "a.png"')
     with pytest.raises(ValueError, match="torn.json is not JSON"):
@@ -455,7 +455,7 @@ def test_rows_are_read_from_a_list_or_lines_with_images_beside_them(tmp_path):
     with pytest.raises(ValueError, match="limit is 0"):
         read_questions(str(tmp_path / "list.json"), limit=0)
     (tmp_path / "empty.json").write_text("[]")
-    with pytest.raises(ValueError, match="holds no rows"):
+    with pytest.raises(ValueError, match="has no rows"):
         read_questions(str(tmp_path / "empty.json"))
 
 

@@ -1,11 +1,13 @@
-"""granulon-ask: an answer, what was chosen and read, a picture, JSON; errors in one line."""
+"""granulon-ask: one answer with level, tokens and clusters; with --batch many, sharded and resumed."""
 
 import json
+import os
+import re
+import signal
+import subprocess
 import sys
-import threading
 import time
-from contextlib import suppress
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,9 +17,17 @@ from PIL import Image
 from sources import text_source, vision_source
 
 from granulon.hub import ask as module
-from granulon.hub.ask import ask, load_model, open_image
-from granulon.hub.assemble import assemble
-from granulon.hub.assemble import assemble_tiny
+from granulon.hub.ask import answer_rows, ask, read_rows
+from granulon.hub.assemble import assemble, assemble_tiny
+from granulon.hub.inference import load_model, load_processor
+from modeling_granulon import load_rgb
+
+SETTINGS = {"model": "tiny", "granularity": None, "view": "full", "max_new_tokens": 6}
+
+
+def load(folder):
+    model = load_model(folder)
+    return model, load_processor(folder, model.config)
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +39,14 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def loaded(folder):
-    return load_model(str(folder))
+    return load(folder)
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    folder = assemble_tiny(tmp_path_factory.mktemp("batch") / "tiny")
+    model, processor = load(folder)
+    return SimpleNamespace(folder=folder, model=model, processor=processor)
 
 
 @pytest.fixture(scope="module")
@@ -44,17 +61,25 @@ def image_file(picture, tmp_path):
     return str(tmp_path / "image.png")
 
 
-def run(monkeypatch, capsys, *arguments):
+def run_command(monkeypatch, capsys, *arguments):
     torch.manual_seed(0)
-    monkeypatch.setattr(sys, "argv", ["granulon-ask", *arguments])
+    monkeypatch.setattr(sys, "argv", ["granulon-ask", *map(str, arguments)])
     module.main()
     return capsys.readouterr()
 
 
-# ----- what is said
+def error_of(monkeypatch, *arguments):
+    monkeypatch.setattr(sys, "argv", ["granulon-ask", *map(str, arguments)])
+    with pytest.raises(SystemExit) as stop:
+        module.main()
+    assert str(stop.value).startswith("granulon-ask: ") and "\n" not in str(stop.value)
+    return str(stop.value)
 
 
-def test_the_controller_chooses_unless_a_level_is_asked_for(loaded, picture):
+# ----- one image
+
+
+def test_the_controller_chooses_unless_a_level_is_requested(loaded, picture):
     free = ask(*loaded, picture, "How many?", max_new_tokens=2)
     probabilities = free["granularity"]["probabilities"]
     assert free["granularity"]["name"] == max(probabilities, key=probabilities.get)
@@ -83,11 +108,11 @@ def test_tokens_and_clusters_are_counted_as_read(level, kept, view, loaded, pict
     assert tokens["text"] == len(loaded[1].tokenizer(rendered, add_special_tokens=False)["input_ids"])
 
 
-def test_the_answer_is_what_generate_says(loaded, picture):
+def test_the_answer_is_the_one_of_generate(loaded, picture):
     model, processor = loaded
-    parts = [{"type": "image", "image": picture}, {"type": "text", "text": "How many?"}]
+    content = [{"type": "image", "image": picture}, {"type": "text", "text": "How many?"}]
     inputs = processor.apply_chat_template(
-        [{"role": "user", "content": parts}],
+        [{"role": "user", "content": content}],
         tokenize=True,
         return_dict=True,
         return_tensors="pt",
@@ -100,19 +125,21 @@ def test_the_answer_is_what_generate_says(loaded, picture):
     assert ask(model, processor, picture, "How many?", max_new_tokens=12)["answer"] == expected.strip()
 
 
+def changed(folder, **values):
+    """The model of a folder with another configuration and random weights, and the processor."""
+    model, processor = load(folder)
+    return type(model)(type(model.config).from_dict(model.config.to_dict() | values)).eval(), processor
+
+
 def test_a_model_without_levels_answers_too(folder, picture):
-    model, processor = load_model(str(folder))
-    values = {**model.config.to_dict(), "granularities": [], "default_granularity": None, "max_semantic_tokens": 0}
-    plain = type(model)(type(model.config).from_dict(values)).eval()
+    model, processor = changed(folder, granularities=[], default_granularity=None, max_semantic_tokens=0)
     processor.num_semantic_tokens = 0
-    result = ask(plain, processor, picture, "How many?", max_new_tokens=2)
+    result = ask(model, processor, picture, "How many?", max_new_tokens=2)
     assert result["granularity"] is None and result["tokens"]["pixel"] == 64 and result["clusters"] == []
 
 
-def test_a_level_drawn_at_random_is_drawn_once(folder, picture, monkeypatch):
-    model, processor = load_model(str(folder))
-    values = {**model.config.to_dict(), "controller": "random"}
-    model = type(model)(type(model.config).from_dict(values)).eval()
+def test_a_random_level_is_drawn_once(folder, picture, monkeypatch):
+    model, processor = changed(folder, controller="random")
     read, generate = [], type(model).generate
     monkeypatch.setattr(
         type(model), "generate", lambda self, **kwargs: read.append(kwargs["visual"]) or generate(self, **kwargs)
@@ -124,41 +151,30 @@ def test_a_level_drawn_at_random_is_drawn_once(folder, picture, monkeypatch):
 
 
 def test_one_answer_runs_each_part_once(folder, picture):
-    model, processor = load_model(str(folder))
+    model, processor = load(folder)
     calls = count_calls(model)
     ask(model, processor, picture, "How many?", view="auto", max_new_tokens=4)
     assert calls == {"vision_tower": 1, "granularity_controller": 1, "aggregation": 1}
 
 
-def test_the_tiny_model_answers(tmp_path, picture):
-    model, processor = load_model(str(assemble_tiny(tmp_path / "tiny")))
-    result = ask(model, processor, picture, "How many?", max_new_tokens=3)
-    assert result["tokens"]["pixel"] == 64 and result["granularity"]["name"] in model.config.granularity_names
-
-
-# ----- the command
-
-
-def test_the_command_streams_the_answer_and_says_what_it_read(folder, image_file, monkeypatch, capsys):
-    said = run(
-        monkeypatch, capsys, "--model", str(folder), "--image", image_file, "How many?", "--max_new_tokens", "8"
-    )
-    assert "chosen by the controller (coarse" in said.err and "64 pixel + " in said.err
-    monkeypatch.setattr(module, "ask", lambda *_, **__: pytest.fail("not called"))
-    assert "chosen by" not in said.out
+def test_the_command_streams_the_answer_and_prints_what_it_read(folder, image_file, monkeypatch, capsys):
+    options = ["--model", folder, "--image", image_file, "How many?", "--max_new_tokens", "8"]
+    printed = run_command(monkeypatch, capsys, *options)
+    assert "chosen by the controller (coarse" in printed.err and "64 pixel + " in printed.err
+    assert "chosen by" not in printed.out
 
 
 def test_json_is_one_object_on_stdout(folder, image_file, monkeypatch, capsys):
-    options = ["--model", str(folder), "--image", image_file, "--granularity", "coarse", "--max_new_tokens", "4"]
-    said = json.loads(run(monkeypatch, capsys, *options, "--json", "Wie viele Bäume?").out)
-    assert said["question"] == "Wie viele Bäume?" and said["granularity"]["name"] == "coarse"
-    assert said.keys() == {"question", "image", "answer", "granularity", "view", "tokens", "clusters"}
+    options = ["--model", folder, "--image", image_file, "--granularity", "coarse", "--max_new_tokens", "4"]
+    result = json.loads(run_command(monkeypatch, capsys, *options, "--json", "Wie viele Bäume?").out)
+    assert result["question"] == "Wie viele Bäume?" and result["granularity"]["name"] == "coarse"
+    assert result.keys() == {"question", "image", "answer", "granularity", "view", "tokens", "clusters"}
 
 
 def test_the_picture_is_written(folder, image_file, tmp_path, monkeypatch, capsys):
     target = tmp_path / "out.png"
-    options = ["--model", str(folder), "--image", image_file, "--picture", str(target), "--max_new_tokens", "2"]
-    run(monkeypatch, capsys, *options, "How many?")
+    options = ["--model", folder, "--image", image_file, "--picture", target, "--max_new_tokens", "2"]
+    run_command(monkeypatch, capsys, *options, "How many?")
     with Image.open(target) as page:
         assert page.mode == "RGB" and page.width > 900
 
@@ -170,71 +186,205 @@ def test_the_picture_is_written(folder, image_file, tmp_path, monkeypatch, capsy
         ({"--granularity": "7"}, "unknown granularity 7"),
         ({"--image": "missing.png"}, "missing.png cannot be read"),
         ({"--image": __file__}, "is no image in one of the formats"),
-        ({"--model": "/no/such/folder"}, "/no/such/folder is no model"),
+        ({"--model": "/no/such/folder"}, "/no/such/folder was not found locally or on the Hub"),
         ({"--picture": "missing/out.png"}, "No such file"),
+        ({"--batch": "pictures"}, "give either --image or --batch"),
     ],
 )
-def test_errors_are_one_line(changes, message, folder, image_file, monkeypatch, capsys):
-    options = {"--model": str(folder), "--image": image_file, "--max_new_tokens": "2", **changes}
-    with pytest.raises(SystemExit) as stop:
-        run(monkeypatch, capsys, *[word for option in options.items() for word in option], "How many?")
-    assert str(stop.value).startswith("granulon-ask: ") and message in str(stop.value)
-    assert "\n" not in str(stop.value)
+def test_errors_are_one_line(changes, message, folder, image_file, monkeypatch):
+    options = {"--model": folder, "--image": image_file, "--max_new_tokens": "2", **changes}
+    assert message in error_of(monkeypatch, *[word for option in options.items() for word in option], "How many?")
 
 
-def test_another_kind_of_model_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="is a qwen2 model, not a granulon"):
-        load_model(str(text_source(tmp_path / "qwen2", "qwen2")))
+def test_what_is_missing_in_the_command_is_named(folder, image_file, monkeypatch):
+    assert "give either --image or --batch" in error_of(monkeypatch, "--model", folder, "How many?")
+    assert "no question" in error_of(monkeypatch, "--model", folder, "--image", image_file)
+    assert "needs --output" in error_of(monkeypatch, "--model", folder, "--batch", "pictures", "How many?")
 
 
-# ----- images from the network
+# ----- many images
 
 
-class Server(BaseHTTPRequestHandler):
-    image = b""
-
-    def do_GET(self):
-        if self.path == "/slow":
-            time.sleep(1.5)
-        self.send_response(404 if self.path == "/missing" else 200)
-        self.end_headers()
-        bodies = {"/image.png": self.image, "/page": b"<html>no image</html>", "/large": bytes(3000)}
-        with suppress(BrokenPipeError):  # nobody waits for what is slow
-            self.wfile.write(bodies.get(self.path, b""))
-
-    def log_message(self, *_):
-        pass
+@pytest.fixture(scope="module")
+def images(tmp_path_factory):
+    """A folder with 7 images, one of them in a subfolder and one of them broken, and a text file."""
+    folder = tmp_path_factory.mktemp("images")
+    (folder / "below").mkdir()
+    for number, name in enumerate(["a.png", "b.jpg", "c.webp", "below/d.png", "e.PNG", "f.png"]):
+        pixels = np.random.default_rng(number).integers(0, 255, (6, 8, 3), dtype=np.uint8)
+        Image.fromarray(pixels).resize((80, 60)).save(folder / name)
+    (folder / "broken.png").write_bytes(b"no image")
+    (folder / "notes.txt").write_text("no image either")
+    return folder
 
 
-@pytest.fixture
-def address(image_file, monkeypatch):
-    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    with open(image_file, "rb") as file:
-        Server.image = file.read()
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Server)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield f"http://127.0.0.1:{server.server_port}"
-    server.shutdown()
-    server.server_close()
+def lines_of(output):
+    return [json.loads(line) for line in output.read_text().splitlines()]
 
 
-def test_an_address_gives_its_image(address, picture):
-    assert np.array_equal(np.asarray(open_image(f"{address}/image.png")), np.asarray(picture))
+def run(tiny, rows, output, **options):
+    return answer_rows(tiny.model, tiny.processor, rows, output, SETTINGS, **{"batch_size": 3} | options)
 
 
-@pytest.mark.parametrize(
-    "path, message",
-    [("/missing", "404"), ("/page", "is no image"), ("/large", "larger than 2000 bytes"), ("/slow", "timed out")],
-)
-def test_an_address_without_a_usable_image_is_refused(path, message, address, monkeypatch):
-    monkeypatch.setattr(module, "MAX_BYTES", 2000)
-    monkeypatch.setattr(module, "TIMEOUT", 0.5)
+def test_a_folder_is_answered_as_one_image_at_a_time_would_be(tiny, images, tmp_path):
+    rows = read_rows(images, "How many?")
+    assert [row["name"] for row in rows] == [
+        "a.png", "b.jpg", "below/d.png", "broken.png", "c.webp", "e.PNG", "f.png"
+    ]  # fmt: skip
+    counts = run(tiny, rows, tmp_path / "out.jsonl")
+    assert counts == {"rows": 7, "answered": 6, "failed": 1, "earlier": 0}
+    found = lines_of(tmp_path / "out.jsonl")
+    assert [line["row"] for line in found] == list(range(7)) and all(line["settings"] == SETTINGS for line in found)
+    assert "is no image" in found[3]["error"] and "answer" not in found[3]
+    tiny.model.generation_config.do_sample = False
+    for line in found[:3] + found[4:]:
+        alone = ask(tiny.model, tiny.processor, load_rgb(images / line["image"]), "How many?", max_new_tokens=6)
+        assert (line["answer"], line["granularity"]) == (alone["answer"], alone["granularity"]["name"])
+    assert [file.name for file in tmp_path.iterdir()] == ["out.jsonl"], "the files of the processes are left"
+
+
+@pytest.mark.parametrize("level, name", [("fine", "fine"), ("0", "coarse")])
+def test_level_and_view_hold_for_all_rows(level, name, tiny, images, tmp_path):
+    settings = SETTINGS | {"granularity": level, "view": "semantic"}
+    answer_rows(tiny.model, tiny.processor, read_rows(images, "How many?"), tmp_path / "out.jsonl", settings)
+    assert {line.get("granularity") for line in lines_of(tmp_path / "out.jsonl")} == {name, None}
+
+
+def test_one_batch_runs_each_part_once(tiny, images, tmp_path):
+    model, _ = load(tiny.folder)
+    calls, rows = count_calls(model), read_rows(images, "How many?")[:3]
+    settings = SETTINGS | {"granularity": "coarse"}
+    answer_rows(model, tiny.processor, rows, tmp_path / "out.jsonl", settings, batch_size=3)
+    assert calls == {"vision_tower": 1, "granularity_controller": 1, "aggregation": 1}
+
+
+@pytest.mark.parametrize("processes", [2, 3, 9])
+def test_several_processes_write_the_same_file_as_one(processes, tiny, images, tmp_path):
+    rows = read_rows(images, "How many?")
+    run(tiny, rows, tmp_path / "one.jsonl")
+    for rank in reversed(range(processes)):
+        assert not (tmp_path / "many.jsonl").exists()
+        run(tiny, rows, tmp_path / "many.jsonl", rank=rank, world_size=processes)
+    assert (tmp_path / "many.jsonl").read_bytes() == (tmp_path / "one.jsonl").read_bytes()
+
+
+def test_a_run_resumes_with_another_number_of_processes_and_after_a_torn_line(tiny, images, tmp_path, monkeypatch):
+    rows, output = read_rows(images, "How many?"), tmp_path / "out.jsonl"
+    run(tiny, rows, tmp_path / "complete.jsonl")
+    run(tiny, rows, output, rank=0, world_size=2)
+    part = tmp_path / "out.jsonl.00000-of-00002"
+    part.write_bytes(part.read_bytes()[:-9])  # killed while it wrote
+    opened, open_row = [], module._open_row
+    monkeypatch.setattr(module, "_open_row", lambda *arguments: opened.append(arguments) or open_row(*arguments))
+    assert run(tiny, rows, output)["earlier"] == 3 and len(opened) == 4
+    assert output.read_bytes() == (tmp_path / "complete.jsonl").read_bytes()
+    assert run(tiny, rows, output)["earlier"] == 7 and len(opened) == 4, "a finished run answers nothing again"
+    assert output.read_bytes() == (tmp_path / "complete.jsonl").read_bytes()
+
+
+def test_a_process_resumes_its_own_file_after_a_torn_line(tiny, images, tmp_path):
+    rows, output = read_rows(images, "How many?"), tmp_path / "out.jsonl"
+    run(tiny, rows, tmp_path / "complete.jsonl")
+    run(tiny, rows, output, rank=0, world_size=2)
+    part = tmp_path / "out.jsonl.00000-of-00002"
+    part.write_bytes(part.read_bytes()[:-9])
+    for rank in (0, 1):
+        run(tiny, rows, output, rank=rank, world_size=2)
+    assert output.read_bytes() == (tmp_path / "complete.jsonl").read_bytes()
+
+
+def test_answers_to_other_rows_or_settings_are_not_mixed_in(tiny, images, tmp_path):
+    rows, output = read_rows(images, "How many?"), tmp_path / "out.jsonl"
+    run(tiny, rows, output)
+    before = output.read_bytes()
+    with pytest.raises(ValueError, match="has an answer to row 0 about a.png, 'How many.'.*choose another output"):
+        run(tiny, read_rows(images, "What is it?"), output)
+    with pytest.raises(ValueError, match="answers with settings .*choose another output"):
+        answer_rows(tiny.model, tiny.processor, rows, output, SETTINGS | {"max_new_tokens": 7})
+    assert output.read_bytes() == before and len(list(tmp_path.iterdir())) == 1
+
+
+@pytest.mark.parametrize("name", ["rows.jsonl", "list.json", "lines.json"])
+def test_rows_of_a_file_have_their_own_questions_and_paths_beside_it(name, images):
+    rows = [{"image": "a.png", "question": "Where?"}, {"image": str(images / "f.png")}]
+    text = json.dumps(rows) if name == "list.json" else "\n".join(map(json.dumps, rows))
+    (images / name).write_text(text)
+    first, second = read_rows(images / name, "How many?")
+    assert first == {"image": str(images / "a.png"), "name": "a.png", "question": "Where?"}
+    assert second["image"] == str(images / "f.png") and second["question"] == "How many?"
+    with pytest.raises(ValueError, match=f"row 1 of .*{name} has no question"):
+        read_rows(images / name)
+
+
+@pytest.mark.parametrize("text, message", [("[5]", "row 0 of .* has no image"), ("{", "is not JSON"), ("", "no rows")])
+def test_a_file_without_usable_rows_is_refused(text, message, tmp_path):
+    (tmp_path / "rows.json").write_text(text)
     with pytest.raises(ValueError, match=message):
-        open_image(address + path)
+        read_rows(tmp_path / "rows.json", "How many?")
 
 
-@pytest.mark.parametrize("source", ["file:///etc/hostname", "ftp://127.0.0.1/image.png"])
-def test_only_web_addresses_are_fetched(source, monkeypatch):
-    monkeypatch.setattr(module.urllib.request, "urlopen", lambda *_, **__: pytest.fail("fetched"))
-    with pytest.raises(ValueError, match="cannot be read"):
-        open_image(source)
+def test_an_empty_folder_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="has no rows; an image file ends in one of .avif"):
+        read_rows(tmp_path, "How many?")
+
+
+def test_a_data_set_is_read_row_by_row_and_decoded_by_load_rgb(tiny, images, tmp_path):
+    datasets = pytest.importorskip("datasets")
+    rows = [{"image": str(images / name), "question": f"{name}?"} for name in ("a.png", "broken.png", "f.png")]
+    data = datasets.Dataset.from_list(rows).cast_column("image", datasets.Image(decode=False))
+    data.cast_column("image", datasets.Image()).save_to_disk(tmp_path / "data")
+    loaded = read_rows(str(tmp_path / "data"))
+    assert run(tiny, loaded, tmp_path / "out.jsonl")["failed"] == 1
+    found = lines_of(tmp_path / "out.jsonl")
+    assert [line["question"] for line in found] == ["a.png?", "broken.png?", "f.png?"]
+    assert found[0]["image"].endswith("data#0") and found[2]["answer"] is not None
+    data.remove_columns("question").save_to_disk(tmp_path / "mute")
+    with pytest.raises(ValueError, match=r"has the columns \['image'\]"):
+        read_rows(str(tmp_path / "mute"))
+
+
+def batch_options(tiny, images, output):
+    options = {
+        "--model": tiny.folder,
+        "--batch": images,
+        "--output": output,
+        "--max_new_tokens": 40,
+        "--batch_size": 1,
+    }
+    return [str(word) for option in options.items() for word in option] + ["How many?"]
+
+
+def test_the_batch_command_counts_its_rows_and_its_errors_are_one_line(tiny, images, tmp_path, monkeypatch, capsys):
+    options = batch_options(tiny, images, tmp_path / "out.jsonl")
+    assert run_command(monkeypatch, capsys, *options).err.endswith("7 rows, 6 answered, 1 failed, 0 earlier\n")
+    assert "unknown granularity 'huge'" in error_of(monkeypatch, *options, "--granularity", "huge")
+
+
+def in_two_processes(options):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    command += ["-m", "granulon.hub.ask", *options]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, check=True, capture_output=True, text=True, env=environment).stderr
+
+
+@pytest.mark.slow
+def test_killed_at_any_moment_and_resumed_by_two_processes_it_ends_with_the_same_file(tiny, images, tmp_path):
+    command = [sys.executable, "-m", "granulon.hub.ask"]
+    complete = tmp_path / "complete.jsonl"
+    subprocess.run([*command, *batch_options(tiny, images, complete)], check=True, capture_output=True)
+    for number in range(3):
+        output = tmp_path / f"killed{number}.jsonl"
+        process = subprocess.Popen([*command, *batch_options(tiny, images, output)], stderr=subprocess.DEVNULL)
+        while not any(tmp_path.glob(f"{output.name}.0*")) and process.poll() is None:
+            time.sleep(0.01)
+        time.sleep(0.15 * number)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        in_two_processes(batch_options(tiny, images, output))
+        assert lines_of(output) == lines_of(complete)
+
+
+@pytest.mark.slow
+def test_two_processes_share_the_rows_without_a_gpu_too(tiny, images, tmp_path):
+    printed = in_two_processes(batch_options(tiny, images, tmp_path / "out.jsonl"))
+    assert sorted(re.findall(r"(\d+) rows, ", printed)) == ["3", "4"]
