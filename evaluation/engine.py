@@ -1,6 +1,6 @@
-"""lmms-eval as the engine: a task by name, its samples answered by a model and scored.
+"""Tasks of lmms-eval: found by name, answered by a model, scored.
 
-Figures are computed here from what lmms-eval logs with each sample (scoring.py). A metric of lmms-eval's that is not
+Figures are computed here from what lmms-eval logs with each sample (scoring.py). A metric of lmms-eval that is not
 known here keeps its own aggregation, and has a value but no interval.
 """
 
@@ -9,6 +9,7 @@ import hashlib
 import json
 import sys
 from argparse import Namespace
+from collections import Counter
 from functools import lru_cache
 from pathlib import Path
 
@@ -21,23 +22,25 @@ from lmms_eval.utils import load_yaml_config
 from loguru import logger
 from tenacity import RetryError
 
-from .metrics import METRICS, bertscore_statistics
-from .scoring import READINGS, UNSCORED, figures, statistics_of
+from granulon.hub.text import first_line
+
+from .metrics import BERTSCORE, METRICS, bertscore_statistics
+from .scoring import LMMS_EVAL_FIGURES, UNSCORED, figures, statistics_of
 
 TASKS = Path(__file__).parent / "tasks"
-MODEL_NAME = "granulon"  # what a task's `lmms_eval_specific_kwargs` may name
-BATCHED = "bertscore"
-# Tasks of lmms-eval's that score with data of other packages, which pip does not bring.
-NEEDS = {
-    "coco_cap_chair": "NLTK's data: python -m nltk.downloader punkt_tab averaged_perceptron_tagger_eng wordnet",
-    "amber_g": "NLTK's data: python -m nltk.downloader punkt_tab averaged_perceptron_tagger_eng wordnet; a spaCy "
-    "model: python -m spacy download en_core_web_md; and AMBER's metadata (relation.json, safe_words.txt, "
-    "annotations.json, metrics.txt of its repository's data folder) in data/amber/metadata",
+MODEL_NAME = "granulon"  # the key for this model in a task's `lmms_eval_specific_kwargs`
+NLTK_DATA = "NLTK's data: python -m nltk.downloader punkt_tab averaged_perceptron_tagger_eng wordnet"
+# Tasks of lmms-eval whose scoring needs data that pip does not install.
+NEEDED_DATA = {
+    "coco_cap_chair": NLTK_DATA,
+    "amber_g": f"{NLTK_DATA}; a spaCy model: python -m spacy download en_core_web_md; and AMBER's metadata "
+    "(relation.json, safe_words.txt, annotations.json, metrics.txt of its repository's data folder) in "
+    "data/amber/metadata",
 }
 
 
-def quiet():
-    """lmms-eval and the libraries under it tell of every step; what matters are their warnings, and one bar."""
+def reduce_logging():
+    """Show warnings of lmms-eval, and no progress bars or messages of the libraries below it."""
     logger.remove()
     logger.add(sys.stderr, level="WARNING", format="{level} lmms-eval: {message}")
     datasets.disable_progress_bars()
@@ -47,14 +50,14 @@ def quiet():
 
 def task_config(name: str) -> dict:
     """
-    A task's configuration: ours, or lmms-eval's.
+    The configuration of a task of ours or of lmms-eval.
 
     Raises:
-        ValueError: no such task, a group of tasks, or one whose packages are missing.
+        ValueError: the task does not exist, is a group of tasks, or needs a package that is not installed.
     """
-    index = _own_tasks().task_index
+    index = _task_manager().task_index
     if name not in index:
-        index = _all_tasks().task_index
+        index = _task_manager(include_defaults=True).task_index
     if name not in index:
         near = difflib.get_close_matches(name, index, n=3)
         raise ValueError(f"there is no task {name}" + (f"; did you mean {' or '.join(near)}?" if near else ""))
@@ -67,178 +70,167 @@ def task_config(name: str) -> dict:
         raise ValueError(f"the task {name} needs a package that is not installed: {error}") from error
 
 
-def identity(name: str, config: dict) -> dict:
-    """What of a task decides its figures: data, prompt, options and version; functions by their names."""
-    return {"name": name, "config": _plain({key: value for key, value in config.items() if key != "task"})}
+def task_identity(name: str, config: dict) -> dict:
+    """What decides the figures of a task: data, prompt, options and version; functions by their names."""
+    return {"name": name, "config": _json_form({key: value for key, value in config.items() if key != "task"})}
 
 
-def make_task(config: dict, replaced: dict | None = None) -> ConfigurableMessagesTask:
+def make_task(config: dict, replacements: dict | None = None) -> ConfigurableMessagesTask:
     """
-    The task with its data loaded.
+    A task with its data.
 
     Args:
-        replaced: entries in place of the configuration's own.
+        config: of `task_config`.
+        replacements: entries that replace the configuration's, such as another data set; None removes an entry.
 
     Raises:
-        ValueError: the data cannot be had, lack columns, or are empty.
+        ValueError: the data were not found, or have no rows or no such column.
     """
-    config = {key: value for key, value in {**config, **(replaced or {})}.items() if value is not None}
+    config = {key: value for key, value in {**config, **(replacements or {})}.items() if value is not None}
     config["metric_list"] = [
-        {**entry, "aggregation": _later} if entry["metric"] in (*METRICS, *READINGS) else entry
+        {**entry, "aggregation": _no_aggregation} if entry["metric"] in (*METRICS, *LMMS_EVAL_FIGURES) else entry
         for entry in config.get("metric_list") or []
     ]
-    name, data = config["task"], config.get("dataset_path")
+    data = f"the data of {config['task']} ({config.get('dataset_path')})"
     try:
         return ConfigurableMessagesTask(config=config, model_name=MODEL_NAME)
     except RetryError as error:
         cause = error.last_attempt.exception()
-        raise ValueError(f"the data of {name} ({data}) cannot be had: {_line(cause)}") from cause
+        raise ValueError(f"{data} were not found: {first_line(cause)}") from cause
     except IndexError as error:
-        raise ValueError(f"the data of {name} ({data}) have no rows in the split that is evaluated") from error
+        raise ValueError(f"{data} have no rows in the split that is evaluated") from error
     except KeyError as error:
-        raise ValueError(
-            f"the data of {name} ({data}) have no column or split {error}; see its task folder"
-        ) from error
+        raise ValueError(f"{data} have no column or split {error}; see its task folder") from error
 
 
 def check_scoring(task: ConfigurableMessagesTask):
-    """Raises `ValueError` where a task's answers could not be scored, before hours are spent on them."""
+    """Score a made-up answer before the model runs for hours; raises `ValueError` if that needs missing data."""
     name = task.config.task
-    if name in NEEDS:
+    if name in NEEDED_DATA:
         try:
-            task.config.process_results(task.eval_docs[0], ["A dog on a boat."])  # the task's own would try five times
+            task.config.process_results(task.eval_docs[0], ["A dog on a boat."])  # without the task's five retries
         except (LookupError, OSError) as error:
-            raise ValueError(f"{name} cannot be scored without {NEEDS[name]}") from error
+            raise ValueError(f"{name} cannot be scored without {NEEDED_DATA[name]}") from error
 
 
-def answer(adapter, task: ConfigurableMessagesTask, limit: int | None, seed: int) -> tuple[list[dict], dict] | None:
+def answer(model, task: ConfigurableMessagesTask, limit: int | None) -> tuple[list[dict], dict] | None:
     """
-    Every sample answered and scored, on all processes; on the main one the samples, and lmms-eval's own figures.
+    Answer all samples, on all processes, and score them.
+
+    Args:
+        model: a model of lmms-eval.
+        limit: number of samples; None for all.
 
     Returns:
-        samples in their order, each with id, question, references, answer, doc, what was seen of the image, and its
-        statistics by figure; and the value of every metric that only lmms-eval can aggregate.
+        on the main process: the samples in their order, each with id, question, references, answer, doc, what was
+        seen of the image, and its statistics by figure; and the values of metrics that only lmms-eval can aggregate.
+        None on other processes.
     """
+    seeds = dict.fromkeys(("random_seed", "numpy_random_seed", "torch_random_seed", "fewshot_random_seed"), 0)
     results = simple_evaluate(
-        model=adapter,
+        model=model,
         tasks=[task],
-        task_manager=_own_tasks(),
+        task_manager=_task_manager(),
         limit=limit,
         bootstrap_iters=0,
         log_samples=True,
         cli_args=Namespace(process_with_media=False, output_path="."),
-        random_seed=seed,
-        numpy_random_seed=seed,
-        torch_random_seed=seed,
-        fewshot_random_seed=seed,
         process_docs_parallel=1,
+        **seeds,
     )
     if results is None:
         return None
-    names = [entry["metric"] for entry in task.config.metric_list]
-    name = task.config.task
+    name, metrics = task.config.task, [entry["metric"] for entry in task.config.metric_list]
     logged = sorted(results["samples"][name], key=lambda sample: sample["doc_id"])
-    theirs = {
-        metric: results["results"][name].get(f"{metric},none")
-        for metric in names
-        if metric not in METRICS and metric not in READINGS
-    }
-    return [_sample(entry, names) for entry in logged], theirs
+    unknown = [metric for metric in metrics if metric not in METRICS and metric not in LMMS_EVAL_FIGURES]
+    aggregated = {metric: results["results"][name].get(f"{metric},none") for metric in unknown}
+    return [_sample(entry, metrics) for entry in logged], aggregated
 
 
-def score(
-    samples: list[dict], theirs: dict, seed: int, bertscore_model: str, bertscore_layer: int | None, device=None
-) -> tuple[dict, dict, dict]:
+def score(samples: list[dict], aggregated: dict, bertscore_model: str, device=None) -> tuple[dict, dict, dict]:
     """
-    The figures of samples; those that are scored in batches are filled in here.
+    The figures of samples; BERTScore, which is computed in batches, is added to the samples here.
+
+    Args:
+        samples: of `answer`.
+        aggregated: values of further figures, by name.
 
     Returns:
-        figures by name; what could not be computed, by name: why; samples without a score, by reason: how many.
+        figures by name; reasons of figures that could not be computed, by name; numbers of samples without a score,
+        by reason.
     """
-    failed = {}
-    texts = [sample["statistics"].get(BATCHED) for sample in samples]
-    waiting = [(sample, pair) for sample, pair in zip(samples, texts) if isinstance(pair, dict)]
-    if waiting:
-        answers, references = [pair["answer"] for _, pair in waiting], [pair["references"] for _, pair in waiting]
+    not_computed = {}
+    pending = [sample for sample in samples if isinstance(sample["statistics"].get(BERTSCORE), dict)]
+    pairs = [sample["statistics"][BERTSCORE] for sample in pending]
+    if pairs:
+        answers, references = [pair["answer"] for pair in pairs], [pair["references"] for pair in pairs]
         try:
-            found = bertscore_statistics(answers, references, bertscore_model, bertscore_layer, device=device)
-            for (sample, _), statistics in zip(waiting, found, strict=True):
-                sample["statistics"][BATCHED] = statistics
+            found = bertscore_statistics(answers, references, bertscore_model, device)
+            for sample, statistics in zip(pending, found, strict=True):
+                sample["statistics"][BERTSCORE] = statistics
         except (ImportError, RuntimeError, ValueError) as error:
-            failed[BATCHED] = _line(error)
-            for sample, _ in waiting:
-                del sample["statistics"][BATCHED]
-    ours = figures(samples, seed)
-    for name, value in theirs.items():
-        if name not in ours and isinstance(value, (int, float)):
-            ours[name] = {"value": value, "low": None, "high": None, "n": len(samples), "higher_is_better": True}
-    unscored = {}
-    for sample in samples:
-        if reason := sample.get(UNSCORED):
-            unscored[reason] = unscored.get(reason, 0) + 1
-    return ours, failed, unscored
+            not_computed[BERTSCORE] = first_line(error)
+            for sample in pending:
+                del sample["statistics"][BERTSCORE]
+    found = figures(samples)
+    for name, value in aggregated.items():
+        if name not in found and isinstance(value, (int, float)):
+            found[name] = {"value": value, "low": None, "high": None, "n": len(samples), "higher_is_better": True}
+    return found, not_computed, dict(Counter(sample[UNSCORED] for sample in samples if UNSCORED in sample))
 
 
-def waiting_for_bertscore(samples: list[dict]) -> list[dict]:
-    """The samples of a finished cell as they were before BERTScore was computed."""
+def reset_bertscore(samples: list[dict]) -> list[dict]:
+    """The samples of a finished run as they were before BERTScore was computed."""
     for sample in samples:
         if UNSCORED not in sample:
-            sample["statistics"][BATCHED] = {"answer": sample["answer"], "references": sample["references"]}
+            sample["statistics"][BERTSCORE] = {"answer": sample["answer"], "references": sample["references"]}
     return samples
 
 
 @lru_cache
-def _own_tasks() -> TaskManager:
-    return TaskManager("ERROR", include_path=str(TASKS), include_defaults=False, model_name=MODEL_NAME)
-
-
-@lru_cache
-def _all_tasks() -> TaskManager:
-    return TaskManager("ERROR", include_path=str(TASKS), model_name=MODEL_NAME)  # reads 2000 files
+def _task_manager(include_defaults: bool = False) -> TaskManager:
+    """Our tasks; with `include_defaults` also lmms-eval's, whose 2000 files take seconds to read."""
+    return TaskManager("ERROR", include_path=str(TASKS), include_defaults=include_defaults, model_name=MODEL_NAME)
 
 
 def _members(entry: dict) -> str:
+    """The tasks of a group."""
     members = entry["task"]
     if members == -1:
         members = load_yaml_config(entry["yaml_path"], mode="simple").get("task", [])
     return ", ".join(member if isinstance(member, str) else str(member.get("task")) for member in members)
 
 
-def _sample(logged: dict, names: list[str]) -> dict:
-    statistics, groups = statistics_of(logged, names)
-    counts = next((entry for entry in logged["token_counts"] if entry), {})
+def _sample(logged: dict, metrics: list[str]) -> dict:
+    statistics, groups = statistics_of(logged, metrics)
+    doc = _json_form(logged["doc"])
     return {
         "id": logged["doc_id"],
         "question": next((text for text in logged["arguments"] if isinstance(text, str)), ""),
         "references": logged["target"] if isinstance(logged["target"], list) else [str(logged["target"])],
         "answer": logged["filtered_resps"][0],
-        **counts,
+        **next((counts for counts in logged["token_counts"] if counts), {}),
         "statistics": statistics,
         **({"groups": groups} if groups else {}),
         **({UNSCORED: logged[UNSCORED]} if UNSCORED in logged else {}),
-        "doc": (doc := _plain(logged["doc"])),
+        "doc": doc,
         # lmms-eval's own hash is that of the task's name alone.
         "doc_sha256": hashlib.sha256(json.dumps(doc, sort_keys=True).encode()).hexdigest(),
     }
 
 
-def _later(items: list) -> float:
-    """In place of an aggregation: figures are computed from the samples."""
+def _no_aggregation(items: list) -> float:
+    """Replaces lmms-eval's aggregation: figures are computed from the samples instead."""
     return 0.0
 
 
-def _plain(value):
-    """JSON's types; functions by name, anything else by its text."""
+def _json_form(value):
+    """A value as JSON can hold it: functions as their names, other objects as text."""
     if isinstance(value, dict):
-        return {str(key): _plain(entry) for key, entry in value.items()}
+        return {str(key): _json_form(entry) for key, entry in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_plain(entry) for entry in value]
+        return [_json_form(entry) for entry in value]
     if callable(value):
-        function = getattr(value, "func", value)
-        arguments = getattr(value, "args", ())
+        function, arguments = getattr(value, "func", value), getattr(value, "args", ())
         return ".".join(map(str, (getattr(function, "__name__", type(function).__name__), *arguments)))
     return value if isinstance(value, (str, int, float, bool, type(None))) else str(value)
-
-
-def _line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).partition("\n")[0]

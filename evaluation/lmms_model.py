@@ -1,16 +1,15 @@
 """Granulon as a model of lmms-eval: `lmms_eval --model granulon --model_args pretrained=FOLDER`.
 
-Each answer carries the level that was chosen and how many visual and text tokens were read; lmms-eval saves both with
-the sample, under `token_counts`. With `answers`, every answer is also appended to a file before the next batch is
-asked, so that a run that was killed goes on where it was.
+Each answer carries the chosen level and the number of visual and text tokens; lmms-eval saves both with the sample,
+under `token_counts`. With `answers`, each batch of answers is appended to a log before the next one starts, so that a
+run that was killed can go on.
 """
 
 import hashlib
 import json
-import os
-from contextlib import suppress
+from contextlib import nullcontext
 from dataclasses import dataclass
-from pathlib import Path
+from itertools import groupby
 
 import torch
 from accelerate import Accelerator
@@ -20,19 +19,19 @@ from lmms_eval.models.registry_v2 import ModelManifest
 from lmms_eval.protocol import ChatMessages
 from tqdm import tqdm
 
-from granulon.hub.ask import level_of, prompt_of, text_tokens
-from modeling_granulon import GranulonConfig, GranulonForConditionalGeneration, GranulonProcessor, load_rgb
+from granulon.hub.files import JsonlLog
+from granulon.hub.inference import describe, encode, generate, load_model, load_processor
+from modeling_granulon import load_rgb
+from modeling_granulon.image_tokens import VISUAL_VIEWS
 
 MANIFEST = ModelManifest("granulon", chat_class_path="granulon.evaluation.lmms_model.GranulonForEvaluation")
-VIEWS = ("full", "pixel", "semantic", "auto")
-MAX_NEW_TOKENS = 256  # where a task names no limit
+MAX_NEW_TOKENS = 256  # for tasks without a limit
 GENERATION = {"do_sample", "temperature", "top_p", "top_k", "num_beams", "repetition_penalty", "min_new_tokens"}
-LEVEL_KEYS = ("granularities", "default_granularity", "max_semantic_tokens")
 
 
 @dataclass
 class VisualCounts(TokenCounts):
-    """What lmms-eval counts, and what was read of the images."""
+    """The counts of lmms-eval, and what was read of the images."""
 
     granularity: str | None = None
     view: str | None = None
@@ -40,18 +39,15 @@ class VisualCounts(TokenCounts):
     semantic_tokens: int = 0
 
     @classmethod
-    def of(cls, row: dict | None, text: int, answer: int) -> "VisualCounts":
-        """From a row of `visual.describe`, or None for a batch without images, and the tokens of prompt and answer."""
-        if row is None or not row["images"]:
-            return cls(input_tokens=text, output_tokens=answer)
-        return cls(
-            input_tokens=text + sum(row["tokens"].values()),
-            output_tokens=answer,
-            granularity=row["granularity"] and row["granularity"]["name"],
-            view=row["view"],
-            pixel_tokens=row["tokens"]["pixel"],
-            semantic_tokens=row["tokens"]["semantic"],
-        )
+    def of(cls, described: dict, answer_tokens: int) -> "VisualCounts":
+        """From the description of a prompt (`granulon.hub.inference.describe`) and the length of its answer."""
+        tokens = described["tokens"]
+        counts = cls(input_tokens=sum(tokens.values()), output_tokens=answer_tokens)
+        if described["images"]:
+            counts.granularity = described["granularity"] and described["granularity"]["name"]
+            counts.view = described["view"]
+            counts.pixel_tokens, counts.semantic_tokens = tokens["pixel"], tokens["semantic"]
+        return counts
 
     def to_dict(self) -> dict:
         seen = {name: getattr(self, name) for name in ("granularity", "view", "pixel_tokens", "semantic_tokens")}
@@ -67,9 +63,9 @@ class GranulonForEvaluation(lmms):
         overrides: changes of the configuration, a dict or JSON (`{"controller": "random"}`).
         dtype, attn_implementation: as in `from_pretrained`.
         batch_size: prompts in one pass, on each process.
-        max_new_tokens: where a task names no limit.
-        seed: of levels and tokens drawn at random.
-        answers: a file to append answers to and to take earlier ones from; each process has its own beside it.
+        max_new_tokens: for tasks without a limit.
+        seed: of levels drawn by the random controller.
+        answers: a log of answers; those that it holds already are not generated again. Each process has its own file.
 
     Raises:
         ValueError: another kind of model, an unknown level or view, overrides that the weights do not fit.
@@ -94,30 +90,32 @@ class GranulonForEvaluation(lmms):
         max_batch_size=None,
     ):
         super().__init__()
-        if view not in VIEWS:
-            raise ValueError(f"view is {view!r}; choose one of {VIEWS}")
+        if view not in VISUAL_VIEWS:
+            raise ValueError(f"view is {view!r}; choose one of {VISUAL_VIEWS}")
         self.accelerator = Accelerator(cpu=device == "cpu" or not torch.cuda.is_available())
         self._rank, self._world_size = self.accelerator.process_index, self.accelerator.num_processes
-        self.model = load(pretrained, revision, overrides, dtype, attn_implementation).to(self.accelerator.device)
-        self.processor = GranulonProcessor.from_pretrained(pretrained, revision=revision)
-        self.processor.num_semantic_tokens = self.model.config.max_semantic_tokens
-        self.granularity, self.view = level_of(self.config, granularity), view
-        self.batch_size, self.max_new_tokens, self.seed = int(batch_size), int(max_new_tokens), int(seed)
-        self.answers = answers
+        model = load_model(
+            pretrained,
+            revision=revision,
+            overrides=json.loads(overrides) if isinstance(overrides, str) else overrides,
+            dtype=dtype,
+            attn_implementation=attn_implementation,
+        )
+        self.model, self.config = model.to(self.accelerator.device), model.config
+        self.processor = load_processor(pretrained, model.config, revision=revision)
+        self.granularity = None if granularity is None else model.config.granularity_index(granularity)
+        self.view, self.answers, self.seed = view, answers, int(seed)
+        self.batch_size, self.max_new_tokens = int(batch_size), int(max_new_tokens)
 
     @property
     def device(self) -> torch.device:
         return self.accelerator.device
 
-    @property
-    def config(self) -> GranulonConfig:
-        return self.model.config
-
     def clean(self):
-        """The model stays: the next task asks it too."""
+        """lmms-eval calls this after a task; the model stays, since the next task uses it too."""
 
     def loglikelihood(self, requests):
-        raise NotImplementedError("Granulon is asked for answers; choose a task of output_type generate_until")
+        raise NotImplementedError("Granulon generates answers; choose a task of output_type generate_until")
 
     def generate_until_multi_round(self, requests):
         raise NotImplementedError(
@@ -127,183 +125,90 @@ class GranulonForEvaluation(lmms):
     def generate_until(self, requests: list[Instance]) -> list[GenerationResult]:
         """One answer per request, in their order; batches hold prompts with equal generation options."""
         keys = [_request_key(request) for request in requests]
-        with AnswerFile(self.answers, self.rank, self.world_size) as done:
-            left = {}
-            for key, request in zip(keys, requests):
-                if key not in done:
-                    left.setdefault(json.dumps(request.args[2], sort_keys=True, default=str), {})[key] = request
-            progress = tqdm(total=sum(map(len, left.values())), unit="answer", disable=self.rank != 0, leave=False)
-            for group in left.values():
-                group = list(group.items())
-                for start in range(0, len(group), self.batch_size):
-                    chunk = group[start : start + self.batch_size]
-                    done.add(dict(zip([key for key, _ in chunk], self._answer([request for _, request in chunk]))))
-                    progress.update(len(chunk))
-            progress.close()
-            return [done.result(key) for key in keys]
+        with JsonlLog(self.answers, self.rank, self.world_size) if self.answers else nullcontext() as log:
+            answers = {row["key"]: row for row in log.read()} if log else {}
+            batches = self._batches({key: request for key, request in zip(keys, requests) if key not in answers})
+            for batch in tqdm(batches, unit="batch", disable=self.rank != 0, leave=False):
+                results = self._answer(list(batch.values()))
+                rows = [
+                    {"key": key, "text": result.text, "counts": vars(result.token_counts)}
+                    for key, result in zip(batch, results, strict=True)
+                ]
+                if log:
+                    log.append(*rows)
+                answers |= {row["key"]: row for row in rows}
+        return [GenerationResult(answers[key]["text"], VisualCounts(**answers[key]["counts"])) for key in keys]
 
-    @torch.no_grad()
+    def _batches(self, requests: dict[str, Instance]) -> list[dict[str, Instance]]:
+        """Requests with equal generation options in batches, by key."""
+        batches = []
+        for _, group in groupby(sorted(requests.items(), key=_options_text), _options_text):
+            group = list(group)
+            starts = range(0, len(group), self.batch_size)
+            batches += [dict(group[start : start + self.batch_size]) for start in starts]
+        return batches
+
     def _answer(self, requests: list[Instance]) -> list[GenerationResult]:
-        messages = [self._messages(request) for request in requests]
-        images = [_images(request, row) for request, row in zip(requests, messages)]
-        prompts = self.processor.apply_chat_template(
-            [row.to_hf_messages() for row in messages], add_generation_prompt=True
-        )
-        inputs = self.processor(
-            text=prompts, images=images if any(images) else None, padding=True, return_tensors="pt"
-        ).to(self.device, dtype=self.model.dtype)
+        conversations = [self._conversation(request) for request in requests]
+        prompt = encode(self.model, self.processor, conversations, self._requested_level(requests))
         options, until = _generation_options(requests[0].args[2], self.max_new_tokens)
-        seen, rows = {}, [None] * len(requests)
-        if any(images):
-            visual = self.model.encode(**inputs, granularity=self._requested_level(requests))
-            seen, rows = {"visual": visual, "visual_view": self.view}, visual.describe(self.view)
-        output = self.model.generate(**prompt_of(inputs), **seen, **options)
-        new = output[:, inputs["input_ids"].shape[1] :]
-        texts = self.processor.batch_decode(new, skip_special_tokens=True)
-        answer_B = (new != self.processor.tokenizer.pad_token_id).sum(1).tolist()
-        counts = zip(rows, text_tokens(self.config, inputs), answer_B, strict=True)
+        texts, lengths = generate(self.model, self.processor, prompt, self.view, **options)
+        described = describe(self.model, prompt, self.view)
         return [
-            GenerationResult(_cut(text, until), VisualCounts.of(*count))
-            for text, count in zip(texts, counts, strict=True)
+            GenerationResult(_cut(text, until), VisualCounts.of(*counts))
+            for text, *counts in zip(texts, described, lengths, strict=True)
         ]
 
-    def _messages(self, request: Instance) -> ChatMessages:
+    def _conversation(self, request: Instance) -> list[dict]:
+        """A sample as a chat; raises `ValueError` naming the sample if an image cannot be used."""
         _, to_messages, _, doc_id, task, split = request.args
-        return ChatMessages(messages=to_messages(self.task_dict[task][split][doc_id]))
+        messages = ChatMessages(messages=to_messages(self.task_dict[task][split][doc_id])).to_hf_messages()
+        try:
+            for part in (part for message in messages for part in message["content"] if part["type"] == "image"):
+                part["image"] = load_rgb(part["image"])
+        except ValueError as error:
+            raise ValueError(f"sample {request.doc_id} of {request.task_name}: {error}") from error
+        return messages
 
     def _requested_level(self, requests: list[Instance]) -> int | list[int] | None:
-        """What to ask `encode` for: the row's level, or None for the controller's choice.
+        """The level for `encode`: a fixed one, None for the controller's choice, or one per request.
 
-        A level drawn at random is drawn here, so that it depends on the sample alone and not on its batch.
+        A random level is drawn here from the sample's key, so that it does not depend on the batch.
         """
         if not self.config.granularities or self.config.controller != "random" or self.granularity is not None:
             return self.granularity
-        return [_drawn_level(self.seed, request, len(self.config.granularities)) for request in requests]
+        return [_random_level(self.seed, request, len(self.config.granularities)) for request in requests]
 
 
-class AnswerFile:
-    """
-    Answers by request, kept in memory and, where there is a path, in an append-only file of this process.
-
-    Answers of other processes and of earlier runs lie beside it and are read too, so that a run may go on with another
-    number of processes. A last line that a crash has torn does not count.
-    """
-
-    def __init__(self, path: str | Path | None, rank: int = 0, processes: int = 1):
-        self.path = None if path is None else Path(path)
-        self.own = None if path is None else self.path.with_name(f"{self.path.name}.{rank:05}-of-{processes:05}")
-        self.lines, self.file = {}, None
-
-    def __enter__(self):
-        if self.path is not None:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            for file in sorted(self.path.parent.glob(f"{self.path.name}.*-of-*")):
-                with suppress(FileNotFoundError):
-                    data = file.read_bytes()
-                    lines = [json.loads(line) for line in data[: data.rfind(b"\n") + 1].splitlines()]
-                    self.lines |= {line["key"]: line for line in lines}
-            if self.own.exists():
-                os.truncate(self.own, self.own.read_bytes().rfind(b"\n") + 1)
-            self.file = open(self.own, "a", encoding="utf-8")
-        return self
-
-    def __exit__(self, *exception):
-        if self.file is not None:
-            self.file.close()
-
-    def __contains__(self, key: str) -> bool:
-        return key in self.lines
-
-    def add(self, results: dict[str, GenerationResult]):
-        lines = {
-            key: {"key": key, "text": result.text, "counts": vars(result.token_counts)}
-            for key, result in results.items()
-        }
-        self.lines |= lines
-        if self.file is not None:
-            self.file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in lines.values())
-            self.file.flush()
-            os.fsync(self.file.fileno())
-
-    def result(self, key: str) -> GenerationResult:
-        return GenerationResult(self.lines[key]["text"], VisualCounts(**self.lines[key]["counts"]))
-
-
-def load(
-    pretrained: str, revision: str = "main", overrides: dict | str | None = None, dtype="auto", attention=None
-) -> GranulonForConditionalGeneration:
-    """
-    A Granulon in eval mode, its configuration changed as `overrides` say.
-
-    Raises:
-        ValueError: no Granulon is found there, an override is unknown, or the weights do not fit it.
-    """
-    try:
-        values, _ = GranulonConfig.get_config_dict(pretrained, revision=revision)
-    except OSError as error:
-        reason = str(error).strip().partition("\n")[0]
-        raise ValueError(f"{pretrained} is no checkpoint's folder and not to be had: {reason}") from error
-    if values.get("model_type") != GranulonConfig.model_type:
-        raise ValueError(f"{pretrained} is a model of type {values.get('model_type')!r}, expected 'granulon'")
-    overrides = json.loads(overrides) if isinstance(overrides, str) else dict(overrides or {})
-    if unknown := overrides.keys() - GranulonConfig().to_dict().keys():
-        raise ValueError(f"overrides name {sorted(unknown)}, which the configuration does not have")
-    if "granularities" in overrides:
-        values |= dict.fromkeys(LEVEL_KEYS)
-    model, report = GranulonForConditionalGeneration.from_pretrained(
-        pretrained,
-        config=GranulonConfig.from_dict(values | overrides),
-        revision=revision,
-        dtype=getattr(torch, dtype) if dtype != "auto" else dtype,
-        attn_implementation=attention,
-        ignore_mismatched_sizes=True,
-        output_loading_info=True,
-    )
-    wrong = sorted({*report["missing_keys"], *(entry[0] for entry in report["mismatched_keys"])})
-    if wrong:
-        raise ValueError(
-            f"with overrides {overrides} the weights of {pretrained} do not fit: {', '.join(wrong[:3])}; keep the "
-            "number of levels, or train the model with them"
-        )
-    return model.eval()
-
-
-def _images(request: Instance, messages: ChatMessages) -> list:
-    """The images of a sample; raises `ValueError` naming the sample of one that cannot be used."""
-    try:
-        return [load_rgb(image) for image in messages.extract_media()[0]]
-    except ValueError as error:
-        raise ValueError(f"sample {request.doc_id} of {request.task_name}: {error}") from error
+def _options_text(item: tuple[str, Instance]) -> str:
+    return json.dumps(item[1].args[2], sort_keys=True, default=str)
 
 
 def _request_key(request: Instance) -> str:
-    """What makes two requests of a run the same: task, split, sample, generation options, and which repeat."""
+    """A hash of what makes two requests the same: task, split, sample, generation options, and which repeat."""
     _, _, options, doc_id, task, split = request.args
     identity = json.dumps([task, split, doc_id, request.idx, options], sort_keys=True, default=str)
     return hashlib.sha256(identity.encode()).hexdigest()[:32]
 
 
-def _drawn_level(seed: int, request: Instance, levels: int) -> int:
+def _random_level(seed: int, request: Instance, levels: int) -> int:
     digest = hashlib.sha256(f"{seed} {_request_key(request)}".encode()).digest()
     return int.from_bytes(digest[:8], "big") % levels
 
 
 def _generation_options(given: dict, max_new_tokens: int) -> tuple[dict, list[str]]:
-    """A task's options as `generate` takes them, greedy unless it says otherwise, and the texts that end an answer."""
+    """A task's options for `generate`, greedy by default, and the texts that end an answer."""
     options = {name: value for name, value in given.items() if name in GENERATION and value is not None}
     options["max_new_tokens"] = int(given.get("max_new_tokens") or max_new_tokens)
     options["do_sample"] = bool(options.get("do_sample", False)) and options.get("temperature") != 0
-    if not options["do_sample"]:  # generate warns of what it will not use
+    if not options["do_sample"]:  # generate warns of sampling options that it does not use
         options |= {"temperature": None, "top_p": None, "top_k": None}
     until = given.get("until") or []
     return options, [until] if isinstance(until, str) else list(until)
 
 
 def _cut(text: str, until: list[str]) -> str:
-    """The answer before the first of the texts that end it; a text at its very start ends nothing."""
+    """The answer up to the first text that ends it; one at the very start of the answer does not count."""
     text = text.strip()
     places = [place for stop in until if stop and (place := text.find(stop)) > 0]
     return text[: min(places)].strip() if places else text
-
-
-__all__ = ["MANIFEST", "AnswerFile", "GranulonForEvaluation", "VisualCounts", "load"]

@@ -15,16 +15,13 @@ from pathlib import Path
 import yaml
 from huggingface_hub import snapshot_download
 
-from granulon.hub.eval_results import weights_sha256
 from granulon.hub.files import read_jsonl, write_atomically
-from granulon.hub.manifest import versions
+from granulon.hub.manifest import MANIFEST, versions, weights_sha256
 from granulon.hub.text import first_line
 
 MATRICES = Path(__file__).parent
 RUNS, RESULT, SAMPLES, ANSWERS = "runs", "result.json", "samples.jsonl", "answers.jsonl"
 LIBRARIES = ("granulon", "lmms_eval", "transformers", "torch", "datasets", "sacrebleu", "torchmetrics", "numpy")
-MANIFEST = "granulon_manifest.json"
-SCORING = ("bertscore_model", "bertscore_layer")  # settings that change no answer
 _weights_sha256 = lru_cache(weights_sha256)  # every task of an entry needs it
 
 
@@ -56,15 +53,18 @@ class Entry:
 
 @dataclass(frozen=True)
 class Settings:
-    """Settings that all runs of a matrix share and that decide their figures; those of BERTScore are `SCORING`."""
+    """
+    Settings that all runs of a matrix share.
+
+    Args:
+        limit: number of samples of each task; None for all.
+        sample_rows: whether the samples are generated (sample_rows.py) instead of the task's data.
+        bertscore_model: encoder for BERTScore, a folder or Hub id; it changes figures, but no answers.
+    """
 
     limit: int | None = None
-    seed: int = 0
-    dtype: str = "auto"
     sample_rows: bool = False
     bertscore_model: str = "roberta-large"
-    bertscore_layer: int | None = 17
-    max_new_tokens: int = 256
 
 
 @dataclass(frozen=True)
@@ -138,11 +138,10 @@ def model_identity(model: str, revision: str) -> dict:
 
 
 def run_key(entry: Entry, identity: dict, task: dict, settings: Settings) -> str:
-    """The key of a run: a hash of level, view and overrides, the model, the task, and the settings."""
+    """The key of a run: a hash of everything that decides its answers."""
     options = {name: getattr(entry, name) for name in ("granularity", "view", "overrides")}
     model = {name: value for name, value in identity.items() if name != "manifest"}
-    shared = {name: value for name, value in asdict(settings).items() if name not in SCORING}
-    content = json.dumps([options, model, task, shared], sort_keys=True, default=str)
+    content = json.dumps([options, model, task, settings.limit, settings.sample_rows], sort_keys=True, default=str)
     return hashlib.sha256(content.encode()).hexdigest()[:16]
 
 

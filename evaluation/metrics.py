@@ -1,26 +1,24 @@
 """Metrics as the paper reports them, each a function of sums over samples, so that a bootstrap can resample the sums.
 
-A metric is a few statistics of one answer and its references (numbers, additive over samples) and the value that their
-sums have: recall is (recall of this answer, 1) and the first sum over the second. Values are per cent, except BLEU,
-which has its own scale of 100.
-
-What is counted:
+A metric consists of statistics of one answer (numbers, additive over samples) and a value computed from their sums:
+recall is (recall of this answer, 1) and the first sum over the second. Values are per cent, except BLEU, which has its
+own scale of 100.
 
 - `recall`, the authors' definition: the share of the reference's distinct words that occur in the answer. Words are
-  runs of letters and digits in lower case; with several references the best one counts **(ours)**.
+  runs of letters and digits in lower case; of several references the best one counts **(ours)**.
 - `exact_match`: the answer has the words of a reference, articles left out.
 - `vqa_accuracy`: A-OKVQA's own for direct answers: a third for each of the ten annotators who gave this answer, 1 at
   most.
-- `choice_accuracy`: the letter or the words of one choice are read off the answer; an answer from which no single
+- `choice_accuracy`: the letter or the words of one choice are read from the answer; an answer from which no single
   choice can be read is wrong and is counted in `choice_unclear`.
 - `bleu`: sacrebleu's corpus BLEU (13a tokenizer). The authors used pycocoevalcap's, which needs Java.
 - `bertscore`: F1 of torchmetrics, not rescaled, as the authors' figures above 90 show.
-- `yes_no_*`: for questions about what is there (POPE). The answer is its first yes or no; an answer with neither is
-  wrong, and counted in `yes_no_unclear`. `yes_no_always_yes` is what a model scores that says yes to everything.
+- `yes_no_*`: for questions about the presence of objects (POPE). The answer is its first yes or no; an answer with
+  neither is wrong and is counted in `yes_no_unclear`. `yes_no_always_yes` is the accuracy of always answering yes.
 - `chair_*`: hallucinated objects among the mentioned ones, captions with at least one, and share of the true objects
   that are mentioned.
-- `gptscore`, `gpt_hallucination`, `gpt_granularity`: a judge's scores of the whole answer, 0 to 100 (judge/); with
-  `_1` to `_5` behind, those of a segment, as the authors have them.
+- `gptscore`, `gpt_hallucination`, `gpt_granularity`: a judge's scores of the complete answer, 0 to 100 (judge/); with
+  a suffix `_1` to `_5`, those of a segment, as in the authors' code.
 
 Shapes: N samples, S statistics, R resamples.
 """
@@ -32,28 +30,33 @@ from functools import lru_cache
 
 import numpy as np
 
+from granulon.hub.text import first_line
+
 WORD = re.compile(r"\w+")
 ARTICLES = {"a", "an", "the"}
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+BERTSCORE = "bertscore"  # computed in batches after a run; samples hold the texts until then
 BERTSCORE_MODEL = "roberta-large"
-BERTSCORE_LAYER = 17  # of roberta-large, the one that bert-score chose for it
-# torchmetrics (1.9) sorts answers and references by length, each on their own, and does not restore their order: with
-# three pairs or more, answers are compared with the references of others.
-BERTSCORE_AT_ONCE = 2
+BERTSCORE_LAYERS = {"roberta-large": 17}  # the hidden state that bert-score uses; of other encoders the last
+# torchmetrics (1.9) sorts answers and references by length, independently, and does not restore their order: with
+# three pairs or more, answers are compared with the references of other samples.
+BERTSCORE_BATCH = 2
 BLEU_ORDERS = 4
 SEGMENTS = 5  # of an answer, for a judge
-JUDGED = ("gptscore", "gpt_hallucination", "gpt_granularity")  # of the whole; those of a segment end in its number
+JUDGED = ("gptscore", "gpt_hallucination", "gpt_granularity")  # of the complete answer; _1 to _5 are its segments
 
 
 @dataclass(frozen=True)
 class Metric:
     """
+    A metric as statistics of samples and a function of their sums.
+
     Args:
-        statistics: of an answer and its references: S numbers. None where they come from something else than texts
-            alone: a choice, a truth, a batch (BERTScore).
-        value: of sums (R,S): (R,), nan where nothing was counted.
-        higher_is_better: for the tables' bold figure; None where neither is.
-        proportion: the first statistic is 0 or 1 and the value its share, so that McNemar's test fits.
+        statistics: function of an answer and its references that returns S numbers; None for metrics that need
+            other inputs (choices, a truth value) or a batch (BERTScore).
+        value: function of sums (R,S) that returns (R,), nan if nothing was counted.
+        higher_is_better: decides the bold figure of a table; None for neither.
+        proportion: whether the first statistic is 0 or 1 and the value its share, as McNemar's test needs.
     """
 
     statistics: Callable[[str, Sequence[str]], Sequence[float]] | None
@@ -68,7 +71,7 @@ def words(text: str) -> list[str]:
 
 
 def recall(answer: str, reference: str) -> float:
-    """Share of the reference's distinct words that occur in the answer; nan for a reference without words."""
+    """The share of the reference's distinct words that occur in the answer; nan for a reference without words."""
     wanted = set(words(reference))
     return len(wanted & set(words(answer))) / len(wanted) if wanted else float("nan")
 
@@ -79,7 +82,7 @@ def best_recall(answer: str, references: Sequence[str]) -> float:
 
 
 def exact_match(answer: str, references: Sequence[str]) -> float:
-    """1 where the answer has the words of a reference, in order and articles left out."""
+    """1 if the answer has the words of a reference, in order and without articles, else 0."""
     return float(any(_content(answer) == _content(reference) for reference in _usable(references)))
 
 
@@ -91,26 +94,26 @@ def vqa_accuracy(answer: str, references: Sequence[str]) -> float:
 
 def read_choice(answer: str, choices: Sequence[str]) -> int | None:
     """
-    Which of the choices an answer names, or None where it names none or more than one.
+    The index of the choice that an answer names, or None if it names none or more than one.
 
-    Read in this order: the answer is a choice's words; it begins with a letter that stands alone ("B", "(b)", "B.
-    tennis"); it says "answer is B", "option B" or "(B)"; a single choice's words stand in it; one capital letter
-    stands alone in it. "B or C" names two.
+    Read in this order: the answer is a choice's words; it begins with a single letter ("B", "(b)", "B. tennis"); it
+    contains "answer is B", "option B" or "(B)"; it contains the words of one choice; it contains one single capital
+    letter. "B or C" names two.
     """
     content = _content(answer)
     matches = [index for index, choice in enumerate(choices) if _content(choice) == content]
     if content and len(matches) == 1:
         return matches[0]
-    begins, says, stands = _letter_patterns(len(choices))
-    for pattern in (begins, says):
+    start, stated, anywhere = _letter_patterns(len(choices))
+    for pattern in (start, stated):
         if (named := _single_letter(pattern, answer)) is not None:
             return named
     inside = _choices_inside(content, choices)
-    return inside[0] if len(inside) == 1 else _single_letter(stands, answer)
+    return inside[0] if len(inside) == 1 else _single_letter(anywhere, answer)
 
 
 def read_yes_no(answer: str) -> bool | None:
-    """The first yes or no of an answer, None where it has neither."""
+    """The first yes (True) or no (False) of an answer, None if it has neither."""
     return next((word == "yes" for word in words(answer) if word in ("yes", "no")), None)
 
 
@@ -121,9 +124,9 @@ def choice_statistics(answer: str, choices: Sequence[str], right: int) -> dict[s
 
 
 def yes_no_statistics(answer: str, truth: bool) -> list[float]:
-    """(right, said yes, is yes, said yes and is yes, unclear, 1) of an answer to a yes/no question."""
-    said = read_yes_no(answer)
-    return [float(entry) for entry in (said is truth, said is True, truth, said is True and truth, said is None, 1)]
+    """(correct, predicted yes, true yes, true positive, unclear, 1) of an answer to a yes/no question."""
+    read = read_yes_no(answer)
+    return [float(entry) for entry in (read is truth, read is True, truth, read is True and truth, read is None, 1)]
 
 
 def chair_statistics(mentioned: Sequence[str], present: Sequence[str]) -> list[float]:
@@ -140,59 +143,49 @@ def bleu_statistics(answer: str, references: Sequence[str]) -> list[float]:
 
 
 def bertscore_statistics(
-    answers: Sequence[str],
-    references: Sequence[Sequence[str]],
-    model: str = BERTSCORE_MODEL,
-    layer: int | None = BERTSCORE_LAYER,
-    device=None,
+    answers: Sequence[str], references: Sequence[Sequence[str]], model: str = BERTSCORE_MODEL, device=None
 ) -> list[list[float]]:
     """
     (F1, 1) of each answer against the best of its references; an empty answer has 0.
 
     Args:
-        model: Hub id or folder of the encoder; a result says which.
-        layer: its hidden state; None is the last.
+        model: Hub id or folder of the encoder.
 
     Raises:
-        ValueError: the model cannot be had, or references are missing.
+        ValueError: the model was not found, or references are missing.
     """
     pairs = [
-        (row, answer, reference)
-        for row, (answer, own) in enumerate(zip(answers, references, strict=True))
+        (number, answer, reference)
+        for number, (answer, own) in enumerate(zip(answers, references, strict=True))
         for reference in _usable(own)
         if words(answer)
     ]
     best = [0.0] * len(answers)
-    score = _bertscorer(model, layer, device) if pairs else None
-    for start in range(0, len(pairs), BERTSCORE_AT_ONCE):
-        rows, predictions, targets = zip(*pairs[start : start + BERTSCORE_AT_ONCE])
-        for row, f1 in zip(rows, score(list(predictions), list(targets)), strict=True):
-            best[row] = max(best[row], f1)
+    score = _bertscorer(model, device) if pairs else None
+    for start in range(0, len(pairs), BERTSCORE_BATCH):
+        numbers, predictions, targets = zip(*pairs[start : start + BERTSCORE_BATCH])
+        for number, f1 in zip(numbers, score(list(predictions), list(targets)), strict=True):
+            best[number] = max(best[number], f1)
     return [[f1, 1.0] for f1 in best]
 
 
-def _bertscorer(model: str, layer: int | None, device) -> Callable[[list[str], list[str]], list[float]]:
-    """torchmetrics' BERTScore by an encoder that is loaded once."""
+def _bertscorer(model: str, device) -> Callable[[list[str], list[str]], list[float]]:
+    """torchmetrics' BERTScore with an encoder that is loaded once."""
     from torchmetrics.functional.text.bert import bert_score  # takes seconds to import
     from transformers import AutoModel, AutoTokenizer
 
     try:
         encoder, tokenizer = AutoModel.from_pretrained(model), AutoTokenizer.from_pretrained(model)
     except OSError as error:
-        reason = str(error).strip().partition("\n")[0]
-        raise ValueError(f"the BERTScore model {model} cannot be had: {reason}") from error
-
-    def score(predictions: list[str], targets: list[str]) -> list[float]:
-        settings = {"model": encoder, "user_tokenizer": tokenizer, "num_layers": layer, "truncation": True}
-        found = bert_score(predictions, targets, batch_size=BERTSCORE_AT_ONCE, device=device, **settings)["f1"]
-        return np.atleast_1d(np.asarray(found, dtype=float)).tolist()
-
-    return score
+        raise ValueError(f"the BERTScore model {model} was not found: {first_line(error)}") from error
+    settings = {"model": encoder, "user_tokenizer": tokenizer, "num_layers": BERTSCORE_LAYERS.get(model)}
+    settings |= {"truncation": True, "batch_size": BERTSCORE_BATCH, "device": device}
+    return lambda predictions, targets: np.atleast_1d(bert_score(predictions, targets, **settings)["f1"]).tolist()
 
 
 def statistics(names: Sequence[str], answer: str, references: Sequence[str]) -> dict[str, list[float]]:
     """
-    The statistics of several metrics for one answer; for `bertscore`, which is scored in batches, the texts.
+    The statistics of several metrics for one answer; for `bertscore`, which is computed in batches, the texts.
 
     Raises:
         ValueError: references without words.
@@ -211,14 +204,14 @@ def value(name: str, statistics_NS: Sequence[Sequence[float]]) -> float:
     return float(METRICS[name].value(np.asarray(statistics_NS, dtype=float).sum(0, keepdims=True))[0])
 
 
-def _share(top: int, bottom: int, scale: float = 100.0):
+def _ratio(numerator_R: np.ndarray, denominator_R: np.ndarray) -> np.ndarray:
+    """nan where the denominator is 0."""
+    return np.divide(numerator_R, denominator_R, out=np.full(len(numerator_R), np.nan), where=denominator_R > 0)
+
+
+def _share(numerator: int, denominator: int, scale: float = 100.0) -> Callable[[np.ndarray], np.ndarray]:
     """The value that is one sum over another."""
-
-    def share(sums_RS: np.ndarray) -> np.ndarray:
-        top_R, bottom_R = sums_RS[:, top], sums_RS[:, bottom]
-        return scale * np.divide(top_R, bottom_R, out=np.full(len(sums_RS), np.nan), where=bottom_R > 0)
-
-    return share
+    return lambda sums_RS: scale * _ratio(sums_RS[:, numerator], sums_RS[:, denominator])
 
 
 def _mean_of(score: Callable[[str, Sequence[str]], float]) -> Callable[[str, Sequence[str]], list[float]]:
@@ -226,26 +219,17 @@ def _mean_of(score: Callable[[str, Sequence[str]], float]) -> Callable[[str, Seq
 
 
 def _f1(sums_RS: np.ndarray) -> np.ndarray:
-    """2 x said and is yes over (said yes + is yes)."""
-    said_or_is_R = sums_RS[:, 1] + sums_RS[:, 2]
-    return 200 * np.divide(sums_RS[:, 3], said_or_is_R, out=np.full(len(sums_RS), np.nan), where=said_or_is_R > 0)
+    """2 x true positives over (predicted yes + true yes)."""
+    return 200 * _ratio(sums_RS[:, 3], sums_RS[:, 1] + sums_RS[:, 2])
 
 
 def _corpus_bleu(sums_RS: np.ndarray) -> np.ndarray:
     """Corpus BLEU of summed counts, by sacrebleu itself."""
-    counts_RS = sums_RS.astype(int)
+    compute, orders = type(_bleu()).compute_bleu, BLEU_ORDERS
     return np.array(
         [
-            type(_bleu())
-            .compute_bleu(
-                correct=row[:BLEU_ORDERS].tolist(),
-                total=row[BLEU_ORDERS : 2 * BLEU_ORDERS].tolist(),
-                sys_len=int(row[-2]),
-                ref_len=int(row[-1]),
-                smooth_method="exp",
-            )
-            .score
-            for row in counts_RS
+            compute(row[:orders], row[orders : 2 * orders], row[-2], row[-1], smooth_method="exp").score
+            for row in sums_RS.astype(int).tolist()
         ]
     )
 
@@ -258,30 +242,30 @@ def _bleu():
 
 @lru_cache
 def _letter_patterns(choices: int) -> tuple[re.Pattern, re.Pattern, re.Pattern]:
-    """What finds a choice's letter: at the start of an answer; behind "answer is", "option" or a bracket; anywhere."""
+    """Patterns of a choice's letter: at the start; after "answer is", "option" or a bracket; anywhere."""
     letters = LETTERS[:choices]
-    # "A dog" and "I see" begin with a word; a small letter needs a mark behind it, or nothing.
+    # "A dog" and "I see" start with a word; a small letter must be followed by punctuation or the end.
     capital = rf"([{letters}])(?![\w'’])(?!(?<=[AI])\s+(?!because|since|and|or)[a-z])"
     letter = rf"(?:{capital}|([{letters.lower()}])(?=\s*(?:[).:,]|$)))"
-    not_several = rf"(?!\W+(?:and|or)\W+[{letters}]\b)"
-    behind = r"(?i:\b(?:answer|option|choice)(?:\s+(?:is|was))?\s*:?\s*)[(\"'“]?"
+    not_two = rf"(?!\W+(?:and|or)\W+[{letters}]\b)"
+    phrase = r"(?i:\b(?:answer|option|choice)(?:\s+(?:is|was))?\s*:?\s*)[(\"'“]?"
     return (
-        re.compile(rf"\A\W*{letter}{not_several}"),
-        re.compile(rf"{behind}{letter}{not_several}|\({letter}"),
+        re.compile(rf"\A\W*{letter}{not_two}"),
+        re.compile(rf"{phrase}{letter}{not_two}|\({letter}"),
         re.compile(rf"(?<![\w'’.-]){capital}(?![.-]\w)"),  # not of "D.C." or "D-sized"
     )
 
 
 def _single_letter(pattern: re.Pattern, answer: str) -> int | None:
-    """Index of the letter that the pattern finds, if it is the only one."""
+    """The index of the letter that the pattern finds, if it is the only one."""
     letters = {match[match.lastindex].upper() for match in pattern.finditer(answer)}
     return LETTERS.index(letters.pop()) if len(letters) == 1 else None
 
 
 def _choices_inside(content: list[str], choices: Sequence[str]) -> list[int]:
-    """The choices whose words stand in an answer's."""
+    """The choices whose words occur in an answer."""
     inside = [index for index, choice in enumerate(choices) if _contains(content, _content(choice))]
-    # "tennis racket" contains "tennis": the longer choice is meant.
+    # "tennis racket" contains "tennis": the longer choice counts.
     parts = {
         index
         for index in inside
@@ -296,7 +280,7 @@ def _content(text: str) -> list[str]:
 
 
 def _contains(sequence: list[str], part: list[str]) -> bool:
-    """Whether the part stands in the sequence, word by word."""
+    """Whether the words of `part` follow each other in the sequence."""
     starts = range(len(sequence) - len(part) + 1)
     return bool(part) and any(sequence[start : start + len(part)] == part for start in starts)
 

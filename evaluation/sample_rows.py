@@ -1,138 +1,106 @@
-"""A few rows for every task, in the columns of its data set, made of drawn scenes: so that all of it runs offline.
+"""Eight generated rows for every task, in the columns of its data set, so that each task can be tested offline.
 
-They check that a task works from end to end. A figure computed on them says nothing about a model.
+The rows are drawn scenes and questions about them. Figures computed on them say nothing about a model.
 """
 
-import json
 import os
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from random import Random
 
-from datasets import Dataset, DatasetDict, Features, Image, List, Value
+from datasets import Dataset, DatasetDict
 
-from granulon.train.data.scenes import ANSWERS, Question, Scene, make_questions, make_scene
+from granulon.train.data.scenes import ANSWERS, Scene, make_questions, make_scene
 
 from .metrics import LETTERS
 
 ROWS = 8
-FIRST_SCENE = 9_000_000  # far from the scenes that anything is trained on
-ASKED_PLAINLY = (
-    "granulon_aokvqa_direct",
-    "granulon_seedbench_recall",
-    "gqa",
-)  # the demo's model knows questions alone
-NO_PROMPT = {"pre_prompt": "", "post_prompt": ""}
-TEXT, NUMBER = Value("string"), Value("int64")
-TEXTS = List(TEXT)
+FIRST_SCENE = 9_000_000  # far from the scenes of all training data
+MAX_NEW_TOKENS = 16
+# The demo's model knows the questions alone, without an instruction.
+WITHOUT_INSTRUCTION = ("granulon_aokvqa_direct", "granulon_seedbench_recall", "gqa")
 
 
-def write_rows(task: str, folder: Path) -> dict:
+def write_rows(task: str, config: dict, output: Path) -> dict:
     """
-    Write the rows of a task and say how lmms-eval is to read them.
+    Write the rows of a task to `output/rows`.
 
     Returns:
-        dict: entries of the task's configuration that replace its own.
+        dict: entries that replace those of the task's configuration, so that lmms-eval reads the rows.
 
     Raises:
-        ValueError: a task that no rows are made for.
+        ValueError: there are no sample rows for this task.
     """
     if task not in MAKERS:
-        raise ValueError(f"no rows are made for the task {task}; run it on its data, or one of {', '.join(MAKERS)}")
-    split, features, make = MAKERS[task]
-    rows = [make(number, make_scene(FIRST_SCENE + number)) for number in range(ROWS)]
-    target = folder / task
-    if not target.exists():
-        draft = folder / f"{task}.{os.getpid()}.tmp"
-        DatasetDict({split: Dataset.from_list(rows, features=Features(features))}).save_to_disk(draft)
+        raise ValueError(f"there are no sample rows for {task}; use its data, or one of {', '.join(MAKERS)}")
+    split, make = MAKERS[task]
+    folder = output / "rows" / task
+    if not folder.exists():
+        rows = Dataset.from_list([make(number, make_scene(FIRST_SCENE + number)) for number in range(ROWS)])
+        draft = folder.with_name(f"{task}.{os.getpid()}.tmp")
+        DatasetDict({split: rows}).save_to_disk(draft)
         try:
-            draft.replace(target)
+            draft.replace(folder)
         except OSError:  # another process was faster
             shutil.rmtree(draft)
+    options = config.get("generation_kwargs") or {}
+    limit = min(options.get("max_new_tokens") or MAX_NEW_TOKENS, MAX_NEW_TOKENS)
+    instruction = {"default": {"pre_prompt": "", "post_prompt": ""}}
     return {
-        "dataset_path": str(target),
+        "dataset_path": str(folder),
         "dataset_name": None,
         "dataset_kwargs": {"load_from_disk": True},
-        **({"process_docs": None} if task == "gqa" else {}),  # it would join images from the Hub
-        **({"lmms_eval_specific_kwargs": {"default": NO_PROMPT}} if task in ASKED_PLAINLY else {}),
+        "generation_kwargs": {**options, "max_new_tokens": limit},
+        **({"process_docs": None} if task == "gqa" else {}),  # joins images from the Hub
+        **({"lmms_eval_specific_kwargs": instruction} if task in WITHOUT_INSTRUCTION else {}),
     }
 
 
-def _asked(number: int, scene: Scene) -> Question:
+def _question(number: int, scene: Scene, count: int = 4) -> dict:
+    """A question with image, answer, and `count` choices, from answers of its kind or, if too few, of other kinds."""
     questions = make_questions(scene)
-    return questions[number % len(questions)]
-
-
-def _choices(number: int, question: Question, wanted: int = 4) -> tuple[list[str], int]:
-    """The right answer among others of its kind, and of other kinds where those are too few; its place."""
-    random = Random(number)
+    question, random = questions[number % len(questions)], Random(number)
     others = [answer for answer in ANSWERS[question.kind] if answer != question.answer]
     more = [answer for kind, answers in ANSWERS.items() if kind != question.kind for answer in answers]
     random.shuffle(others)
-    choices = [question.answer, *dict.fromkeys([*others, *more])][:wanted]
-    choices = list(dict.fromkeys(choices))
+    choices = list(dict.fromkeys([question.answer, *others, *more]))[:count]
     random.shuffle(choices)
-    return choices, choices.index(question.answer)
+    return {
+        "image": scene.draw(),
+        "question": question.text,
+        "answer": question.answer,
+        "choices": choices,
+        "correct": choices.index(question.answer),
+    }
 
 
-def _in_words(scene: Scene) -> str:
-    return "A picture with " + ", ".join(f"{kind} {fact}" for kind, fact in scene.facts().items()) + "."
+def _options(choices: list[str], separator: str, letters: str = LETTERS) -> str:
+    return separator.join(f"({letter}) {choice}" for letter, choice in zip(letters, choices))
 
 
 def _things(scene: Scene) -> list[str]:
     return list(dict.fromkeys(scene.facts().values()))
 
 
+def _caption(scene: Scene) -> str:
+    return "A picture with " + ", ".join(f"{kind} {fact}" for kind, fact in scene.facts().items()) + "."
+
+
 def _aokvqa(number: int, scene: Scene) -> dict:
-    question = _asked(number, scene)
-    choices, right = _choices(number, question)
-    return {
-        "image": scene.draw(),
-        "question_id": f"scene-{number}",
-        "question": question.text,
-        "choices": choices,
-        "correct_choice_idx": right,
-        "direct_answers": str([question.answer] * 7 + [choices[right - 1]] * 3),
-        "difficult_direct_answer": False,
-        "rationales": [f"It is {question.answer}."],
-    }
-
-
-def _cc12m(number: int, scene: Scene) -> dict:
-    return {
-        "__key__": str(number),
-        "__url__": "",
-        "jpg": scene.draw(),
-        "txt": _in_words(scene),
-        "json": {"key": str(number)},
-    }
-
-
-def _recap(number: int, scene: Scene) -> dict:
-    return {"image": scene.draw(), "recaption": _in_words(scene), "recaption_short": _things(scene)[0]}
-
-
-def _flux(number: int, scene: Scene) -> dict:
-    reasons = [f"{question.text} It is {question.answer}." for question in make_questions(scene)]
-    return {"image": scene.draw(), "caption_composition": _in_words(scene), "caption_detail": " ".join(reasons)}
-
-
-def _surgical(number: int, scene: Scene) -> dict:
-    question = _asked(number, scene)
-    return {"image": scene.draw(), "question": question.text, "answer": question.answer}
+    row = _question(number, scene)
+    answers = [row["answer"]] * 7 + [row["choices"][row["correct"] - 1]] * 3
+    return row | {"correct_choice_idx": row["correct"], "direct_answers": str(answers)}
 
 
 def _seedbench(number: int, scene: Scene) -> dict:
-    question = _asked(number, scene)
-    choices, right = _choices(number, question)
-    return {
-        "image": [scene.draw()],
-        "question": question.text,
+    row = _question(number, scene)
+    choices = {f"choice_{letter.lower()}": choice for letter, choice in zip(LETTERS, row["choices"])}
+    return choices | {
+        "image": [row["image"]],
+        "question": row["question"],
         "question_id": str(number),
         "data_type": "image",
-        "answer": LETTERS[right],
-        **{f"choice_{letter.lower()}": choice for letter, choice in zip(LETTERS, choices)},
+        "answer": LETTERS[row["correct"]],
     }
 
 
@@ -140,76 +108,48 @@ def _pope(number: int, scene: Scene) -> dict:
     absent = [answer for answers in ANSWERS.values() for answer in answers if answer not in _things(scene)]
     thing = Random(number).choice(_things(scene) if number % 2 else absent)
     return {
-        "id": str(number),
         "question_id": str(number),
         "question": f"Is there a {thing} in the image?",
         "answer": "yes" if number % 2 else "no",
-        "image_source": f"scene-{number}",
         "image": scene.draw(),
         "category": "random",
     }
 
 
-def _gqa(number: int, scene: Scene) -> dict:
-    question = _asked(number, scene)
-    return {
-        "id": str(number),
-        "imageId": f"scene-{number}",
-        "image": scene.draw(),
-        "question": question.text,
-        "answer": question.answer,
-        "fullAnswer": f"It is {question.answer}.",
-    }
-
-
 def _mmvp(number: int, scene: Scene) -> dict:
-    choices, right = _choices(number, _asked(number // 2, scene), wanted=2)
+    row = _question(number // 2, scene, count=2)
     return {
-        "image": scene.draw(),
+        "image": row["image"],
         "Index": number + 1,
-        "Question": _asked(number // 2, scene).text,
-        "Options": " ".join(f"({letter.lower()}) {choice}" for letter, choice in zip(LETTERS, choices)),
-        "Correct Answer": f"({LETTERS[right].lower()})",
+        "Question": row["question"],
+        "Options": _options(row["choices"], " ", LETTERS.lower()),
+        "Correct Answer": f"({LETTERS[row['correct']].lower()})",
     }
 
 
 def _cv_bench(number: int, scene: Scene) -> dict:
-    question = _asked(number, scene)
-    choices, right = _choices(number, question)
-    listed = "\n".join(f"({letter}) {choice}" for letter, choice in zip(LETTERS, choices))
-    return {
+    row = _question(number, scene)
+    return row | {
         "idx": number,
         "type": "2D",
-        "task": question.kind,
+        "task": "Count",
         "source": "COCO" if number % 2 else "ADE20K",
-        "image": scene.draw(),
-        "question": question.text,
-        "choices": choices,
-        "answer": f"({LETTERS[right]})",
-        "prompt": f"{question.text} Select from the following choices.\n{listed}",
+        "answer": f"({LETTERS[row['correct']]})",
+        "prompt": f"{row['question']} Select from the following choices.\n" + _options(row["choices"], "\n"),
     }
 
 
 def _hallusion(number: int, scene: Scene) -> dict:
     row = _pope(number, scene)
-    return {
+    return row | {
         "category": "VD",
         "subcategory": "figure",
-        "visual_input": "1",
         "set_id": str(number // 4),
         "figure_id": str(number % 2),
         "question_id": str(number // 2 % 2),
-        "sample_note": "",
-        "question": row["question"],
-        "gt_answer": "1" if row["answer"] == "yes" else "0",
-        "gt_answer_details": json.dumps(scene.facts()),
-        "filename": row["image_source"],
-        "image": row["image"],
+        "gt_answer": str(number % 2),
+        "gt_answer_details": _caption(scene),
     }
-
-
-def _chair(number: int, scene: Scene) -> dict:
-    return {"question_id": str(number), "image": scene.draw(), "gt_object": ["bird", "boat"][: 1 + number % 2]}
 
 
 def _amber(number: int, scene: Scene) -> dict:
@@ -223,81 +163,33 @@ def _amber(number: int, scene: Scene) -> dict:
     }
 
 
-AOKVQA = {
-    "image": Image(), "question_id": TEXT, "question": TEXT, "choices": TEXTS, "correct_choice_idx": NUMBER,
-    "direct_answers": TEXT, "difficult_direct_answer": Value("bool"), "rationales": TEXTS,
-}  # fmt: skip
-SURGICAL = {"image": Image(), "question": TEXT, "answer": TEXT}
-SEEDBENCH = {
-    "image": List(Image()), "question": TEXT, "question_id": TEXT, "data_type": TEXT, "answer": TEXT,
-    **{f"choice_{letter}": TEXT for letter in "abcd"},
-}  # fmt: skip
-POPE = dict.fromkeys(("id", "question_id", "question", "answer", "image_source", "category"), TEXT)
-GQA = dict.fromkeys(("id", "imageId", "question", "answer", "fullAnswer"), TEXT)
-HALLUSION = dict.fromkeys(
-    (
-        "category", "subcategory", "visual_input", "set_id", "figure_id", "question_id", "sample_note", "question",
-        "gt_answer", "gt_answer_details", "filename",
-    ),
-    TEXT,
-)  # fmt: skip
-Maker = Callable[[int, Scene], dict]
-MAKERS: dict[str, tuple[str, dict, Maker]] = {
-    "granulon_aokvqa_direct": ("validation", AOKVQA, _aokvqa),
-    "granulon_aokvqa_choice": ("validation", AOKVQA, _aokvqa),
-    "granulon_cc12m": (
-        "test",
-        {"__key__": TEXT, "__url__": TEXT, "jpg": Image(), "txt": TEXT, "json": {"key": TEXT}},
-        _cc12m,
-    ),
+# By task: the split that is evaluated, and a function of number and scene that makes a row.
+MAKERS = {
+    "granulon_aokvqa_direct": ("validation", _aokvqa),
+    "granulon_aokvqa_choice": ("validation", _aokvqa),
+    "granulon_cc12m": ("test", lambda number, scene: {"jpg": scene.draw(), "txt": _caption(scene)}),
     "granulon_imagenet21k_recap": (
         "test",
-        {"image": Image(), "recaption": TEXT, "recaption_short": TEXT},
-        _recap,
+        lambda number, scene: {"image": scene.draw(), "recaption": _caption(scene)},
     ),
     "granulon_flux_reason": (
         "test",
-        {"image": Image(), "caption_composition": TEXT, "caption_detail": TEXT},
-        _flux,
+        lambda number, scene: {"image": scene.draw(), "caption_detail": _caption(scene), "caption_composition": ""},
     ),
-    "granulon_surgvlm_phase": ("test", SURGICAL, _surgical),
-    "granulon_surgvlm_instrument": ("test", SURGICAL, _surgical),
-    "granulon_seedbench_recall": ("test", SEEDBENCH, _seedbench),
-    "seedbench": ("test", SEEDBENCH, _seedbench),
-    "pope": ("test", {**POPE, "image": Image()}, _pope),
-    "gqa": ("testdev", {**GQA, "image": Image()}, _gqa),
-    "mmvp": (
-        "train",
-        {"image": Image(), "Index": NUMBER, "Question": TEXT, "Options": TEXT, "Correct Answer": TEXT},
-        _mmvp,
-    ),
-    "cv_bench": (
+    "granulon_surgvlm_phase": ("test", _question),
+    "granulon_surgvlm_instrument": ("test", _question),
+    "granulon_seedbench_recall": ("test", _seedbench),
+    "seedbench": ("test", _seedbench),
+    "pope": ("test", _pope),
+    "gqa": ("testdev", _question),
+    "mmvp": ("train", _mmvp),
+    "cv_bench": ("test", _cv_bench),
+    "hallusion_bench_image": ("image", _hallusion),
+    "coco_cap_chair": (
         "test",
-        {
-            "idx": NUMBER,
-            "type": TEXT,
-            "task": TEXT,
-            "source": TEXT,
-            "image": Image(),
-            "question": TEXT,
-            "choices": TEXTS,
-            "answer": TEXT,
-            "prompt": TEXT,
-        },  # fmt: skip
-        _cv_bench,
+        lambda number, scene: {
+            "question_id": str(number), "image": scene.draw(), "gt_object": ["bird", "boat"][: 1 + number % 2]
+        },
     ),
-    "hallusion_bench_image": ("image", {**HALLUSION, "image": Image()}, _hallusion),
-    "coco_cap_chair": ("test", {"question_id": TEXT, "image": Image(), "gt_object": TEXTS}, _chair),
-    "amber_g": (
-        "train",
-        {
-            "question_id": NUMBER,
-            "image": Image(),
-            "task_type": TEXT,
-            "truth": TEXTS,
-            "hallu": TEXTS,
-            "text": TEXT,
-        },  # fmt: skip
-        _amber,
-    ),
-}
+    "amber_g": ("train", _amber),
+}  # fmt: skip

@@ -1,9 +1,9 @@
 """Tables of finished runs, in Markdown and LaTeX, with the paper's figures beside ours, intervals and paired tests.
 
-A figure is a value with its 95% bootstrap interval. A line marked "(paper)" is the paper's own. A run that was not
-run says so. Where a table names an entry to compare with, its differences to the others of its group are tested on
-the same samples: McNemar's exact test for right-or-wrong figures, else the paired bootstrap; the p-values of a table
-are corrected together by Holm's method.
+A figure is a value with its 95% bootstrap interval. A table row marked "(paper)" holds the paper's own figures. A run
+that was not made is shown as such. If a table names an entry to compare with, its differences to the others of its
+group are tested on the same samples: McNemar's exact test for right-or-wrong figures, else the paired bootstrap; the
+p-values of a table are corrected together by Holm's method.
 """
 
 import json
@@ -17,17 +17,19 @@ import numpy as np
 import yaml
 
 from granulon.hub.files import write_atomically
+from granulon.hub.text import markdown_table, with_interval
 
-from .matrix import SCORING, Entry, Matrix, Settings, read_results, read_samples
-from .metrics import JUDGED, METRICS
+from .matrix import Entry, Matrix, Settings, read_results, read_samples
+from .metrics import BERTSCORE, JUDGED, METRICS
 from .plots import draw_table
 from .scoring import metric_of, units
 from .statistics import holm, mcnemar, paired, percentiles, resampled
 
 PAPER = Path(__file__).with_name("paper_tables.yaml")
-BERTSCORE = "bertscore"
 UNDEFINED = "undefined"  # such as the precision of a model that never says yes
-NOT_RUN, NOT_COMPUTED, NOT_JUDGED, NO_SUCH = "not run", "not computed", "not judged", "no such figure"
+NOT_RUN, NOT_COMPUTED, NOT_JUDGED, UNKNOWN = "not run", "not computed", "not judged", "no such figure"
+TABLE_KEYS = {"name", "title", "columns", "tasks", "groups", "compare", "paper", "statements"}
+TEST_HEADER = ["", "against", "", "figure", "difference", "test", "samples", "p", "p corrected"]
 LATEX = str.maketrans(
     {character: f"\\{character}" for character in "&%$#_{}"}
     | {"\\": r"\textbackslash{}", "^": r"\textasciicircum{}", "~": r"\textasciitilde{}", "λ": r"$\lambda$"}
@@ -36,7 +38,7 @@ LATEX = str.maketrans(
 
 @dataclass(frozen=True)
 class Figure:
-    """One entry of a table: a value with its interval, or why there is none."""
+    """A value with its interval, or the reason why there is none."""
 
     value: float | None = None
     low: float | None = None
@@ -46,14 +48,11 @@ class Figure:
     best: bool = False
 
     def __str__(self) -> str:
-        if self.value is None:
-            return self.missing
-        within = "" if self.low is None else f" [{self.low:.1f}, {self.high:.1f}]"
-        return f"{self.value:.2f}{within}"
+        return with_interval(self.value, self.low, self.high) or self.missing
 
 
 @dataclass(frozen=True)
-class Line:
+class TableRow:
     group: str
     name: str
     figures: tuple[Figure, ...]
@@ -65,297 +64,292 @@ class Table:
     name: str
     title: str
     columns: tuple[str, ...]
-    lines: tuple[Line, ...]
+    rows: tuple[TableRow, ...]
     tests: tuple[dict, ...]
     notes: tuple[str, ...]
     judge: str | None = None
 
+    @property
+    def has_groups(self) -> bool:
+        return any(row.group for row in self.rows)
+
 
 class Results:
     """
-    What is there of a matrix: the newest finished run of each entry and task, under these settings. `others` counts
-    those under other settings, by what is different.
+    The finished runs of an output folder that have these settings, the newest of each entry and task.
 
-    Args:
-        judge: whose scores count; by default that of most runs, the newest of several: scores of two do not mix.
+    Attributes:
+        other_settings: number of finished runs with other settings, by the names of the settings that differ.
+        judge: the judge whose scores are shown, the one that scored most runs, of equal ones the newest: scores of
+            two judges are not mixed.
     """
 
-    def __init__(self, output: Path, settings: Settings, judge: str | None = None):
-        self.runs, self.others, wanted = {}, Counter(), _plain(asdict(settings))
+    def __init__(self, output: Path, settings: Settings):
+        self.runs, self.other_settings, wanted = {}, Counter(), asdict(settings)
         for result in read_results(output):
-            own = [name for name in wanted if name not in SCORING or BERTSCORE in result["metrics"]]
-            different = tuple(name for name in own if result["settings"].get(name) != wanted[name])
+            relevant = [name for name in wanted if name != "bertscore_model" or BERTSCORE in result["metrics"]]
+            different = tuple(name for name in relevant if result["settings"].get(name) != wanted[name])
             if different:
-                self.others[different] += 1
+                self.other_settings[different] += 1
                 continue
             for entry in result["entries"]:
                 self.runs[_entry_key(entry), result["task"]["name"]] = result
-        judged = [told for result in self.runs.values() for told in result["judges"].values()]
-        number = Counter(told["judge"] for told in judged)
-        if judge is not None and judge not in number:
-            raise ValueError(f"there are no scores by {judge}, there are by: {', '.join(sorted(number)) or 'nobody'}")
-        order = sorted(judged, key=lambda told: (number[told["judge"]], told["finished_at"]))
-        self.judge = judge or (order[-1]["judge"] if order else None)
+        scores = [scores for result in self.runs.values() for scores in result["judges"].values()]
+        count = Counter(one["judge"] for one in scores)
+        order = sorted(scores, key=lambda one: (count[one["judge"]], one["finished_at"]))
+        self.judge = order[-1]["judge"] if order else None
 
-    def of(self, entry: Entry, task: str) -> dict | None:
+    def result(self, entry: Entry, task: str) -> dict | None:
         return self.runs.get((_entry_key(asdict(entry)), task))
 
-    def figure(self, entry: Entry, runs: list[list[str]]) -> Figure:
-        """The figure of a column, which may be the mean over several tasks."""
-        found = [self.of(entry, task) for task, _ in runs]
-        if None in found:
+    def figure(self, entry: Entry, tasks: list[str], name: str) -> Figure:
+        """A figure of an entry on a task, or its mean over several tasks."""
+        results = [self.result(entry, task) for task in tasks]
+        if None in results:
             return Figure(missing=NOT_RUN)
-        entries = [self.entry(result, name) for result, (_, name) in zip(found, runs)]
-        if missing := next((entry for entry in entries if isinstance(entry, str)), None):
+        found = [self.lookup(result, name) for result in results]
+        if missing := next((one for one in found if isinstance(one, str)), None):
             return Figure(missing=missing)
-        samples = sum(entry["n"] for entry in entries)
-        value = float(np.mean([entry["value"] for entry in entries]))
-        if len(entries) == 1:
-            return Figure(value, entries[0]["low"], entries[0]["high"], samples)
-        draws = [self._draws(result, name, place) for place, (result, (_, name)) in enumerate(zip(found, runs))]
-        if any(draw is None for draw in draws):
+        samples = sum(one["n"] for one in found)
+        value = float(np.mean([one["value"] for one in found]))
+        if len(found) == 1:
+            return Figure(value, found[0]["low"], found[0]["high"], samples)
+        units_by_task = [self.units(result, name) for result in results]
+        if not all(units_by_task):
             return Figure(value, samples=samples)
-        return Figure(value, *percentiles(np.mean(draws, axis=0)), samples)
+        metric = METRICS[metric_of(name)]
+        draws_R = np.mean(
+            [resampled(metric.value, _array(own), seed=number) for number, own in enumerate(units_by_task)], axis=0
+        )
+        return Figure(value, *percentiles(draws_R), samples)
 
-    def entry(self, result: dict, name: str) -> dict | str:
-        """Value and interval of a figure of a run, or why there is none."""
+    def lookup(self, result: dict, name: str) -> dict | str:
+        """A figure of a run (value, low, high, n), or the reason why there is none."""
         metrics = result["metrics"]
         if is_judged(name):
-            told = result["judges"].get(self.judge)
-            if told is None or told["waiting"]:
-                return NOT_JUDGED if told is None else f"{told['waiting']} not judged yet"
-            metrics = told["metrics"]
+            scores = result["judges"].get(self.judge)
+            if scores is None or scores["waiting"]:
+                return NOT_JUDGED if scores is None else f"{scores['waiting']} not judged yet"
+            metrics = scores["metrics"]
         if name not in metrics:
-            return NOT_COMPUTED if name in result["not_computed"] else NO_SUCH
+            return NOT_COMPUTED if name in result["not_computed"] else UNKNOWN
         return metrics[name] if metrics[name]["value"] is not None else UNDEFINED
 
-    def compare(self, ours: Entry, theirs: Entry, task: str, figure: str) -> dict | None:
-        """A paired test of two entries, or why there is none; None where one of them has no such figure."""
-        pair = [self.of(entry, task) for entry in (ours, theirs)]
-        if None in pair or any(isinstance(self.entry(result, figure), str) for result in pair):
+    def units(self, result: dict, name: str) -> dict[str, list[float]]:
+        """The statistics of a figure by unit (see `scoring.units`), from the run's samples or the judge's scores."""
+        samples = result["judges"][self.judge]["samples"] if is_judged(name) else _samples(result["folder"])
+        return units(samples, name)
+
+    def compare(self, ours: Entry, theirs: Entry, task: str, name: str) -> dict | None:
+        """A paired test of two entries, or why there is none (`not_tested`); None if one has no such figure."""
+        pair = [self.result(entry, task) for entry in (ours, theirs)]
+        if None in pair or any(isinstance(self.lookup(result, name), str) for result in pair):
             return None
-        found = [self.units(result, figure) for result in pair]
-        if not all(found):
+        our_units, their_units = (self.units(result, name) for result in pair)
+        if not our_units or not their_units:
             return None
-        told = {"ours": ours.name, "theirs": theirs.name, "group": ours.group, "task": task, "figure": figure}
-        if found[0].keys() != found[1].keys():
+        test = {"ours": ours.name, "theirs": theirs.name, "group": ours.group, "task": task, "figure": name}
+        if our_units.keys() != their_units.keys():
             reason = (
-                f"{ours.name} has {len(found[0])} samples and {theirs.name} {len(found[1])}, "
-                f"{len(found[0].keys() & found[1].keys())} of them the same; run both on the same"
+                f"{ours.name} has {len(our_units)} samples and {theirs.name} {len(their_units)}, "
+                f"{len(our_units.keys() & their_units.keys())} of them the same; run both on the same"
             )
-            return {**told, "not_tested": reason}
-        if other := self._other_rows(*pair):
-            return {**told, "not_tested": f"sample {other} is not the same in both: the data have changed in between"}
-        metric = METRICS[metric_of(figure)]
-        ours_NS, theirs_NS = (np.array([own[unit] for unit in found[0]], dtype=float) for own in found)
-        test = paired(metric.value, ours_NS, theirs_NS, seed=pair[0]["settings"]["seed"])
+            return {**test, "not_tested": reason}
+        if (sample := _changed_sample(*pair)) is not None:
+            return {**test, "not_tested": f"sample {sample} differs: the data changed between the two runs"}
+        metric = METRICS[metric_of(name)]
+        ours_NS, theirs_NS = _array(our_units), _array({unit: their_units[unit] for unit in our_units})
+        test |= paired(metric.value, ours_NS, theirs_NS)
         if metric.proportion:
             test["p"] = mcnemar(ours_NS[:, 0], theirs_NS[:, 0])
-        return {**told, **test, "test": "McNemar" if metric.proportion else "bootstrap", "samples": len(ours_NS)}
-
-    def units(self, result: dict, figure: str) -> dict[str, list[float]]:
-        """Statistics by unit, of the run's samples or of what the judge has said of them."""
-        if is_judged(figure):
-            return units(result["judges"][self.judge]["samples"], figure)
-        return units(_samples(result["folder"]), figure)
-
-    @staticmethod
-    def _other_rows(one: dict, other: dict) -> str | None:
-        """A sample of which two runs have read different rows of the data."""
-        hashes = [{str(s["id"]): s.get("doc_sha256") for s in _samples(result["folder"])} for result in (one, other)]
-        return next((name for name in hashes[0].keys() & hashes[1].keys() if hashes[0][name] != hashes[1][name]), None)
-
-    def _draws(self, result: dict, figure: str, place: int) -> np.ndarray | None:
-        own = self.units(result, figure)
-        metric = METRICS[metric_of(figure)]
-        return resampled(metric.value, np.array(list(own.values()), dtype=float), seed=place) if own else None
+        return {**test, "test": "McNemar" if metric.proportion else "bootstrap", "samples": len(ours_NS)}
 
 
 def write_tables(output: Path, matrix: Matrix, results: Results) -> list[Path]:
-    """Markdown, LaTeX, plots and the tests of every table of a matrix; the files written."""
+    """Write every table of a matrix as Markdown, LaTeX, JSON and plots; returns the files."""
     folder = output / "tables"
     folder.mkdir(parents=True, exist_ok=True)
     paper = yaml.safe_load(PAPER.read_text())
-    written = []
-    for wanted in matrix.tables or [everything(matrix, results)]:
-        table = make_table(wanted, matrix, results, paper)
-        for suffix, text in ((".md", markdown(table)), (".tex", latex(table)), (".json", as_json(table))):
+    files = []
+    for description in matrix.tables or [all_figures(matrix, results)]:
+        table = make_table(description, matrix, results, paper)
+        as_json = json.dumps(asdict(table), indent=1, ensure_ascii=False) + "\n"
+        for suffix, text in ((".md", markdown(table)), (".tex", latex(table)), (".json", as_json)):
             write_atomically(folder / f"{table.name}{suffix}", text)
-            written.append(folder / f"{table.name}{suffix}")
-        written += draw_table(table, folder / table.name)
-    return written
+            files.append(folder / f"{table.name}{suffix}")
+        files += draw_table(table, folder / table.name)
+    return files
 
 
-def everything(matrix: Matrix, results: Results) -> dict:
-    """A table of all figures that there are, for a matrix that names none."""
+def all_figures(matrix: Matrix, results: Results) -> dict:
+    """The description of a table with all figures, for a matrix that describes none."""
     columns = []
     for task in matrix.tasks:
-        found = [result for entry in matrix.entries if (result := results.of(entry, task))]
+        found = [result for entry in matrix.entries if (result := results.result(entry, task))]
         judged = [result["judges"][results.judge] for result in found if results.judge in result["judges"]]
         names = dict.fromkeys(name for one in [*found, *judged] for name in one["metrics"]) or {"": None}
-        columns += [{"title": f"{task} {name}".strip(), "figures": [[task, name]]} for name in names]
+        columns += [{"title": f"{task} {name}".strip(), "tasks": [task], "figure": name} for name in names]
     return {"name": "results", "title": "Results", "columns": columns}
 
 
-def make_table(wanted: dict, matrix: Matrix, results: Results, paper: dict) -> Table:
+def make_table(description: dict, matrix: Matrix, results: Results, paper: dict) -> Table:
     """
-    A table as a matrix describes it: `name`, `title`, `columns` (title, runs, paper), and if it likes `groups` (only
-    these), `compare` (the entry whose differences are tested), `paper` (the paper's table) and `statements`.
+    Fill in a table.
+
+    Args:
+        description: `name`, `title` and `columns`, each with `title`, `figure`, `tasks` (the figure is the mean over
+            them; by default the table's `tasks`) and `paper` (the column's name in the paper's table). Optional are
+            `groups` (show only these), `compare` (the entry whose differences are tested), `paper` (the paper's
+            table) and `statements` (of the paper, below the table).
+        paper: content of paper_tables.yaml.
 
     Raises:
-        ValueError: unknown entries.
+        ValueError: unknown keys.
     """
-    known = {"name", "title", "columns", "groups", "compare", "paper", "statements"}
-    if unknown := wanted.keys() - known:
-        raise ValueError(f"the table {wanted.get('name')} has {sorted(unknown)}; a table has {sorted(known)}")
-    entries = [entry for entry in matrix.entries if entry.group in wanted.get("groups", [entry.group])]
-    columns = wanted["columns"]
-    published = paper["tables"].get(wanted.get("paper"), {})
-    lines = []
+    if unknown := description.keys() - TABLE_KEYS:
+        raise ValueError(
+            f"the table {description.get('name')} has unknown keys {sorted(unknown)}; known are {sorted(TABLE_KEYS)}"
+        )
+    entries = [entry for entry in matrix.entries if entry.group in description.get("groups", [entry.group])]
+    columns = [{"tasks": description.get("tasks"), **column} for column in description["columns"]]
+    published = paper["tables"].get(description.get("paper"), {})
+    rows = []
     for group in dict.fromkeys(entry.group for entry in entries):
         own = [entry for entry in entries if entry.group == group]
-        figures = [[results.figure(entry, column["figures"]) for column in columns] for entry in own]
+        figures = [[results.figure(entry, column["tasks"], column["figure"]) for column in columns] for entry in own]
         theirs = dict(published.get(group, {}))
-        for entry, line in zip(own, _with_best(figures, columns)):
-            lines.append(Line(group, entry.name, line))
+        for entry, marked in zip(own, _mark_best(figures, columns)):
+            rows.append(TableRow(group, entry.name, marked))
             if entry.name in theirs:
-                lines.append(_paper_line(group, entry.name, theirs.pop(entry.name), columns))
-        lines += [_paper_line(group, name, values, columns) for name, values in theirs.items()]
+                rows.append(_paper_row(group, entry.name, theirs.pop(entry.name), columns))
+        rows += [_paper_row(group, name, values, columns) for name, values in theirs.items()]
     return Table(
-        wanted["name"],
-        wanted["title"],
+        description["name"],
+        description["title"],
         tuple(column["title"] for column in columns),
-        tuple(lines),
-        tuple(_tests(wanted.get("compare"), entries, columns, results)),
-        tuple(paper["statements"].get(wanted.get("statements"), ())),
-        results.judge if any(is_judged(name) for column in columns for _, name in column["figures"]) else None,
+        tuple(rows),
+        tuple(_tests(description.get("compare"), entries, columns, results)),
+        tuple(paper["statements"].get(description.get("statements"), ())),
+        results.judge if any(is_judged(column["figure"]) for column in columns) else None,
     )
 
 
 def markdown(table: Table) -> str:
-    """The table, its tests and what the paper says about it."""
-    head = ["", "", *table.columns] if _has_groups(table) else ["", *table.columns]
-    text = [f"# {table.title}", "", _markdown_row(head), _markdown_row(["---"] * len(head))]
-    for line in table.lines:
-        figures = [_marked(figure, line.paper, "**{}**", "*{}*") for figure in line.figures]
-        name = f"*{line.name}*" if line.paper else line.name
-        text.append(_markdown_row([*([line.group] if _has_groups(table) else []), name, *figures]))
-    text += ["", "Values with 95% bootstrap intervals; bold is the best of a group, lines in italics are the paper's."]
+    """A table in Markdown, with its tests and the paper's statements."""
+    first = 1 + table.has_groups
+    rows = []
+    for row in table.rows:
+        names = [row.group, f"*{row.name}*" if row.paper else row.name][-first:]
+        rows.append([*names, *(_emphasized(figure, row.paper, "**{}**", "*{}*") for figure in row.figures)])
+    text = [
+        f"# {table.title}",
+        markdown_table([*[""] * first, *table.columns], rows, first),
+        "Values with 95% bootstrap intervals; bold is the best of a group, rows in italics are the paper's.",
+    ]
     if table.judge:
-        text += ["", f"Judged by `{table.judge}`; the paper's judge was GPT-4o."]
+        text.append(f"Judged by `{table.judge}`; the paper's judge was GPT-4o.")
     if table.notes:
-        text += ["", "The paper says:", "", *(f"- {note}" for note in table.notes)]
+        text += ["The paper says:", "\n".join(f"- {note}" for note in table.notes)]
     if table.tests:
-        text += ["", "## Paired tests", "", _markdown_row(TEST_HEAD), _markdown_row(["---"] * len(TEST_HEAD))]
-        text += [_markdown_row(_test_row(test)) for test in table.tests]
-        text += ["", "p is corrected by Holm's method over all tests of this table."]
-    return "\n".join(text) + "\n"
+        text += ["## Paired tests", markdown_table(TEST_HEADER, [_test_row(test) for test in table.tests], 4)]
+        text.append("p is corrected by Holm's method over all tests of this table.")
+    return "\n\n".join(text) + "\n"
 
 
 def latex(table: Table) -> str:
-    """The table for a paper that loads booktabs."""
-    groups = _has_groups(table)
+    """A table for a LaTeX document that loads booktabs."""
+    first = 1 + table.has_groups
     text = [
-        r"\begin{tabular}{" + "l" * (1 + groups) + "r" * len(table.columns) + "}",
+        r"\begin{tabular}{" + "l" * first + "r" * len(table.columns) + "}",
         r"\toprule",
-        " & ".join([""] * (1 + groups) + [_latex(column) for column in table.columns]) + r" \\",
+        " & ".join([""] * first + [_latex(column) for column in table.columns]) + r" \\",
     ]
-    before = None
-    for line in table.lines:
-        if line.group != before:
+    group = None
+    for row in table.rows:
+        if row.group != group:
             text.append(r"\midrule")
-        figures = [_marked(figure, line.paper, r"\textbf{{{}}}", r"\textit{{{}}}", _latex) for figure in line.figures]
-        name = rf"\textit{{{_latex(line.name)}}}" if line.paper else _latex(line.name)
-        own = [_latex(line.group) if line.group != before else ""] if groups else []
-        text.append(" & ".join([*own, name, *figures]) + r" \\")
-        before = line.group
+        name = rf"\textit{{{_latex(row.name)}}}" if row.paper else _latex(row.name)
+        names = [_latex(row.group) if row.group != group else "", name][-first:]
+        styles = r"\textbf{{{}}}", r"\textit{{{}}}", _latex
+        figures = [_emphasized(figure, row.paper, *styles) for figure in row.figures]
+        text.append(" & ".join([*names, *figures]) + r" \\")
+        group = row.group
     return "\n".join([*text, r"\bottomrule", r"\end{tabular}"]) + "\n"
 
 
-def as_json(table: Table) -> str:
-    return json.dumps(asdict(table), indent=1, ensure_ascii=False) + "\n"
-
-
-TEST_HEAD = ["", "against", "", "figure", "difference", "test", "samples", "p", "p corrected"]
+def is_judged(figure: str) -> bool:
+    """Whether a figure comes from granulon-judge."""
+    return figure.startswith(JUDGED)
 
 
 def _test_row(test: dict) -> list[str]:
     start = [test["ours"], test["theirs"], test["group"], f"{test['task']} {test['figure']}"]
     if "not_tested" in test:
         return [*start, test["not_tested"], "", "", "", ""]
-    difference = f"{test['difference']:+.2f} [{test['low']:+.1f}, {test['high']:+.1f}]"
+    difference = f"{test['difference']:+.2f} [{test['low']:+.2f}, {test['high']:+.2f}]"
     return [*start, difference, test["test"], str(test["samples"]), f"{test['p']:.4f}", f"{test['p_corrected']:.4f}"]
 
 
 def _tests(compare: str | None, entries: list[Entry], columns: list[dict], results: Results) -> list[dict]:
-    """Every test that the columns allow, with p-values corrected over all of them."""
-    runs = dict.fromkeys(tuple(run) for column in columns for run in column["figures"])
+    """Every possible test of a table, with p-values corrected over all of them."""
+    figures = dict.fromkeys((task, column["figure"]) for column in columns for task in column["tasks"])
     pairs = [
         (ours, theirs)
         for ours in entries
         for theirs in entries
         if ours.name == compare and theirs.name != compare and ours.group == theirs.group
     ]
-    tests = [results.compare(ours, theirs, *run) for ours, theirs in pairs for run in runs]
+    tests = [results.compare(ours, theirs, *figure) for ours, theirs in pairs for figure in figures]
     tests = [test for test in tests if test is not None]
     corrected = holm([test.get("p", float("nan")) for test in tests])
     return [{**test, **({"p_corrected": p} if "p" in test else {})} for test, p in zip(tests, corrected)]
 
 
-def _with_best(figures: list[list[Figure]], columns: list[dict]) -> list[tuple[Figure, ...]]:
+def _mark_best(figures: list[list[Figure]], columns: list[dict]) -> list[tuple[Figure, ...]]:
     """The figures of a group's entries, the best of each column marked where they differ."""
     for place, column in enumerate(columns):
-        values = [entry[place].value for entry in figures if entry[place].value is not None]
-        if len(set(values)) < 2:
-            continue
-        higher = METRICS[metric_of(column["figures"][0][1])].higher_is_better
-        if higher is None:
+        values = [own[place].value for own in figures if own[place].value is not None]
+        higher = METRICS[metric_of(column["figure"])].higher_is_better
+        if len(set(values)) < 2 or higher is None:
             continue
         best = max(values) if higher else min(values)
-        for entry in figures:
-            entry[place] = replace(entry[place], best=entry[place].value == best)
-    return [tuple(entry) for entry in figures]
+        for own in figures:
+            own[place] = replace(own[place], best=own[place].value == best)
+    return [tuple(own) for own in figures]
 
 
-def _paper_line(group: str, name: str, values: dict, columns: list[dict]) -> Line:
-    """The paper's figures for a entry; a column that it does not give is empty."""
+def _paper_row(group: str, name: str, values: dict, columns: list[dict]) -> TableRow:
+    """The paper's figures for an entry; empty in columns that the paper does not have."""
     figures = tuple(Figure(values.get(column.get("paper"))) for column in columns)
-    return Line(group, f"{name} (paper)", figures, paper=True)
+    return TableRow(group, f"{name} (paper)", figures, paper=True)
 
 
-def _marked(figure: Figure, paper: bool, best: str, published: str, escaped: Callable[[str], str] = str) -> str:
-    """A figure's text in the form for the best of its group, for the paper's, or plain."""
-    text = escaped(str(figure))
+def _emphasized(figure: Figure, paper: bool, best: str, published: str, escape: Callable[[str], str] = str) -> str:
+    """A figure as text, in the format for the best of its group or for the paper's."""
+    text = escape(str(figure))
     if not text:
         return text
     return best.format(text) if figure.best else published.format(text) if paper else text
 
 
-def _has_groups(table: Table) -> bool:
-    return any(line.group for line in table.lines)
-
-
-def is_judged(figure: str) -> bool:
-    return figure.startswith(JUDGED)
-
-
 def _entry_key(entry: dict) -> str:
-    """A entry as a run knows it: tasks, and what only messages tell, do not matter."""
-    told = {key: value for key, value in entry.items() if key not in ("tasks", "made_by")}
-    return json.dumps(told, sort_keys=True)
+    """An entry as text, without tasks and the command that makes the model."""
+    return json.dumps({k: v for k, v in entry.items() if k not in ("tasks", "made_by")}, sort_keys=True)
 
 
-def _plain(value):
-    return json.loads(json.dumps(value))
+def _changed_sample(*results: dict) -> str | None:
+    """The id of a sample for which two runs have read different rows of the data."""
+    ours, theirs = ({str(s["id"]): s.get("doc_sha256") for s in _samples(result["folder"])} for result in results)
+    return next((name for name in ours.keys() & theirs.keys() if ours[name] != theirs[name]), None)
+
+
+def _array(statistics: dict[str, list[float]]) -> np.ndarray:
+    return np.array(list(statistics.values()), dtype=float)
 
 
 @lru_cache(maxsize=64)
 def _samples(folder: str) -> list[dict]:
     return read_samples(Path(folder))
-
-
-def _markdown_row(entries: list[str]) -> str:
-    return "| " + " | ".join(entry.replace("|", "\\|").replace("\n", " ") for entry in entries) + " |"
 
 
 def _latex(text: str) -> str:

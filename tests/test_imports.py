@@ -32,7 +32,7 @@ MAY_IMPORT = {
     "studies": {"modeling_granulon", "granulon.hub", "granulon.train", "granulon.evaluation"},
 }
 ALONE = "evaluation/tasks"  # lmms-eval loads the functions of a task from their file, so that nothing is relative
-NEEDS_LMMS_EVAL = {"engine.py", "images.py", "lmms_model.py"}
+NEEDS_LMMS_EVAL = {"engine.py", "images.py", "lmms_model.py", "runner.py"}
 NETWORK = {"socket", "ssl", "urllib", "http", "ftplib", "smtplib", "xmlrpc", "asyncio", "subprocess"}
 
 

@@ -1,4 +1,4 @@
-"""`granulon-judge`: every answer is scored or told why not, no paid call is made twice, no cap is exceeded."""
+"""`granulon-judge`: every answer has scores or a reason for none, no paid call is repeated, no cap is exceeded."""
 
 import asyncio
 import base64
@@ -12,22 +12,25 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 
 import numpy as np
 import pytest
 from fault_server import INPUT_TOKENS, OUTPUT_TOKENS, FaultServer
 from PIL import Image
 from pydantic import ValidationError
-from test_tables import SETTINGS, make_run, write
+from test_tables import make_run, write
 
-from granulon.evaluation.judge.form import Verdict, cut_words, no_answer, segments, statistics_of
-from granulon.evaluation.judge.run import PROMPT, main
+from granulon.evaluation.judge import images, run
+from granulon.evaluation.judge.reply import Verdict, cut_words, empty_verdict, segments, statistics_of
+from granulon.evaluation.judge.run import MAX_WORDS, PROMPT, main
 from granulon.evaluation.matrix import Entry, Matrix, read_results
 from granulon.evaluation.metrics import JUDGED
-from granulon.train.controller.journal import Prices
+from granulon.train.controller import journal
+from granulon.train.controller.journal import Prices, ask_with_bar
 
 TASK = "granulon_cc12m"
-FLAGS = {"model": "m", "input_price": 1.0, "output_price": 4.0, "max_cost": 5.0, "first_wait": 0.0}
+OPTIONS = {"model": "m", "prices": (1.0, 4.0), "max_cost": 5.0}
 
 
 class JudgeServer(FaultServer):
@@ -84,7 +87,7 @@ def make_answers(count, start=0):
 
 @pytest.fixture
 def runs(tmp_path):
-    """Two entries: the second says of the first ten samples what the first says."""
+    """Two entries: they have the same answers to the first ten samples."""
     folder = tmp_path / "results"
     make_run(folder, Entry("one", "a"), TASK, make_answers(20))
     make_run(folder, Entry("two", "b", view="pixel"), TASK, make_answers(10) + make_answers(20, 100)[10:])
@@ -94,20 +97,21 @@ def runs(tmp_path):
 @pytest.fixture
 def judge(runs, server, monkeypatch):
     monkeypatch.setenv("OPENAI_API_KEY", "secret-key")
+    monkeypatch.setattr(journal, "FIRST_WAIT", 0.0)
 
-    def run(*more, **settings):
+    def call(*more, **settings):
         main(line(runs, server, *more, **settings))
         return read_results(runs)
 
-    return run
+    return call
 
 
 def line(runs, server, *more, **settings):
-    values = FLAGS | {"results": runs, "base_url": server.base_url, "sees": "reference"} | settings
-    return [
-        *(str(part) for name, value in values.items() if value is not None for part in (f"--{name}", value)),
-        *more,
-    ]
+    values = OPTIONS | {"results": runs, "base_url": server.base_url, "sees": "reference"} | settings
+    options = []
+    for name, value in values.items():
+        options += [f"--{name}", *(value if isinstance(value, tuple) else (value,))] if value is not None else []
+    return [*map(str, options), *more]
 
 
 def scores_of(results):
@@ -154,11 +158,11 @@ def test_the_same_command_again_sends_nothing_and_leaves_the_same_scores(judge, 
         assert before | {"finished_at": None} == after | {"finished_at": None}
 
 
-def test_another_prompt_or_sight_or_cut_is_another_judge(judge, server, tmp_path):
+def test_another_prompt_or_sight_is_another_judge(judge, server, tmp_path):
     (tmp_path / "other.md").write_text("Score it.")
-    for settings in ({}, {"prompt_file": tmp_path / "other.md"}, {"max_words": 5}):
+    for settings in ({}, {"prompt_file": tmp_path / "other.md"}):
         results = judge(**settings)
-    assert len({told["judge"] for told in scores_of(results)}) == 3
+    assert len({told["judge"] for told in scores_of(results)}) == 2
 
 
 def test_a_dry_run_counts_and_estimates_and_sends_nothing(judge, server, capsys):
@@ -175,17 +179,17 @@ def test_an_empty_answer_is_scored_without_a_call_and_a_long_one_is_cut_and_both
     odd = make_answers(4)
     odd[0]["answer"], odd[1]["answer"], odd[2]["answer"] = "", " \n", "word " * 5000
     make_run(runs, Entry("odd", "c", view="semantic"), TASK, odd)
-    results = judge("--only", "odd", max_words=300)
+    results = judge("--only", "odd")
     (told,) = scores_of(results)
-    assert (told["empty"], told["cut"], told["max_words"]) == (2, 1, 300) and len(server.asked) == 2
+    assert (told["empty"], told["cut"], told["max_words"]) == (2, 1, MAX_WORDS) and len(server.asked) == 2
     verdicts = {sample["id"]: sample["verdict"] for sample in told["samples"]}
-    assert verdicts[0] == verdicts[1] == no_answer() and told["metrics"]["gptscore"]["n"] == 4
+    assert verdicts[0] == verdicts[1] == empty_verdict() and told["metrics"]["gptscore"]["n"] == 4
     longest = max(server.asked, key=len)
-    assert longest.count("word") == 300
-    assert told["metrics"]["gptscore_2"]["n"] == 1, "what has no sentence for a segment has no score for it"
+    assert longest.count("word") == MAX_WORDS
+    assert told["metrics"]["gptscore_2"]["n"] == 1, "a segment without a sentence has no score"
 
 
-def test_a_missing_reference_is_told_and_the_others_are_scored(runs, judge):
+def test_an_answer_without_reference_is_counted_and_the_others_are_scored(runs, judge):
     odd = make_answers(4)
     odd[1]["references"], odd[2]["references"] = [], ["", None]
     make_run(runs, Entry("odd", "c", view="semantic"), TASK, odd)
@@ -193,9 +197,10 @@ def test_a_missing_reference_is_told_and_the_others_are_scored(runs, judge):
     assert told["unscored"] == {"the sample has no reference": 2} and told["metrics"]["gptscore"]["n"] == 2
 
 
-def test_faults_of_all_kinds_cost_no_score_and_no_answer_is_paid_for_twice(judge, server, runs):
+def test_faults_of_all_kinds_cost_no_score_and_no_answer_is_paid_for_twice(judge, server, monkeypatch):
     server.fault_share = 0.4
-    results = judge(timeout=0.5, concurrency=4)
+    monkeypatch.setattr(run, "ask_with_bar", partial(ask_with_bar, timeout=0.5))
+    results = judge(concurrency=4)
     for told in scores_of(results):
         assert told["waiting"] == 0 and len(told["samples"]) + sum(told["unscored"].values()) == 20
     assert all(count <= 1 for count in server.answered.values())
@@ -205,7 +210,7 @@ def test_faults_of_all_kinds_cost_no_score_and_no_answer_is_paid_for_twice(judge
     assert sum(server.asked.values()) == before
 
 
-def test_what_gets_no_usable_reply_is_quarantined_with_the_reason_and_asked_again_when_told(judge, server, runs):
+def test_a_case_without_usable_reply_is_quarantined_with_the_reason_and_asked_again_on_request(judge, server, runs):
     judge("--dry_run")
     text = json.dumps({
         "question": "What is this?", "reference": "A thing number 3.",
@@ -215,20 +220,20 @@ def test_what_gets_no_usable_reply_is_quarantined_with_the_reason_and_asked_agai
     server.always[text] = "schema"
     results = judge()
     (line,) = (runs / "judge" / "quarantine.jsonl").read_text().splitlines()
-    assert json.loads(line)["id"] == 3 and "not what was asked for" in json.loads(line)["reason"]
+    assert json.loads(line)["id"] == 3 and "" in json.loads(line)["reason"]
     assert [sum(told["unscored"].values()) for told in scores_of(results)] == [1, 1]
     del server.always[text]
     assert all(not told["unscored"] for told in scores_of(judge("--retry_quarantined")))
 
 
 def test_the_cap_holds_what_was_scored_is_kept_and_the_message_says_how_to_go_on(judge, server, runs):
-    prices = Prices(FLAGS["input_price"], FLAGS["output_price"])
+    prices = Prices(*OPTIONS["prices"])
     with pytest.raises(SystemExit, match="higher --max_cost to go on"):
         judge(max_cost=0.03)
     assert 0 < server.cost(prices) <= 0.03
     told = scores_of(read_results(runs))
     assert sum(len(one["samples"]) for one in told) > 0 and sum(one["waiting"] for one in told) > 0
-    table = {"name": "t", "title": "T", "columns": [{"title": "GPTscore", "figures": [[TASK, "gptscore"]]}]}
+    table = {"name": "t", "title": "T", "columns": [{"title": "GPTscore", "tasks": [TASK], "figure": "gptscore"}]}
     text = write(runs, Matrix([Entry("one", "a")], [TASK], [table]))["t.md"]
     assert "not judged yet" in text
     judge()
@@ -239,7 +244,7 @@ def call_cost(prices):
     return prices.of(INPUT_TOKENS, OUTPUT_TOKENS)
 
 
-def test_a_judge_that_is_down_is_told_and_what_was_scored_is_kept(judge, server, runs):
+def test_if_the_endpoint_is_down_the_message_says_so_and_scores_are_kept(judge, server, runs):
     judge("--only", "one")
     server.fault_share, server.faults = 1.0, ("500",)
     with pytest.raises(SystemExit, match="gave no reply for the last .*run the same command again when it is back"):
@@ -248,7 +253,7 @@ def test_a_judge_that_is_down_is_told_and_what_was_scored_is_kept(judge, server,
     assert told["one"]["waiting"] == 0 and told["two"]["waiting"] == 10 and len(told["two"]["samples"]) == 10
 
 
-def test_nobody_at_the_address_is_told(judge):
+def test_an_address_without_a_server_ends_with_a_message(judge):
     with pytest.raises(SystemExit, match="gave no reply"):
         judge(base_url="http://127.0.0.1:9/v1", concurrency=1)
 
@@ -257,7 +262,7 @@ def test_nobody_at_the_address_is_told(judge):
 def test_interrupted_it_says_how_to_go_on(judge, server, number, interruptible):
     server.hold = 0.01
     server.arrived = lambda count: os.kill(os.getpid(), number) if count == 8 else None
-    with pytest.raises(SystemExit, match="stopped; the same command goes on from here"):
+    with pytest.raises(SystemExit, match="stopped; run the same command to continue"):
         judge(concurrency=2)
     results = judge()
     assert all(told["waiting"] == 0 for told in scores_of(results))
@@ -293,20 +298,22 @@ def test_the_judge_sees_the_image_that_was_asked_about(tmp_path, server, monkeyp
     from granulon.evaluation.run import main as evaluate
     from granulon.hub.assemble import assemble_tiny
 
+    monkeypatch.setattr(images, "IMAGE_SIDE", 32)
+    monkeypatch.setattr(run, "IMAGE_TOKENS", 500)
     monkeypatch.setattr(lmms_model, "_cut", lambda text, until: f"A picture. It has {len(text)} letters.")
     task, model = "granulon_aokvqa_direct", str(assemble_tiny(tmp_path / "tiny"))
-    settings = ["--sample_rows", "--max_new_tokens", "6", "--limit", "3"]
+    settings = ["--sample_rows", "--limit", "3"]
     evaluate(["--model", model, "--tasks", task, "--output", str(tmp_path / "results"), *settings])
-    main(line(tmp_path / "results", server, sees="image", image_side=32, image_tokens=500, tasks=task))
+    main(line(tmp_path / "results", server, sees="image", tasks=task))
     (told,) = scores_of(read_results(tmp_path / "results"))
     assert len(told["samples"]) == 3 and told["sees"] == "image" and len(server.images) == 3
     pictures = [Image.open(io.BytesIO(base64.b64decode(url.partition(",")[2]))) for url in server.images]
     assert {picture.size for picture in pictures} == {(32, 32)} and len(set(server.images)) == 3
     assert "reference" not in json.loads(next(iter(server.asked)))
-    main(line(tmp_path / "results", server, sees="image", image_side=32, image_tokens=500, tasks=task))
+    main(line(tmp_path / "results", server, sees="image", tasks=task))
     assert sum(server.asked.values()) == 3
     most = [json.loads(entry)["cost"] for entry in (tmp_path / "results/judge/calls.jsonl").read_text().splitlines()]
-    assert max(most) < 0.015, "an image is reckoned by its tokens, not by the letters of its file"
+    assert max(most) < 0.015, "the cost of an image is bounded by its tokens, not by the bytes of its file"
 
 
 def test_scores_of_two_judges_do_not_mix_in_a_table(runs, judge, server, tmp_path):
@@ -316,8 +323,8 @@ def test_scores_of_two_judges_do_not_mix_in_a_table(runs, judge, server, tmp_pat
     judge("--only", "one", prompt_file=tmp_path / "newer.md")
     entries = [Entry("one", "a"), Entry("two", "b", view="pixel")]
     columns = [
-        {"title": "GPTscore", "figures": [[TASK, "gptscore"]]},
-        {"title": "H", "figures": [[TASK, "gpt_hallucination"]]},
+        {"title": "GPTscore", "tasks": [TASK], "figure": "gptscore"},
+        {"title": "H", "tasks": [TASK], "figure": "gpt_hallucination"},
     ]
     matrix = Matrix(entries, [TASK], [{"name": "t", "title": "T", "columns": columns, "compare": "one"}])
     written = write(runs, matrix)
@@ -327,10 +334,8 @@ def test_scores_of_two_judges_do_not_mix_in_a_table(runs, judge, server, tmp_pat
     assert "not judged" not in written["t.md"]
     (test, other) = json.loads(written["t.json"])["tests"]
     assert test["figure"] == "gptscore" and test["samples"] == 20 and other["test"] == "bootstrap"
-    chosen = write(runs, matrix, SETTINGS, newer)["t.md"]
-    assert f"Judged by `{newer}`" in chosen and "| two | not judged | not judged |" in chosen
-    with pytest.raises(ValueError, match="there are no scores by judge-x, there are by: judge-m-"):
-        write(runs, matrix, SETTINGS, "judge-x")
+    judge("--only", "two", prompt_file=tmp_path / "newer.md")
+    assert f"Judged by `{newer}`" in write(runs, matrix)["t.md"], "of two judges with as many runs, the newer"
 
 
 def test_segments_are_the_authors():
@@ -351,13 +356,13 @@ def test_segments_are_the_authors():
 def test_a_text_is_cut_between_words_and_an_empty_segment_has_no_score():
     assert cut_words(" one  two\nthree ", 3) == ("one  two\nthree", False)
     assert cut_words("one  two\nthree four", 2) == ("one  two", True)
-    found = statistics_of(no_answer(), ["One.", "", "", "", ""])
+    found = statistics_of(empty_verdict(), ["One.", "", "", "", ""])
     assert set(found) == {*JUDGED, *(f"{name}_1" for name in JUDGED)}
 
 
 @pytest.mark.parametrize("score", ["-1", "101", "50.5", '"high"', "null"])
 def test_scores_that_are_none_miss_the_schema(score):
-    reply = json.dumps(no_answer())
+    reply = json.dumps(empty_verdict())
     Verdict.model_validate_json(reply)
     with pytest.raises(ValidationError):
         Verdict.model_validate_json(reply.replace('"accuracy": 0', f'"accuracy": {score}', 1))
@@ -366,11 +371,11 @@ def test_scores_that_are_none_miss_the_schema(score):
 @pytest.mark.parametrize(
     "settings, message",
     [
-        ({"model": None}, "name the judging model with --model"),
-        ({"input_price": None}, "say what the model costs"),
-        ({"input_price": "nan"}, "prices are 0 or more"),
+        ({"model": None}, "no model is given"),
+        ({"prices": None}, "--prices has 0 numbers, expected two"),
+        ({"prices": ("nan", 1)}, "expected 0 or more"),
         ({"max_cost": "nan"}, "expected 0 or more"),
-        ({"concurrency": 0}, "--concurrency is 0; expected 1 or more"),
+        ({"concurrency": 0}, "--concurrency is 0 .*expected 1 or more"),
         ({"tasks": "pope"}, "has no finished run of pope; it has granulon_cc12m"),
         ({"only": "nobody"}, "no finished run of .* in the entries nobody"),
         ({"results": "/nowhere"}, "run granulon-evaluate first"),

@@ -11,8 +11,8 @@ from sklearn.metrics import accuracy_score, f1_score, precision_score, recall_sc
 from torchmetrics.functional.text.bert import bert_score
 from transformers import BertConfig, BertModel, BertTokenizerFast
 
-from granulon.evaluation.statistics import holm, interval, mcnemar, paired
 from granulon.evaluation.metrics import (
+    BERTSCORE_LAYERS,
     METRICS,
     bertscore_statistics,
     best_recall,
@@ -26,7 +26,8 @@ from granulon.evaluation.metrics import (
     vqa_accuracy,
     yes_no_statistics,
 )
-from granulon.evaluation.scoring import figures, scored, scored_choice, units
+from granulon.evaluation.scoring import choice_scores, figures, text_scores, units
+from granulon.evaluation.statistics import holm, interval, mcnemar, paired
 
 ANSWERS = [
     "A brown dog runs over the green field.",
@@ -89,8 +90,9 @@ def bert(tmp_path_factory):
 
 
 @pytest.mark.parametrize("layer", [2, None])
-def test_bertscore_is_that_of_torchmetrics_with_the_best_of_several_references(bert, layer):
-    found = bertscore_statistics(ANSWERS, REFERENCES, bert, layer)
+def test_bertscore_is_that_of_torchmetrics_with_the_best_of_several_references(bert, layer, monkeypatch):
+    monkeypatch.setitem(BERTSCORE_LAYERS, bert, layer)
+    found = bertscore_statistics(ANSWERS, REFERENCES, bert)
     for (score, one), answer, references in zip(found, ANSWERS, REFERENCES):
         assert one == 1
         if not answer:
@@ -107,19 +109,19 @@ def test_bertscore_is_that_of_torchmetrics_with_the_best_of_several_references(b
 def test_the_bertscore_of_an_answer_does_not_depend_on_the_others(bert):
     answers = [answer for answer in ANSWERS if answer]
     references = [own for answer, own in zip(ANSWERS, REFERENCES) if answer]
-    together = bertscore_statistics(answers, references, bert, 2)
-    alone = [bertscore_statistics([answer], [own], bert, 2)[0] for answer, own in zip(answers, references)]
+    together = bertscore_statistics(answers, references, bert)
+    alone = [bertscore_statistics([answer], [own], bert)[0] for answer, own in zip(answers, references)]
     assert np.array(together) == pytest.approx(np.array(alone), abs=1e-5)
-    backwards = bertscore_statistics(answers[::-1], references[::-1], bert, 2)[::-1]
+    backwards = bertscore_statistics(answers[::-1], references[::-1], bert)[::-1]
     assert np.array(together) == pytest.approx(np.array(backwards), abs=1e-5)
 
 
-def test_a_bertscore_model_that_cannot_be_had_is_named(tmp_path):
-    with pytest.raises(ValueError, match="the BERTScore model .*nowhere cannot be had"):
+def test_a_missing_bertscore_model_is_named(tmp_path):
+    with pytest.raises(ValueError, match="the BERTScore model .*nowhere was not found"):
         bertscore_statistics(["a"], [["b"]], str(tmp_path / "nowhere"))
 
 
-def test_yes_no_figures_are_those_of_scikit_learn_and_always_yes_stands_beside_them():
+def test_yes_no_figures_are_those_of_scikit_learn():
     draws = np.random.default_rng(0)
     truth = draws.random(200) < 0.4
     said = np.where(draws.random(200) < 0.8, truth, ~truth)
@@ -169,9 +171,9 @@ def test_the_pronoun_i_is_no_letter_of_nine_choices():
 
 
 def test_an_answer_without_a_single_choice_is_wrong_and_counted_as_unclear():
-    found = scored_choice("red or tennis", BOATS, 3)
+    found = choice_scores("red or tennis", BOATS, 3)
     assert found == {"choice_accuracy": [0.0, 1.0], "choice_unclear": [1.0, 1.0]}
-    assert "unscored" in scored_choice("B", BOATS, 4) and "unscored" in scored_choice("B", BOATS, None)
+    assert "unscored" in choice_scores("B", BOATS, 4) and "unscored" in choice_scores("B", BOATS, None)
 
 
 def test_figures_of_right_or_wrong_are_the_share_of_ones_among_their_first_statistics():
@@ -185,7 +187,7 @@ def test_figures_of_right_or_wrong_are_the_share_of_ones_among_their_first_stati
     assert [right for right, *_ in of_pope] == [1, 0, 0]
 
 
-def test_to_say_yes_more_often_is_neither_better_nor_worse():
+def test_a_higher_yes_rate_is_neither_better_nor_worse():
     neither = {name for name, metric in METRICS.items() if metric.higher_is_better is None}
     assert neither == {"yes_no_yes_rate", "yes_no_always_yes"}
 
@@ -208,8 +210,8 @@ def test_chair_counts_mentions_captions_and_covered_objects():
 
 
 @pytest.mark.parametrize("references", [[], [""], ["..."], [None]])
-def test_a_sample_without_a_reference_has_no_score_and_ends_nothing(references):
-    found = scored(["recall", "bleu", "bertscore"], "a dog", references)
+def test_a_sample_without_a_reference_has_no_score_and_raises_nothing(references):
+    found = text_scores(["recall", "bleu", "bertscore"], "a dog", references)
     assert list(found) == ["unscored"] and "no reference" in found["unscored"]
     samples = [
         {"id": 0, "statistics": {"recall": [1.0, 1.0]}},
@@ -221,12 +223,12 @@ def test_a_sample_without_a_reference_has_no_score_and_ends_nothing(references):
 def test_an_answer_of_thousands_of_words_and_an_empty_one_are_scored():
     long = "dog " * 5000
     for answer, expected in ((long, 1.0), ("", 0.0)):
-        found = scored(["recall", "bleu", "exact_match"], answer, ["dog"])
+        found = text_scores(["recall", "bleu", "exact_match"], answer, ["dog"])
         assert found["recall"] == [expected, 1.0] and found["exact_match"][0] == 0
         assert value("bleu", [found["bleu"]]) < 100
 
 
-def test_samples_that_count_only_together_are_right_where_all_of_them_are():
+def test_a_group_is_correct_if_all_of_its_samples_are():
     samples = [
         {"id": number, "statistics": {"qAcc": [float(right), 1.0]}, "groups": {"qAcc": group}}
         for number, (right, group) in enumerate([(1, "a"), (1, "a"), (1, "b"), (0, "b")])

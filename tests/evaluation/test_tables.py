@@ -1,4 +1,4 @@
-"""Cells know what decides their figures; tables are complete, tell the paper's from ours, and what was not run."""
+"""Runs are identified by what decides their figures; tables are complete and mark the paper's figures."""
 
 import json
 import re
@@ -33,7 +33,7 @@ SETTINGS = Settings()
 
 
 def make_run(output, entry, task, samples, finished_at="2026-01-01T00:00:00+00:00", settings=SETTINGS, **more):
-    """A finished run as granulon-evaluate leaves it."""
+    """A finished run as granulon-evaluate writes it."""
     key = run_key(entry, {"sha256": entry.model}, {"name": task}, settings)
     folder = run_folder(output, Run(entry, task), f"{key}-{finished_at}")  # several of one key, to choose from
     folder.mkdir(parents=True)
@@ -57,19 +57,19 @@ def make_samples(figure, values):
     return [{"id": number, "statistics": {figure: [float(value), 1.0]}} for number, value in enumerate(values)]
 
 
-def write(output, matrix, settings=SETTINGS, judge=None):
+def write(output, matrix, settings=SETTINGS):
     """All tables of a matrix, as texts by file name."""
-    files = write_tables(output, matrix, Results(output, settings, judge))
+    files = write_tables(output, matrix, Results(output, settings))
     return {file.name: file.read_text() for file in files if file.suffix in (".md", ".tex", ".json")}
 
 
-def test_a_cells_key_follows_from_all_that_decides_its_figures_and_from_nothing_else():
+def test_a_run_key_depends_on_everything_that_decides_its_answers_and_on_nothing_else():
     entry, model, task = Entry("a", "m"), {"sha256": "1", "manifest": {"x": 1}}, {"name": "t", "config": {"a": 1}}
     key = run_key(entry, model, task, SETTINGS)
     same = [
         (replace(entry, name="b", group="g", model="elsewhere", tasks=("x",), made_by="it"), model, task, SETTINGS),
         (entry, {"sha256": "1", "manifest": None}, task, SETTINGS),
-        (entry, model, task, replace(SETTINGS, bertscore_model="other", bertscore_layer=None)),
+        (entry, model, task, replace(SETTINGS, bertscore_model="other")),
     ]
     other = [
         (replace(entry, granularity="fine"), model, task, SETTINGS),
@@ -78,13 +78,13 @@ def test_a_cells_key_follows_from_all_that_decides_its_figures_and_from_nothing_
         (entry, {"sha256": "2"}, task, SETTINGS),
         (entry, model, {"name": "t", "config": {"a": 2}}, SETTINGS),
         (entry, model, task, replace(SETTINGS, limit=5)),
-        (entry, model, task, replace(SETTINGS, seed=1)),
+        (entry, model, task, replace(SETTINGS, sample_rows=True)),
     ]
     assert {run_key(*one) for one in same} == {key}
     assert len({key, *(run_key(*one) for one in other)}) == 1 + len(other)
 
 
-def test_a_models_identity_is_its_weights_and_not_its_place(tmp_path):
+def test_a_model_is_identified_by_its_weights_and_not_its_folder(tmp_path):
     for name, weights in (("a", b"1"), ("b", b"1"), ("c", b"2")):
         (tmp_path / name).mkdir()
         (tmp_path / name / "model.safetensors").write_bytes(weights)
@@ -105,7 +105,7 @@ def test_a_models_identity_is_its_weights_and_not_its_place(tmp_path):
         ("{entries: [{name: a, model: m}, {name: a, model: n}], tasks: []}", "more than one entry named"),
     ],
 )
-def test_a_matrix_that_says_something_unclear_is_refused(tmp_path, text, message):
+def test_an_invalid_matrix_is_refused(tmp_path, text, message):
     (tmp_path / "m.yaml").write_text(text)
     with pytest.raises(ValueError, match=message):
         read_matrix(str(tmp_path / "m.yaml"))
@@ -140,9 +140,9 @@ def test_every_column_names_a_task_of_the_matrix_and_a_known_figure(name):
             *PAPER["statements"],
         }
         for column in table["columns"]:
-            for task, figure in column["figures"]:
-                assert task in matrix.tasks
-                assert figure in METRICS or metric_of(figure) != "mean", figure
+            figure = column["figure"]
+            assert set(column.get("tasks") or table["tasks"]) <= set(matrix.tasks)
+            assert figure in METRICS or metric_of(figure) != "mean", figure
             published = [
                 values for group in PAPER["tables"].get(table.get("paper"), {}).values() for values in group.values()
             ]
@@ -196,33 +196,34 @@ def test_the_ablations_cover_each_of_the_papers_and_ours():
     clustered = {
         name: entry.overrides.get("relation_weight")
         for (group, name), entry in entries.items()
-        if "clustered" in group
+        if group == "Clustering input"
     }
     assert clustered == {"features": 0.0, "attention": 1e6, "both": None}
 
 
-def test_rows_of_an_ablation_differ_and_those_that_are_the_whole_model_are_known():
-    """Rows that ask one model in one way are one run; these are the trained model as it is, on purpose."""
+def test_only_the_known_entries_of_the_ablations_are_the_same_run():
+    """These are the trained model without changes, on purpose."""
     found = {}
     for entry in read_matrix("ablations").entries:
         key = json.dumps([entry.model, entry.granularity, entry.view, entry.overrides], sort_keys=True)
         found.setdefault(key, []).append((entry.group, entry.name))
     same = sorted(name for names in found.values() if len(names) > 1 for name in names)
     assert same == [
-        ("Attention term", "λ_f = 0.0"), ("Controller", "controller"), ("Joint objective", "λ_d = 0.5, λ_t = 0.5"),
-        ("Parts", "both"), ("View", "full"), ("What is clustered", "both"), ("What is clustered", "features"),
+        ("Attention term", "λ_f = 0.0"), ("Clustering input", "both"), ("Clustering input", "features"),
+        ("Controller", "controller"), ("Joint objective", "λ_d = 0.5, λ_t = 0.5"),
+        ("Parts", "both"), ("View", "full"),
     ]  # fmt: skip
     auto = next(entry for entry in read_matrix("ablations").entries if entry.view == "auto")
     assert {level["view"] for level in auto.overrides["granularities"]} == {"semantic", "full"}
 
 
-def test_all_that_the_judge_scores_stands_in_a_table():
+def test_every_score_of_the_judge_is_in_a_table():
     columns = [column for table in read_matrix("matrix").tables for column in table["columns"]]
-    shown = {figure for column in columns for _, figure in column["figures"]}
+    shown = {column["figure"] for column in columns}
     assert {name for name in METRICS if name.startswith(("gptscore", "gpt_"))} <= shown
 
 
-def test_without_any_result_every_table_is_there_and_says_what_was_not_run(tmp_path):
+def test_without_results_every_table_is_written_and_says_not_run(tmp_path):
     matrix = read_matrix("matrix")
     written = write(tmp_path, matrix)
     assert set(written) == {
@@ -238,18 +239,18 @@ def test_without_any_result_every_table_is_there_and_says_what_was_not_run(tmp_p
     }
 
 
-def test_the_papers_figures_stand_in_the_tables_as_the_papers(tmp_path):
+def test_the_papers_figures_are_marked_as_such(tmp_path):
     written = write(tmp_path, read_matrix("matrix"))
     text, tex = written["main.md"], written["main.tex"]
     for group, models in PAPER["tables"]["main"].items():
         for name, values in models.items():
             (own,) = [line for line in text.splitlines() if line.startswith(f"| {group} | *{name} (paper)*")]
             assert all(f"*{value:.2f}*" in own for value in values.values())
-            assert "**" not in own, "the best of a group is looked for among ours"
+            assert "**" not in own, "only our figures can be the best"
     assert r"\textit{CLIP (paper)}" in tex and r"\textit{50.91}" in tex
     for statement in PAPER["statements"]["main"]:
         assert f"- {statement}" in text
-    assert "lines in italics are the paper's" in text
+    assert "rows in italics are the paper's" in text
 
 
 def test_the_papers_figures_are_those_of_its_main_table():
@@ -268,9 +269,9 @@ ENTRIES = [Entry("plain & simple", "a", "G_1"), Entry("ours", "b", "G_1"), Entry
 TABLE = {
     "name": "t", "title": "100 % of it", "compare": "ours",
     "columns": [
-        {"title": "choice", "figures": [["one", "choice_accuracy"]]},
-        {"title": "both", "figures": [["one", "choice_accuracy"], ["two", "recall"]]},
-        {"title": "made up", "figures": [["two", "chair_i"]]},
+        {"title": "choice", "tasks": ["one"], "figure": "choice_accuracy"},
+        {"title": "both", "tasks": ["one", "two"], "figure": "recall"},
+        {"title": "hallucinated", "tasks": ["two"], "figure": "chair_i"},
     ],
 }  # fmt: skip
 
@@ -279,7 +280,10 @@ TABLE = {
 def filled(tmp_path):
     right = [[1] * 6 + [0] * 14, [1] * 15 + [0] * 5]
     for place, entry in enumerate(ENTRIES[:2]):
-        make_run(tmp_path, entry, "one", make_samples("choice_accuracy", right[place]))
+        samples = make_samples("choice_accuracy", right[place])
+        for sample in samples:
+            sample["statistics"]["recall"] = sample["statistics"]["choice_accuracy"]
+        make_run(tmp_path, entry, "one", samples)
         samples = [
             {"id": number, "statistics": {"recall": [0.25 + place / 2, 1.0], "chair_i": [2 - place, 4, 1, 1, 1, 1]}}
             for number in range(10 + place)
@@ -291,47 +295,49 @@ def filled(tmp_path):
 def test_a_table_has_values_with_intervals_the_best_in_bold_and_the_right_direction(filled):
     text = write(filled, Matrix(ENTRIES, ["one", "two"], [TABLE]))["t.md"]
     lines = {line.split(" | ")[1]: line.split(" | ")[2:] for line in text.splitlines() if line.startswith("| G_1")}
-    assert re.match(r"30.00 \[1\d.0, \d+.0\]", lines["plain & simple"][0]) and lines["ours"][0].startswith("**75.00 [")
+    assert re.match(r"30.00 \[1\d.00, \d+.00\]", lines["plain & simple"][0])
+    assert lines["ours"][0].startswith("**75.00 [")
     assert lines["ours"][1].startswith("**75.00 [") and lines["plain & simple"][1].startswith("27.50 [")
-    assert lines["ours"][2].startswith("**25.00"), "of what is made up, less is better"
+    assert lines["ours"][2].startswith("**25.00"), "less hallucination is better"
     assert [entry.strip(" |") for entry in lines["third"]] == ["not run"] * 3
 
 
-def test_rows_are_tested_in_pairs_and_unequal_samples_are_told(filled):
+def test_entries_are_tested_in_pairs_if_their_samples_are_the_same(filled):
     written = write(filled, Matrix(ENTRIES, ["one", "two"], [TABLE]))
     tests = json.loads(written["t.json"])["tests"]
     assert [(test["theirs"], test["figure"]) for test in tests] == [
-        ("plain & simple", "choice_accuracy"), ("plain & simple", "recall"), ("plain & simple", "chair_i"),
+        ("plain & simple", "choice_accuracy"), ("plain & simple", "recall"), ("plain & simple", "recall"),
+        ("plain & simple", "chair_i"),
     ]  # fmt: skip
     assert tests[0]["test"] == "McNemar" and tests[0]["p"] == pytest.approx(2 * 0.5**9)
-    assert tests[0]["p_corrected"] == pytest.approx(tests[0]["p"]), "one test could be made"
+    assert tests[0]["p_corrected"] == pytest.approx(tests[0]["p"]), "the larger p of two tests"
     assert "ours has 11 samples and plain & simple 10, 10 of them the same; run both on the same" in written["t.md"]
 
 
-def test_rows_of_changed_data_are_not_paired(tmp_path):
+def test_entries_are_not_tested_on_changed_data(tmp_path):
     for place, entry in enumerate(ENTRIES[:2]):
         samples = make_samples("choice_accuracy", [1, 0, 1])
         for number, sample in enumerate(samples):
             sample["doc_sha256"] = f"{number} {place if number == 2 else ''}"
         make_run(tmp_path, entry, "one", samples)
     text = write(tmp_path, Matrix(ENTRIES, ["one", "two"], [TABLE]))["t.md"]
-    assert "sample 2 is not the same in both: the data have changed" in text
+    assert "sample 2 differs: the data changed between the two runs" in text
 
 
-def test_how_often_a_model_says_yes_is_neither_good_nor_bad(tmp_path):
+def test_a_yes_rate_is_never_the_best(tmp_path):
     for entry, yes in zip(ENTRIES[:2], (0, 1)):
         statistics = {"yes_no_yes_rate": [1.0, yes, 1.0, 0.0, 0.0, 2.0]}
         make_run(tmp_path, entry, "pope", [{"id": 0, "statistics": statistics}])
-    table = {"name": "t", "title": "", "columns": [{"title": "yes", "figures": [["pope", "yes_no_yes_rate"]]}]}
+    table = {"name": "t", "title": "", "columns": [{"title": "yes", "tasks": ["pope"], "figure": "yes_no_yes_rate"}]}
     text = write(tmp_path, Matrix(ENTRIES[:2], ["pope"], [table]))["t.md"]
     assert "50.00" in text and "**50.00" not in text
 
 
 def test_figures_without_bertscore_do_not_depend_on_its_settings(tmp_path):
     make_run(tmp_path, ENTRIES[0], "one", make_samples("choice_accuracy", [1]))
-    assert Results(tmp_path, replace(SETTINGS, bertscore_model="other")).of(ENTRIES[0], "one")
+    assert Results(tmp_path, replace(SETTINGS, bertscore_model="other")).result(ENTRIES[0], "one")
     make_run(tmp_path, ENTRIES[0], "two", make_samples("bertscore", [1]))
-    assert not Results(tmp_path, replace(SETTINGS, bertscore_model="other")).of(ENTRIES[0], "two")
+    assert not Results(tmp_path, replace(SETTINGS, bertscore_model="other")).result(ENTRIES[0], "two")
 
 
 def test_latex_escapes_and_plots_are_pictures(filled):
@@ -343,26 +349,26 @@ def test_latex_escapes_and_plots_are_pictures(filled):
     assert (filled / "tables" / "t.pdf").read_bytes().startswith(b"%PDF")
 
 
-def test_the_newest_of_equal_cells_counts_and_cells_of_other_settings_do_not_but_are_told(tmp_path, capsys):
+def test_the_newest_of_equal_runs_is_shown_and_runs_with_other_settings_are_only_counted(tmp_path, capsys):
     entry, few = Entry("a", "m"), replace(SETTINGS, limit=5)
     make_run(tmp_path, entry, "one", make_samples("choice_accuracy", [0]), "2026-03-01")
     make_run(tmp_path, entry, "one", make_samples("choice_accuracy", [1]), "2026-04-01", few)
     make_run(tmp_path, entry, "one", make_samples("choice_accuracy", [1, 0]), "2025-01-01", few)
     matrix = Matrix([entry], ["one"], [])
     assert "| 0.00 " in write(tmp_path, matrix)["results.md"]
-    assert Results(tmp_path, SETTINGS).others == {("limit",): 2}
+    assert Results(tmp_path, SETTINGS).other_settings == {("limit",): 2}
     assert "| 100.00 " in write(tmp_path, matrix, few)["results.md"]
     main(["--model", "m", "--tasks", "one", "--output", str(tmp_path), "--tables_only"])
-    assert "2 finished runs are in no table: they were run with another limit" in capsys.readouterr().out
+    assert "2 finished runs are in no table, since they have another limit" in capsys.readouterr().out
 
 
-def test_a_figure_that_nobody_can_have_is_undefined_and_one_that_failed_is_not_computed(tmp_path):
+def test_a_missing_figure_is_shown_with_its_reason(tmp_path):
     entry = Entry("a", "m")
     never_yes = [{"id": 0, "statistics": {"yes_no_precision": [0.0, 0.0, 1.0, 0.0, 0.0, 1.0]}}]
     make_run(tmp_path, entry, "pope", never_yes)
     make_run(tmp_path, entry, "two", [], not_computed={"bertscore": "no model"})
     columns = [
-        {"title": name, "figures": [[task, name]]}
+        {"title": name, "tasks": [task], "figure": name}
         for task, name in (("pope", "yes_no_precision"), ("two", "bertscore"), ("two", "bleu"), ("two", "gptscore"))
     ]
     text = write(tmp_path, Matrix([entry], ["pope", "two"], [{"name": "t", "title": "T", "columns": columns}]))["t.md"]

@@ -3,7 +3,7 @@
 import ast
 
 from granulon.evaluation.metrics import LETTERS
-from granulon.evaluation.scoring import scored, scored_choice
+from granulon.evaluation.scoring import choice_scores, text_scores
 from modeling_granulon import load_rgb
 
 
@@ -21,7 +21,7 @@ def direct_answers(doc):
 
 
 def score_direct(doc, results):
-    return scored(["recall", "vqa_accuracy"], results[0], direct_answers(doc))
+    return text_scores(["recall", "vqa_accuracy"], results[0], direct_answers(doc))
 
 
 def choice_question(doc, options):
@@ -29,9 +29,9 @@ def choice_question(doc, options):
     return f"{doc['question']}\n{choices}{options['post_prompt']}"
 
 
-def right_letter(doc):
+def correct_letter(doc):
     return LETTERS[doc["correct_choice_idx"]]
 
 
 def score_choice(doc, results):
-    return scored_choice(results[0], doc["choices"], doc["correct_choice_idx"])
+    return choice_scores(results[0], doc["choices"], doc["correct_choice_idx"])

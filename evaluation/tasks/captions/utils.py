@@ -1,35 +1,26 @@
-"""Captions. CC12M: columns jpg, txt. ImageNet-21K recap: columns image, recaption."""
+"""Captions: an image in column jpg or image, and the reference in the first of `REFERENCES` that is not empty."""
 
-from granulon.evaluation.scoring import scored
+from granulon.evaluation.scoring import text_scores
 from modeling_granulon import load_rgb
 
-METRICS = ["bertscore", "bleu", "recall"]
+REFERENCES = ("txt", "recaption", "caption_detail", "caption_composition")
+
+
+def visual(doc):
+    return [load_rgb(doc["jpg"] if "jpg" in doc else doc["image"])]
 
 
 def prompt(doc, options):
     return options["prompt"]
 
 
-def cc12m_visual(doc):
-    return [load_rgb(doc["jpg"])]
+def reference(doc):
+    found = [doc[name] for name in REFERENCES if name in doc]
+    if not found:
+        raise KeyError(" or ".join(REFERENCES))
+    texts = [value if isinstance(value, str) else (value or [""])[0] for value in found]
+    return next(filter(None, texts), "")
 
 
-def cc12m_caption(doc):
-    return doc["txt"]
-
-
-def score_cc12m(doc, results):
-    return scored(METRICS, results[0], [cc12m_caption(doc)])
-
-
-def recap_visual(doc):
-    return [load_rgb(doc["image"])]
-
-
-def recap_caption(doc):
-    caption = doc["recaption"]
-    return caption if isinstance(caption, str) else (caption or [""])[0]
-
-
-def score_recap(doc, results):
-    return scored(METRICS, results[0], [recap_caption(doc)])
+def score(doc, results):
+    return text_scores(["bertscore", "bleu", "recall"], results[0], [reference(doc)])

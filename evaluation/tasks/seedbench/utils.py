@@ -1,6 +1,6 @@
 """SEED-Bench: columns image (a list), question, choice_a to choice_d, answer (a letter), data_type (image, video)."""
 
-from granulon.evaluation.scoring import scored
+from granulon.evaluation.scoring import text_scores
 from modeling_granulon import load_rgb
 
 
@@ -17,9 +17,9 @@ def question(doc, options):
     return doc["question"] + options["post_prompt"]
 
 
-def right_choice(doc):
+def correct_choice(doc):
     return doc[f"choice_{doc['answer'].strip().lower()}"]
 
 
 def score(doc, results):
-    return scored(["recall"], results[0], [right_choice(doc)])
+    return text_scores(["recall"], results[0], [correct_choice(doc)])

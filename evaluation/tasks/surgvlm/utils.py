@@ -1,6 +1,6 @@
 """Surgical frames: columns image, answer (the phase, or the instruments); a column question replaces the prompt."""
 
-from granulon.evaluation.scoring import scored
+from granulon.evaluation.scoring import text_scores
 from modeling_granulon import load_rgb
 
 
@@ -13,4 +13,4 @@ def prompt(doc, options):
 
 
 def score(doc, results):
-    return scored(["bertscore", "recall"], results[0], [doc["answer"]])
+    return text_scores(["bertscore", "recall"], results[0], [doc["answer"]])
