@@ -26,9 +26,9 @@ import torch
 import yaml
 from accelerate import PartialState
 from accelerate.utils import reduce
-from transformers import HfArgumentParser, TrainerCallback, set_seed
+from transformers import TrainerCallback, set_seed
 from transformers.trainer import TRAINING_ARGS_NAME
-from trl import ModelConfig
+from trl import ModelConfig, TrlParser
 
 from granulon.hub.assemble import assemble_tiny
 from granulon.hub.inference import load_model, load_processor
@@ -43,6 +43,7 @@ from .trainer import GranulonTrainer
 RECIPES = Path(__file__).parent / "recipes"
 TINY = "tiny"  # as a model's name: the small random model of `granulon-assemble --tiny`
 MODEL, ADAPTER = "model", "adapter"  # folders under output_dir
+NOT_GIVEN = object()  # in place of an option's default, so that the dataclass has it
 EXCLUDED_FROM_MANIFEST = ("output_dir", "logging_dir", "hub_token", "push_to_hub_token", "resume", "merge")
 
 logger = logging.getLogger(__name__)
@@ -133,13 +134,13 @@ def parse(argv: list[str]) -> Run:
         print(yaml.safe_dump(recipe, sort_keys=False), end="")
         raise SystemExit
     types = (SFTArguments, GranulonSFTConfig, ModelConfig)
-    parser = HfArgumentParser(types, description=__doc__, parents=[first])
+    parser = TrlParser(types, description=__doc__, parents=[first])
     names = [entry.name for kind in types for entry in fields(kind) if entry.init]
     if unknown := recipe.keys() - set(names):
         raise ValueError(f"the recipe {chosen.config} has {', '.join(sorted(unknown))}, which is not an option")
-    if not {"-h", "--help"} & set(argv):  # the help shows the defaults; else what was not given stays absent
-        parser.set_defaults(**dict.fromkeys(names, argparse.SUPPRESS) | recipe)
-    given = vars(parser.parse_args(argv))
+    if not {"-h", "--help"} & set(argv):  # the help shows the defaults of the dataclasses
+        parser.set_defaults(**dict.fromkeys(names, NOT_GIVEN) | recipe)
+    given = {name: value for name, value in vars(parser.parse_args(argv)).items() if value is not NOT_GIVEN}
     sft, trainer, model = (kind(**{name: given[name] for name in _init_names(kind) & given.keys()}) for kind in types)
     values = {name: value for part in (sft, trainer, model) for name, value in vars(part).items()}
     recorded = {name: values[name] for name in names if name in given and name not in EXCLUDED_FROM_MANIFEST}

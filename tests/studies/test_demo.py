@@ -9,7 +9,7 @@ import transformers
 from packaging.version import Version
 from PIL import Image
 
-from granulon.hub.assemble import MANIFEST
+from granulon.hub.manifest import MANIFEST
 from granulon.train.data.scenes import LEVELS, make_questions, make_scene
 from studies.demo import run as demo
 
