@@ -144,7 +144,7 @@ def parse(argv: list[str]) -> Run:
     sft, trainer, model = (kind(**{name: given[name] for name in _init_names(kind) & given.keys()}) for kind in types)
     values = {name: value for part in (sft, trainer, model) for name, value in vars(part).items()}
     recorded = {name: values[name] for name in names if name in given and name not in EXCLUDED_FROM_MANIFEST}
-    name = Path(chosen.config).stem if chosen.config is not None else None
+    name = Path(chosen.config).name.removesuffix(".yaml") if chosen.config is not None else None
     run = Run(sft, trainer, model, name, json.loads(json.dumps(recorded, default=_set_fields)))
     _check(run)
     if sft.global_batch_size is not None:
