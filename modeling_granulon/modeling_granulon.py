@@ -99,7 +99,7 @@ class GranulonModel(GranulonPreTrainedModel):
         predict: (B,L) long, places of prompt tokens: `last_hidden_state` is then (B,V*L,E), the states that predict
             these tokens, view after view, for a head that needs no others.
 
-    Who continues from `past_key_values` by hand passes the attention mask that hides the empty slots; `generate` does.
+    To continue from `past_key_values` by hand, pass the attention mask that hides the empty slots, as `generate` does.
     """
 
     _keys_to_ignore_on_load_unexpected = [r"^lm_head\."]

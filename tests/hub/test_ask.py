@@ -185,7 +185,7 @@ def test_the_picture_is_written(folder, image_file, tmp_path, monkeypatch, capsy
         ({"--granularity": "huge"}, "unknown granularity 'huge': choose one of"),
         ({"--granularity": "7"}, "unknown granularity 7"),
         ({"--image": "missing.png"}, "missing.png cannot be read"),
-        ({"--image": __file__}, "is no image in one of the formats"),
+        ({"--image": __file__}, "is not an image in one of the formats"),
         ({"--model": "/no/such/folder"}, "/no/such/folder was not found locally or on the Hub"),
         ({"--picture": "missing/out.png"}, "No such file"),
         ({"--batch": "pictures"}, "give either --image or --batch"),

@@ -187,7 +187,7 @@ def test_the_result_shares_nothing_with_the_source():
     "source", [b"", b"not an image" * 50, b"<svg xmlns='http://www.w3.org/2000/svg'/>", b"%PDF-1.7"]
 )
 def test_what_is_no_image_is_refused(source):
-    with pytest.raises(ValueError, match="is no image in one of the formats AVIF, .* convert it"):
+    with pytest.raises(ValueError, match="is not an image in one of the formats AVIF, .* convert it"):
         load_rgb(source)
 
 
