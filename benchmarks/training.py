@@ -18,9 +18,8 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, 
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
 from granulon.evaluation.timing import interleaved, machine, medians, milliseconds, peak_bytes
-from granulon.hub.chat_template import with_image_parts
+from granulon.hub.assemble import byte_tokenizer, with_image_parts
 from granulon.hub.text import markdown_table
-from granulon.hub.tiny import byte_tokenizer
 from granulon.train.arguments import GranulonSFTConfig
 from granulon.train.trainer import GranulonTrainer
 from modeling_granulon import GranulonProcessor
@@ -181,7 +180,7 @@ def verdict(result: dict) -> str:
     without = (products[PACKED] - 5 * result["head_products"]) / (products[PLAIN] - result["head_products"])
     return (
         f"{line}: not met. Five views score five times the answer tokens, and against {result['vocabulary']:,} words "
-        f"that is {share:.0%} of plain fine-tuning's products a view; without the scores the products are {without:.2f}x."
+        f"that is {share:.0%} of plain fine-tuning's products a view; without scores the products are {without:.2f}x."
     )
 
 

@@ -1,21 +1,19 @@
-"""The study's arms: one Granulon each, the same but for how image tokens are made, trained and asked in the same way.
+"""The study's arms: Granulon models that differ only in how their image tokens are made, trained and asked alike.
 
-The tower is frozen, so its features are read from a cache, and where an arm's tokens hold nothing that learns, they
-are made once. All questions about a scene stand behind one copy of its image tokens, each blind to the others: the
-answers are those of single prompts, at a fraction of the cost. An answer is one word, the greedy next token.
+The tower is frozen, so its features are read from a file. All questions about a scene follow one copy of its image
+tokens and do not attend to each other: the answers are those of single prompts at a fraction of the cost. An answer is
+one word, the greedy next token.
 
 Shapes by suffix: S scenes, B scenes of a batch, N patches, K token slots, R image tokens of a row, Q questions of a
 scene, T tokens of all its questions, P = R + T, D vision width, E text width, G levels.
 """
 
-import time
-from copy import copy
 from dataclasses import dataclass, replace
 
-import numpy as np
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch.nn import functional as F
+from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerFast, Qwen2Config
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
@@ -24,12 +22,12 @@ from modeling_granulon.adaptive_token_aggregation import AggregationOutput, kept
 from modeling_granulon.image_tokens import FULL, PIXEL, SEMANTIC
 
 from . import world
-from .encoders import CONTRASTIVE, DEVICE, MASKED, Features
-from .tokens import COLOUR, GRID, LEARNED, RANDOM, make_aggregation
+from .encoders import DEVICE, Features, make_encoder
+from .tokens import COLOUR, GRID, MODULES, RANDOM
 from .tokens import SEMANTIC as CLUSTERS
 
 BUDGETS = (4, 8, 16, 32)
-K = 16  # where the number of tokens is not what is studied
+K = 16  # tokens, where their number is not studied
 SPARE = 1.2  # clusters per kept token, as in the method's own levels
 IMAGE_TOKEN = "<image>"
 CHAT_TEMPLATE = (
@@ -45,18 +43,17 @@ class Arm:
     What an arm does differently.
 
     Args:
-        source: of the K tokens, of study_tokens; None for pixel tokens alone.
-        levels: (stride, clusters, keep) of each level; with several, a training step draws one for each scene.
+        source: of the K tokens, one of tokens.SOURCES; None for pixel tokens alone.
+        levels: (stride, clusters, keep) of each level; with several, training draws one at random for each batch.
         view: what the prompt shows: the K tokens ("semantic"), the patches ("pixel"), or both ("full").
         joint: weight of the losses of the two partial views (Eq. 10).
-        relation_weight, iterations, refinement: of the method's clustering; rounds on cells, then on patches.
+        relation_weight, iterations, refinement: of the method's clustering.
     """
 
     name: str
     source: str | None
     levels: tuple[tuple[int, int, int], ...]
     view: str = SEMANTIC
-    encoder: str = MASKED
     joint: float = 0.0
     relation_weight: float = 3.0
     iterations: int = 2
@@ -84,18 +81,14 @@ BUDGET_ARMS = tuple(
 BASE = next(arm for arm in BUDGET_ARMS if arm.name == f"{CLUSTERS} {K}")
 VIEW_ARMS = (
     PIXELS,
-    *(Arm(f"pixels + {source}", source, one_level(K), FULL) for source in (CLUSTERS, GRID, LEARNED)),
+    *(Arm(f"pixels + {source}", source, one_level(K), FULL) for source in (CLUSTERS, GRID)),
 )
 LEVEL_ARMS = (
-    # Stride 4 leaves 9 cells of 12 x 12 patches, so that 8 is what all three can keep.
+    # Stride 4 leaves 9 cells of 12 x 12 patches, so all three levels can keep 8.
     Arm("levels, equal K", CLUSTERS, ((4, 9, 8), (2, 10, 8), (1, 10, 8))),
     Arm("levels, default K", CLUSTERS, ((4, 6, 5), (2, 12, 10), (1, 24, 20))),
 )
-JOINT_ARMS = (replace(VIEW_ARMS[1], name="pixels + semantic, joint", joint=0.5),)
-ENCODER_ARMS = tuple(
-    replace(arm, name=f"{arm.name}, {CONTRASTIVE}", encoder=CONTRASTIVE)
-    for arm in (PIXELS, BASE, next(arm for arm in BUDGET_ARMS if arm.name == f"{GRID} {K}"))
-)
+JOINT_ARM = replace(VIEW_ARMS[1], name="pixels + semantic, joint", joint=0.5)
 PART_ARMS = (
     replace(BASE, name="attention 0", relation_weight=0.0),
     replace(BASE, name="attention 1", relation_weight=1.0),
@@ -103,15 +96,12 @@ PART_ARMS = (
     replace(BASE, name="1 round", iterations=1, refinement=0),
     replace(BASE, name="8 rounds", refinement=6),
 )
-ARMS = {
-    arm.name: arm
-    for arm in (*BUDGET_ARMS, *VIEW_ARMS, *LEVEL_ARMS, *JOINT_ARMS, *ENCODER_ARMS, *PART_ARMS)
-}  # fmt: skip
+ARMS = {arm.name: arm for arm in (*BUDGET_ARMS, *VIEW_ARMS, *LEVEL_ARMS, JOINT_ARM, *PART_ARMS)}
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
     """One token for each word of the world."""
-    scenes = [world.make_scene(seed) for seed in world.seeds("train", 400)]
+    scenes = world.make_scenes("train", 400)
     texts = [sentence for scene in scenes for sentence in world.sentences(scene)]
     texts += [f"{q.text} {q.answer}" for scene in scenes for q in world.make_questions(scene)]
     words = sorted({word for text in texts for word in text.split()} | {"user", "assistant", ":"})
@@ -125,23 +115,21 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def make_processor(tokenizer, arm: Arm) -> GranulonProcessor:
-    image_processor = ViTImageProcessorPil(
-        size={"height": world.SIZE, "width": world.SIZE}, image_mean=[0.5] * 3, image_std=[0.5] * 3
-    )
+    size = {"height": world.SIZE, "width": world.SIZE}
+    image_processor = ViTImageProcessorPil(size=size, image_mean=[0.5] * 3, image_std=[0.5] * 3)
     return GranulonProcessor(image_processor, tokenizer, world.PATCH, arm.slots, IMAGE_TOKEN, CHAT_TEMPLATE)
 
 
-def make_model(tokenizer, vision_config, arm: Arm, seed: int) -> GranulonForConditionalGeneration:
-    """The arm's model with random weights, its own module in place of the aggregation."""
-    torch.manual_seed(seed)
+def make_model(tokenizer, arm: Arm, seed: int = 0) -> GranulonForConditionalGeneration:
+    """The arm's model with random weights, the aggregation replaced where the arm has another source."""
     text_config = Qwen2Config(
         vocab_size=len(tokenizer), hidden_size=96, intermediate_size=256, num_hidden_layers=3, num_attention_heads=4,
         num_key_value_heads=4, max_position_embeddings=1024, tie_word_embeddings=True, bos_token_id=None,
         eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id, initializer_range=0.08,
     )  # fmt: skip
-    names = ("coarse", "medium", "fine") if len(arm.levels) == 3 else ("only",)
+    names = world.LEVELS[:3] if len(arm.levels) == 3 else ("only",)
     config = GranulonConfig(
-        vision_config=vision_config, text_config=text_config,
+        vision_config=make_encoder().config, text_config=text_config,
         image_token_id=tokenizer.convert_tokens_to_ids(IMAGE_TOKEN),
         granularities=[
             {"name": name, "stride": stride, "clusters": clusters, "keep": keep, "view": arm.view}
@@ -150,20 +138,20 @@ def make_model(tokenizer, vision_config, arm: Arm, seed: int) -> GranulonForCond
         relation_weight=arm.relation_weight, cluster_iterations=arm.iterations,
         refinement_iterations=arm.refinement, controller_hidden_size=64,
     )  # fmt: skip
+    torch.manual_seed(seed)
     model = GranulonForConditionalGeneration(config).eval()
-    if arm.source not in (None, CLUSTERS):
-        model.model.aggregation = make_aggregation(arm.source, vision_config.hidden_size, arm.slots)
+    if arm.source in MODULES:
+        model.model.aggregation = MODULES[arm.source]()
     return model.to(DEVICE)
 
 
 @dataclass
 class Questions:
     """
-    The questions about scenes, ready to stand behind image tokens.
+    The questions about scenes, ready to follow image tokens.
 
-    ids_ST: the questions' tokens one after another; question_ST: which one a token belongs to, -1 on padding.
-    place_ST: a token's place in its own question. last_SQ: where each question's last token stands.
-    answer_SQ: the answer's token. kinds: of the Q questions.
+    ids_ST: the tokens of a scene's questions; question_ST: the question that a token belongs to, -1 on padding;
+    place_ST: its place in that question. last_SQ: the place of each question's last token; answer_SQ: the answer's id.
     """
 
     ids_ST: torch.Tensor
@@ -171,64 +159,50 @@ class Questions:
     place_ST: torch.Tensor
     last_SQ: torch.Tensor
     answer_SQ: torch.Tensor
-    kinds: tuple[str, ...]
 
     @classmethod
-    def of(cls, scenes: list[world.Scene], tokenizer, kinds: tuple[str, ...]) -> "Questions":
-        asked = [[q for q in world.make_questions(scene) if q.kind in kinds] for scene in scenes]
-        word = tokenizer.get_vocab()
-        ids = [[[word[token] for token in q.text.split()] for q in row] for row in asked]
-        pad = torch.nn.utils.rnn.pad_sequence
-        lengths_SQ = torch.tensor([[len(question) for question in row] for row in ids])
-
-        def column(values, padding):
-            return pad([torch.tensor(sum(row, [])) for row in values], batch_first=True, padding_value=padding)
-
-        return cls(
-            ids_ST=column(ids, tokenizer.pad_token_id),
-            question_ST=column([[[n] * len(x) for n, x in enumerate(row)] for row in ids], -1),
-            place_ST=column([[list(range(len(x))) for x in row] for row in ids], 0),
-            last_SQ=lengths_SQ.cumsum(1) - 1,
-            answer_SQ=torch.tensor([[word[q.answer] for q in row] for row in asked]),
-            kinds=tuple(q.kind for q in asked[0]),
-        )
-
-    def first(self, scenes: int) -> "Questions":
-        tensors = {name: value[:scenes] for name, value in vars(self).items() if name != "kinds"}
-        return Questions(**tensors, kinds=self.kinds)
+    def of(cls, scenes: list[world.Scene], tokenizer) -> "Questions":
+        word, fields = tokenizer.get_vocab(), []
+        for scene in scenes:
+            questions = world.make_questions(scene)
+            ids = [torch.tensor([word[token] for token in question.text.split()]) for question in questions]
+            lengths_Q = torch.tensor([len(x) for x in ids])
+            fields.append(
+                (
+                    torch.cat(ids),
+                    torch.arange(len(ids)).repeat_interleave(lengths_Q),
+                    torch.cat([torch.arange(length) for length in lengths_Q]),
+                    lengths_Q.cumsum(0) - 1,
+                    torch.tensor([word[question.answer] for question in questions]),
+                )
+            )
+        padding = (tokenizer.pad_token_id, -1, 0, 0, 0)
+        return cls(*(pad_sequence(x, batch_first=True, padding_value=p) for x, p in zip(zip(*fields), padding)))
 
     def rows(self, rows: torch.Tensor) -> "Questions":
-        """Of some scenes, on the device where the model is."""
-        tensors = {name: value[rows].to(DEVICE) for name, value in vars(self).items() if name != "kinds"}
-        return Questions(**tensors, kinds=self.kinds)
+        """Of some scenes, on the device of the model."""
+        return Questions(*(value[rows].to(DEVICE) for value in vars(self).values()))
 
 
-def answer_logits(
-    model: GranulonForConditionalGeneration,
-    questions: Questions,
-    image_embeds: torch.Tensor | None = None,
-    visible_BR: torch.Tensor | None = None,
-    prefix_ids: torch.Tensor | None = None,
-) -> torch.Tensor:
+def answer_logits(model, questions: Questions, image_embeds: torch.Tensor, visible_BR: torch.Tensor) -> torch.Tensor:
     """
     Next-token logits (B,Q,vocabulary) at the end of each question.
 
-    The questions stand behind image tokens (B,R,E), of which `visible_BR` are there, or behind words (B,R): each sees
-    these and itself, at the positions that it has in a prompt of its own.
+    The questions follow image tokens (B,R,E), of which `visible_BR` are used: each attends to these and to itself, at
+    the positions that it has in a prompt of its own.
     """
     visible_BR = visible_BR.to(DEVICE)
-    if prefix_ids is None:
-        prefix_ids = torch.full_like(visible_BR, model.config.image_token_id, dtype=torch.long)
-    length = prefix_ids.shape[1]
+    slots_BR = torch.full_like(visible_BR, model.config.image_token_id, dtype=torch.long)
+    length = slots_BR.shape[1]
     own_BTT = questions.question_ST.unsqueeze(2) == questions.question_ST.unsqueeze(1)
     both_BPP = F.pad(own_BTT, (length, 0, length, 0))
     both_BPP[:, :, :length] = visible_BR.unsqueeze(1)
     eye_PP = torch.eye(both_BPP.shape[1], dtype=torch.bool, device=DEVICE)
-    mask_BPP = both_BPP & torch.ones_like(eye_PP).tril() | eye_PP  # every token sees at least itself
+    mask_BPP = both_BPP & torch.ones_like(eye_PP).tril() | eye_PP  # every token attends at least to itself
     seen_B1 = visible_BR.sum(1, keepdim=True)
     positions = torch.cat([(visible_BR.cumsum(1) - 1).clamp_min(0), seen_B1 + questions.place_ST], dim=1)
     states_BQE = model.model(
-        input_ids=torch.cat([prefix_ids, questions.ids_ST], dim=1),
+        input_ids=torch.cat([slots_BR, questions.ids_ST], dim=1),
         attention_mask=mask_BPP.unsqueeze(1),
         position_ids=positions,
         image_embeds=image_embeds,
@@ -237,145 +211,56 @@ def answer_logits(
     return model.lm_head(states_BQE)
 
 
-class ImageTokens:
-    """
-    The K tokens and the patches of scenes for an arm: `semantic(rows, level_B)` and `patches(rows)`.
-
-    What a frozen source makes of every scene at every level is made once; learned tokens are made on each call.
-    """
-
-    def __init__(self, model: GranulonForConditionalGeneration, arm: Arm, features: Features, batch: int = 200):
-        self.base, self.arm, self.features = model.model, arm, features
-        self.cached = None
-        if arm.source not in (None, LEARNED):
-            rows = torch.arange(len(features)).split(batch)
-            with torch.no_grad():
-                levels = [[self._aggregate(part, level) for part in rows] for level in range(len(arm.levels))]
-            self.cached = [tuple(torch.cat(parts).cpu() for parts in zip(*level)) for level in levels]
-
-    def semantic(self, rows: torch.Tensor, level_B: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Tokens (B,K,D), their geometry (B,K,5) and which are there (B,K), unused slots first, as in the model."""
-        if self.cached is None:
-            return self._aggregate(rows, 0)
-        every = [torch.stack([field[rows] for field in fields]) for fields in zip(*self.cached)]  # (G,B,K,...)
-        return tuple(field[level_B, torch.arange(len(rows))].to(DEVICE) for field in every)
-
-    def patches(self, rows: torch.Tensor) -> torch.Tensor:
-        return self.features.features_SND[rows].float().to(DEVICE)
-
-    def groups(self, batch: int = 200) -> np.ndarray:
-        """Of which token each patch of each scene is a part, (S,N); at the first level."""
-        parts = torch.arange(len(self.features)).split(batch)
-        return torch.cat([self._found(rows, 0).assignment.flatten(1).cpu() for rows in parts]).numpy()
-
-    def first(self, scenes: int) -> "ImageTokens":
-        part = copy(self)
-        part.features = self.features.first(scenes)
-        return part
-
-    def _aggregate(self, rows: torch.Tensor, level: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        found = self._found(rows, level)
-        unused = self.arm.slots - found.mask.shape[1]
-        tokens_BKD, geometry_BK5 = (F.pad(field, (0, 0, unused, 0)) for field in (found.tokens, found.geometry))
-        return tokens_BKD, geometry_BK5, F.pad(found.mask, (unused, 0))
-
-    def _found(self, rows: torch.Tensor, level: int) -> AggregationOutput:
-        """The clusters of the model's own aggregation at a level, all of them used."""
-        stride, clusters, keep = self.arm.levels[level]
-        grid, attention = (world.GRID, world.GRID), None
-        if self.arm.source == COLOUR:
-            self.base.aggregation.colours = self.features.colours_SN3[rows].to(DEVICE)
-        elif self.arm.source == CLUSTERS:  # only the method reads the relation map
-            attention = self.features.relation_SNC[rows].to(DEVICE)
-        used = kept_tokens(grid, stride, clusters, keep)
-        return self.base.aggregation(self.patches(rows), attention, stride, clusters, grid=grid, top_k=used)
-
-
-def embed(
-    model: GranulonForConditionalGeneration, tokens: ImageTokens, view: str, rows: torch.Tensor, level_B: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Projected image tokens of a view (B,R,E), and which are there (B,R)."""
-    projector, level_B = model.model.multi_modal_projector, level_B if model.config.granularities else None
-    parts, seen = [], []
-    if view != SEMANTIC:
-        pixel_BND = tokens.patches(rows)
-        parts.append(projector(pixel_BND, None if level_B is None else level_B.to(DEVICE)))
-        seen.append(torch.ones(pixel_BND.shape[:2], dtype=torch.bool, device=DEVICE))
-    if view != PIXEL:
-        semantic_BKD, geometry_BK5, mask_BK = tokens.semantic(rows, level_B)
-        parts.append(projector(semantic_BKD, level_B.to(DEVICE), geometry_BK5))
-        seen.append(mask_BK)
-    return torch.cat(parts, dim=1), torch.cat(seen, dim=1)
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """How arms are trained; chosen on validation data (docs/study.md)."""
-
-    steps: int
-    batch: int = 16
-    lr: float = 1e-3
-    watch_every: int = 50
-    threshold: float = 0.75  # of validation accuracy, for steps to a threshold
-
-
-def train_arm(model, arm: Arm, tokens: ImageTokens, questions: Questions, recipe: Recipe, seed: int, watch) -> dict:
-    """
-    Projector, language model and whatever of the aggregation learns, on the answers of all views.
-
-    watch: called every `recipe.watch_every` steps, gives the validation accuracy.
-
-    Returns:
-        dict: `history` of (step, validation accuracy), `seconds` of training alone, `loss` at the end.
-    """
-    random = torch.Generator().manual_seed(seed)
-    parameters = [p for name, p in model.named_parameters() if p.requires_grad and "controller" not in name]
-    optimizer = torch.optim.AdamW(parameters, weight_decay=0.01)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, recipe.lr, total_steps=recipe.steps + 1, pct_start=0.1)
-    weights = {arm.view: 1.0} | ({PIXEL: arm.joint, SEMANTIC: arm.joint} if arm.joint else {})
-    history, seconds = [], 0.0
-    for step in range(1, recipe.steps + 1):
-        start = time.perf_counter()
-        rows = torch.randint(len(tokens.features), (recipe.batch,), generator=random)
-        level_B = torch.randint(max(len(arm.levels), 1), (recipe.batch,), generator=random)
-        asked = questions.rows(rows)
-        loss = sum(
-            weight * answer_loss(model, asked, *embed(model, tokens, view, rows, level_B))
-            for view, weight in weights.items()
-        )
-        if not loss.isfinite():
-            raise FloatingPointError(f"{arm.name}, seed {seed}: the loss of step {step} is not finite")
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
-        schedule.step()
-        seconds += time.perf_counter() - start
-        if step % recipe.watch_every == 0 or step == recipe.steps:
-            history.append((step, watch()))
-    return {"history": history, "seconds": seconds, "loss": loss.item()}
-
-
 def answer_loss(model, questions: Questions, image_embeds: torch.Tensor, visible_BR: torch.Tensor) -> torch.Tensor:
+    """Cross-entropy of the answers."""
     logits_BQV = answer_logits(model, questions, image_embeds, visible_BR)
-    return F.cross_entropy(logits_BQV.flatten(0, 1), questions.answer_SQ.flatten().to(DEVICE))
+    return F.cross_entropy(logits_BQV.flatten(0, 1), questions.answer_SQ.flatten())
+
+
+@torch.no_grad()
+def aggregate(model, arm: Arm, seen: Features, level: int = 0) -> AggregationOutput:
+    """The K tokens of scenes at a level."""
+    stride, clusters, keep = arm.levels[level]
+    grid, attention = (world.GRID, world.GRID), None
+    if arm.source == COLOUR:
+        model.model.aggregation.colours = seen.colours_SN3.to(DEVICE)
+    elif arm.source == CLUSTERS:  # only the method reads the relation map
+        attention = seen.relation_SNC.to(DEVICE)
+    features_BND, used = seen.features_SND.float().to(DEVICE), kept_tokens(grid, stride, clusters, keep)
+    return model.model.aggregation(features_BND, attention, stride, clusters, grid=grid, top_k=used)
+
+
+def embed(model, arm: Arm, seen: Features, view: str, level: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    """Projected image tokens of a view of scenes (B,R,E), and which are used (B,R): unused semantic slots first."""
+    project = model.model.multi_modal_projector
+    level_B = torch.full((len(seen),), level, device=DEVICE) if arm.levels else None
+    embeds, visible = [], []
+    if view != SEMANTIC:
+        embeds.append(project(seen.features_SND.float().to(DEVICE), level_B))
+        visible.append(torch.ones(embeds[0].shape[:2], dtype=torch.bool, device=DEVICE))
+    if view != PIXEL:
+        found = aggregate(model, arm, seen, level)
+        unused = arm.slots - found.mask.shape[1]
+        tokens_BKD, geometry_BK5 = (F.pad(field, (0, 0, unused, 0)) for field in (found.tokens, found.geometry))
+        embeds.append(project(tokens_BKD, level_B, geometry_BK5))
+        visible.append(F.pad(found.mask, (unused, 0)))
+    return torch.cat(embeds, dim=1), torch.cat(visible, dim=1)
 
 
 @torch.no_grad()
 def ask(
-    model, tokens: ImageTokens, questions: Questions, view: str, level: int = 0, shift: int = 0, batch: int = 50
-) -> tuple[np.ndarray, np.ndarray]:
+    model, arm: Arm, seen: Features, questions: Questions, view: str, level: int = 0, shift: int = 0
+) -> tuple[torch.Tensor, torch.Tensor]:
     """
-    The answers' tokens (S,Q) and the negative log-likelihood of the right ones (S,Q).
+    The answers' ids (S,Q) and the negative log-likelihood of the right ones (S,Q).
 
-    shift: each scene's questions are asked about the scene so many places further on.
+    Args:
+        shift: ask each scene's questions about the scene that many places further on.
     """
-    scenes, said, nll = len(tokens.features), [], []
-    for rows in torch.arange(scenes).split(batch):
-        level_B = torch.full((len(rows),), level)
-        asked = questions.rows(rows)
-        embeds = embed(model, tokens, view, (rows + shift) % scenes, level_B)
-        logits_BQV = answer_logits(model, asked, *embeds)
-        said.append(logits_BQV.argmax(-1).cpu())
-        nll.append(-logits_BQV.log_softmax(-1).gather(-1, asked.answer_SQ.unsqueeze(-1)).squeeze(-1).cpu())
-    return torch.cat(said).numpy(), torch.cat(nll).numpy()
+    answers, nll = [], []
+    for rows in torch.arange(len(seen)).split(50):
+        own, shown = questions.rows(rows), seen.rows((rows + shift) % len(seen))
+        logits_BQV = answer_logits(model, own, *embed(model, arm, shown, view, level))
+        answers.append(logits_BQV.argmax(-1).cpu())
+        nll.append(-logits_BQV.log_softmax(-1).gather(-1, own.answer_SQ.unsqueeze(-1)).squeeze(-1).cpu())
+    return torch.cat(answers), torch.cat(nll)

@@ -1,10 +1,10 @@
-"""Which decoder layers and which descriptor let a controller read kinds of question that it never saw?
+"""How deep should a controller read to recognise kinds of question that it never saw?
 
     python studies/controller_kinds.py --text build/parts/smollm2-135m-instruct
 
-Two measurements on the seed corpus, both with 95% intervals of a bootstrap over kinds (phrasings where those are new):
-six-fold cross-validation over the kinds of the train split, on which choices may rest, and the test splits, which are
-looked at for the answer. Prints Markdown.
+On the seed corpus, by decoder layer and by number of kinds: six-fold cross-validation over the kinds of the train
+split, on which choices may be based, and the test splits. Prints Markdown with 95% bootstrap intervals over kinds
+(over phrasings where those are new).
 
 Shapes: Q distinct questions, T question tokens, E text width, G levels.
 """
@@ -13,9 +13,9 @@ import argparse
 from collections.abc import Callable
 
 import torch
-from torch import nn
 from transformers import AutoModel, AutoTokenizer
 
+from granulon.hub.text import markdown_table, with_interval
 from granulon.train.controller.corpus import TEST, TRAIN
 from granulon.train.controller.fit import Labelled, bag_of_words, bootstrap_group, controller_logits, fit
 from granulon.train.controller.level_scores import mean_interval, scores
@@ -24,62 +24,28 @@ from modeling_granulon import GranularityController
 from modeling_granulon.granularity_controller import question_states
 
 FOLDS = 6
-LEARNING_RATE, WIDTH = 3e-4, 256  # of granulon-train-controller and of the configuration
-OTHER_SETTINGS = ((1e-4, 256), (1e-3, 256), (3e-4, 32), (3e-4, 64), (3e-4, 512))
-
-
-def _mean(states_BTE, mask_BT):
-    weights_BT1 = mask_BT.unsqueeze(-1).float()
-    return (states_BTE.float() * weights_BT1).sum(1) / weights_BT1.sum(1)
-
-
-def _last(states_BTE, mask_BT):
-    return states_BTE[torch.arange(len(mask_BT)), mask_BT.sum(1) - 1].float()
-
-
-def _normed(pool: Callable) -> Callable:
-    return lambda states, mask: nn.functional.layer_norm(pool(states, mask), states.shape[-1:])
-
-
-# name: what becomes of (B,T,E) states, and whether each feature is then standardised over the training questions
-DESCRIPTORS = {
-    "mean of standardised states (ours)": (lambda states, mask: GranularityController.pool(None, states, mask), False),
-    "mean of states": (_mean, False),
-    "standardised mean of states": (_normed(_mean), False),
-    "mean of states, each feature standardised": (_mean, True),
-    "ours, each feature standardised": (lambda states, mask: GranularityController.pool(None, states, mask), True),
-    "standardised state of the last token": (_normed(_last), False),
-}
-OURS = next(iter(DESCRIPTORS))
+WIDTH = 256  # of the configuration
 
 
 @torch.no_grad()
-def descriptors(folder: str, questions: list[str], layers: list[int], dtype: torch.dtype) -> dict:
-    """(layer, descriptor) to (Q,E) fp32."""
+def pooled_states(folder: str, questions: list[str], layers: list[int], dtype: torch.dtype) -> dict[int, torch.Tensor]:
+    """For each layer what a controller reads of each question, (Q,E) fp32."""
     tokenizer, decoder = AutoTokenizer.from_pretrained(folder), AutoModel.from_pretrained(folder, dtype=dtype).eval()
-    order = sorted(range(len(questions)), key=lambda place: len(questions[place]))
-    found = {}
-    for start in range(0, len(order), 64):
-        batch = [questions[place] for place in order[start : start + 64]]
+    found = {layer: [] for layer in layers}
+    for start in range(0, len(questions), 64):
+        batch = questions[start : start + 64]
         inputs = tokenizer(batch, padding=True, padding_side="right", add_special_tokens=False, return_tensors="pt")
         for layer in layers:
             states_BTE = question_states(decoder, inputs.input_ids, inputs.attention_mask, layer)
-            for name, (pool, _) in DESCRIPTORS.items():
-                found.setdefault((layer, name), []).append(pool(states_BTE, inputs.attention_mask))
-    back = torch.tensor(order).argsort()
-    return {key: torch.cat(parts)[back] for key, parts in found.items()}
+            found[layer].append(GranularityController.pool(None, states_BTE, inputs.attention_mask))
+    return {layer: torch.cat(parts) for layer, parts in found.items()}
 
 
-def controller_probs(
-    pooled_QE: torch.Tensor, data: Labelled, by_feature: bool = False, lr: float = LEARNING_RATE, width: int = WIDTH
-) -> torch.Tensor:
+def controller_probs(pooled_QE: torch.Tensor, data: Labelled) -> torch.Tensor:
     """Probabilities (Q,G) of a controller trained on the train split."""
-    if by_feature:
-        trained_QE = pooled_QE[data.question_B[data.places(TRAIN)].unique()]
-        pooled_QE = (pooled_QE - trained_QE.mean(0)) / (trained_QE.std(0) + 1e-6)
     torch.manual_seed(0)
-    controller = GranularityController(pooled_QE.shape[1], width, len(LEVELS), "gelu")
-    fit(controller, pooled_QE, data, lr=lr)
+    controller = GranularityController(pooled_QE.shape[1], WIDTH, len(LEVELS), "gelu")
+    fit(controller, pooled_QE, data)
     with torch.no_grad():
         return controller_logits(controller, pooled_QE).softmax(-1)
 
@@ -100,79 +66,50 @@ def folds(rows: list[dict], kinds_per_level: int | None = None) -> list[list[dic
     return made
 
 
-def cross_validated(
-    predict: Callable, rows: list[dict], place: dict[str, int], kinds_per_level: int | None = None
-) -> str:
-    """Accuracy on held-out kinds; `predict` gives (Q,G) of a fold's data and the places of its questions."""
+def cross_validated(predict: Callable, data: Labelled, kinds_per_level: int | None = None) -> str:
+    """Accuracy on held-out kinds; `predict` gives (Q,G) for a fold's data and the indices of its questions."""
+    place = {question: number for number, question in enumerate(data.questions)}
     right, kinds = [], []
-    for part in folds(rows, kinds_per_level):
-        data = Labelled.of(part, list(LEVELS), soft=False)
-        probs_QG = predict(data, torch.tensor([place[question] for question in data.questions]))
-        tested_B = data.places("test_kinds")
-        right.append((probs_QG[data.question_B[tested_B]].argmax(-1) == data.level_B[tested_B]).double())
-        kinds += [data.rows[number]["kind"] for number in tested_B.tolist()]
-    return interval(mean_interval(torch.cat(right).numpy(), kinds))
-
-
-def interval(value: tuple[float, float, float]) -> str:
-    return "{:.3f} [{:.3f}, {:.3f}]".format(*value)
+    for rows in folds(data.rows, kinds_per_level):
+        part = Labelled.of(rows, list(LEVELS), soft=False)
+        probs_QG = predict(part, torch.tensor([place[question] for question in part.questions]))
+        tested_B = part.places("test_kinds")
+        right.append((probs_QG[part.question_B[tested_B]].argmax(-1) == part.level_B[tested_B]).double())
+        kinds += [part.rows[number]["kind"] for number in tested_B.tolist()]
+    return with_interval(*mean_interval(torch.cat(right).numpy(), kinds), digits=3)
 
 
 def test_scores(probs_QG: torch.Tensor, data: Labelled) -> list[str]:
-    cells = []
+    """Accuracy on each test split."""
+    found = []
     for split in TEST_SPLITS:
         places_B = data.places(split)
         groups = [bootstrap_group(data.rows[number], split) for number in places_B.tolist()]
         probs_BG = probs_QG[data.question_B[places_B]].numpy()
-        cells.append(interval(scores(probs_BG, data.level_B[places_B].numpy(), groups)["accuracy"]))
-    return cells
+        accuracy = scores(probs_BG, data.level_B[places_B].numpy(), groups)["accuracy"]
+        found.append(with_interval(*accuracy, digits=3))
+    return found
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--text", required=True, help="language model: a folder, or a repository of the Hub")
-    parser.add_argument("--layers", type=int, nargs="+", default=[1, 2, 4, 6, 12, 20])
-    parser.add_argument("--dtype", default="bfloat16")
-    arguments = parser.parse_args()
-    rows = seed_corpus()
-    data = Labelled.of(rows, list(LEVELS), soft=False)
-    place = {question: number for number, question in enumerate(data.questions)}
-    pooled = descriptors(arguments.text, data.questions, arguments.layers, getattr(torch, arguments.dtype))
+    parser.add_argument("--layers", type=int, nargs="+", default=[1, 2, 4, 6, 12, 20], help="layers to read")
+    parser.add_argument("--dtype", default="bfloat16", help="of the language model (bfloat16)")
+    options = parser.parse_args()
+    data = Labelled.of(seed_corpus(), list(LEVELS), soft=False)
+    pooled = pooled_states(options.text, data.questions, options.layers, getattr(torch, options.dtype))
 
-    print("| layer | descriptor | kinds, cross-validated |\n|--:|---|--:|")
-    for layer, name in pooled:
-        by_feature = DESCRIPTORS[name][1]
-        cell = cross_validated(
-            lambda part, own_Q, key=(layer, name), by=by_feature: controller_probs(pooled[key][own_Q], part, by),
-            rows, place,
-        )  # fmt: skip
-        print(f"| {layer} | {name} | {cell} |", flush=True)
-    print(f"| | bag of words | {cross_validated(lambda part, _: bag_of_words(part), rows, place)} |")
+    def by_layer(layer: int, count: int | None = None) -> str:
+        return cross_validated(lambda part, own_Q: controller_probs(pooled[layer][own_Q], part), data, count)
 
-    print("\n| learning rate | width | kinds, cross-validated |\n|--:|--:|--:|")
-    first = pooled[arguments.layers[0], OURS]
-    for lr, width in OTHER_SETTINGS:
-        cell = cross_validated(
-            lambda part, own_Q, lr=lr, width=width: controller_probs(first[own_Q], part, lr=lr, width=width),
-            rows, place,
-        )  # fmt: skip
-        print(f"| {lr} | {width} | {cell} |", flush=True)
-
-    print("\n| kinds a level | layer | kinds, cross-validated |\n|--:|--:|--:|")
-    for count in (2, 4, 8, 12, 18):
-        for layer in dict.fromkeys((arguments.layers[0], arguments.layers[-1])):
-            cell = cross_validated(
-                lambda part, own_Q, key=(layer, OURS): controller_probs(pooled[key][own_Q], part),
-                rows, place, count,
-            )  # fmt: skip
-            print(f"| {count} | {layer} | {cell} |", flush=True)
-
-    print(f"\n| layer | {' | '.join(TEST_SPLITS)} |\n|--:|--:|--:|--:|")
-    for layer in arguments.layers:
-        cells = test_scores(controller_probs(pooled[layer, OURS], data), data)
-        print(f"| {layer} | {' | '.join(cells)} |", flush=True)
-    print(f"| bag of words | {' | '.join(test_scores(bag_of_words(data), data))} |")
-    print(f"| chance | {' | '.join(['0.333'] * 3)} |")
+    rows = [[layer, by_layer(layer), *test_scores(controller_probs(pooled[layer], data), data)] for layer in pooled]
+    words = cross_validated(lambda part, _: bag_of_words(part), data)
+    rows.append(["bag of words", words, *test_scores(bag_of_words(data), data)])
+    print(markdown_table(["layer", "kinds, cross-validated", *TEST_SPLITS], rows), end="\n\n", flush=True)
+    layers = dict.fromkeys((options.layers[0], options.layers[-1]))
+    rows = [[count, *(by_layer(layer, count) for layer in layers)] for count in (2, 4, 8, 12, 18)]
+    print(markdown_table(["kinds a level", *(f"layer {layer}" for layer in layers)], rows))
 
 
 if __name__ == "__main__":

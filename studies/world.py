@@ -1,14 +1,13 @@
-"""A drawn world in which a question's level matters and colour alone does not tell things apart.
+"""A drawn world in which a question's level matters and colour alone does not separate things.
 
 A scene is a textured ground under a slope of light, one object or three, each with a pattern and a small figure in its
-core, and one tiny mark. All of them share one palette that is drawn anew for every scene, and all patches of a scene
-have one mean colour: things differ from the ground as camouflage does, by texture and outline. Facts are drawn
-independently of each other, so that no question can be answered without the picture.
+core, and one tiny mark. All share one palette that is drawn anew for every scene, and all patches of a scene have one
+mean colour: things differ from the ground by texture and outline alone. Facts are independent of each other, so that
+no question can be answered without the picture.
 
 Shapes: S scenes, h x w pixels, N patches of the grid.
 """
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cache
 from random import Random
@@ -17,6 +16,7 @@ import numpy as np
 
 SIZE, PATCH = 96, 8  # pixels per side of a picture and of a patch
 GRID = SIZE // PATCH
+LEVELS = ("coarse", "medium", "fine", "pixel")
 GROUNDS = ("waves", "grass", "dunes", "gravel")
 TIMES = ("morning", "noon", "evening")
 NUMBERS = {"few": 1, "many": 3}
@@ -26,37 +26,53 @@ CORES = ("hole", "slit", "bolt")
 MARKS = ("cross", "dot", "bar", "ring")
 INKS = {"black": 20, "white": 235}
 YES_NO = ("yes", "no")
-LEVELS = ("coarse", "medium", "fine", "pixel")
+KINDS = {  # kind of question: level, answers, phrasings
+    "ground": ("coarse", GROUNDS, ("what is the ground ?", "what covers the ground ?")),
+    "time": ("coarse", TIMES, ("what time is it ?", "which time of day ?")),
+    "number": ("coarse", tuple(NUMBERS), ("few or many objects ?", "how many objects ?")),
+    "shape_of": ("medium", SHAPES, ("shape of the {} object ?", "which shape is {} ?")),
+    "pattern_of": ("medium", PATTERNS, ("pattern of the {} ?", "how is the {} filled ?")),
+    "has_shape": ("medium", YES_NO, ("is there a {} ?", "can you see a {} ?")),
+    "has_pattern": ("medium", YES_NO, ("is there a {} object ?", "is any object {} ?")),
+    "has_pair": ("medium", YES_NO, ("is there a {} ?", "can you see a {} ?")),
+    "core_of": ("fine", CORES, ("what is inside the {} ?", "core of the {} ?")),
+    "mark": ("pixel", MARKS, ("what is the tiny mark ?", "which tiny mark ?")),
+    "ink": ("pixel", tuple(INKS), ("ink of the tiny mark ?", "which ink has the mark ?")),
+    "has_mark": ("pixel", YES_NO, ("is there a tiny {} ?", "is the mark a {} ?")),
+}
+ANSWERS = {kind: answers for kind, (_, answers, _) in KINDS.items()}
+KIND_LEVEL = {kind: level for kind, (level, *_) in KINDS.items()}
+PRESENCE = tuple(kind for kind, answers in ANSWERS.items() if answers == YES_NO)
 
 REACH = 12  # half the width of an object, in pixels: 3 x 3 patches
-FIGURE = 4  # of a mark and of what is in an object's core: one patch
-CELL = GRID // 3  # objects and mark stand in different cells of a 3 x 3 layout, each of so many patches a side
-CELLS = tuple((CELL * column, CELL * row) for row in range(3) for column in range(3))
+FIGURE = 4  # of a mark and of the figure in an object's core: one patch
+PLOT = GRID // 3  # patches per side of the 3 x 3 plots, of which objects and mark take different ones
+PLOTS = tuple((PLOT * column, PLOT * row) for row in range(3) for column in range(3))
 LUMINANCES = (80, 115, 155, 200)
 TONES = ((3, 1), (3, 0), (2, 0), (2, 1))  # of the palette, that an object may have
-RIM = 0.45  # brightness of an object's rim, of that of its lighter tone
+RIM = 0.45  # brightness of an object's rim relative to its lighter tone
 
-# First seeds of the splits; a split never reaches the next one's. Those from 20,000,000 were the test split of an
-# earlier world, which docs/study.md tells of.
+# First seeds of the splits. Those from 20,000,000 were the test split of an earlier world (docs/study.md).
 SPLITS = {"train": 0, "validation": 10_000_000, "test": 30_000_000}
 SPLIT_SIZE = 10_000_000
 
 
 @dataclass(frozen=True)
 class Thing:
-    """An object: shape, pattern, the figure in its core, two tones of the palette, lighter first, and its centre."""
+    """An object: two tones of the palette, lighter first, and its centre in pixels."""
 
+    tones: tuple[int, int]
+    centre: tuple[int, int]
     shape: str
     pattern: str
     core: str
-    tones: tuple[int, int]
-    centre: tuple[int, int]
 
 
 @dataclass(frozen=True)
 class Scene:
-    """Everything that is in a picture; two equal scenes are drawn equal, to the pixel."""
+    """All that a picture shows; equal scenes have equal pixels."""
 
+    seed: int
     ground: str
     time: str
     number: str
@@ -64,7 +80,6 @@ class Scene:
     mark: str
     ink: str
     mark_centre: tuple[int, int]
-    seed: int
 
     def draw(self) -> np.ndarray:
         """The picture, (96, 96, 3) uint8."""
@@ -75,13 +90,13 @@ class Scene:
         for thing in self.things:
             _draw_thing(picture_hw3, thing, palette_43)
         _draw_figure(picture_hw3, MARK_FIGURES[self.mark], self.mark_centre, INKS[self.ink])
-        _level_patches(picture_hw3)
+        _equalise_patches(picture_hw3)
         picture_hw3 *= _light(self.time)[..., None]
         picture_hw3 += random.normal(0, 3, picture_hw3.shape)
         return picture_hw3.clip(0, 255).astype(np.uint8)
 
     def patch_words(self) -> list[list[str]]:
-        """What each patch shows, in words: an object's looks, in its middle its core too; the mark; the ground."""
+        """The words for what each patch shows: ground and light, an object and its core, or the mark."""
         words = [["ground", self.ground, self.time] for _ in range(GRID * GRID)]
         for thing in self.things:
             for patch in _patches_within(thing.centre, REACH):
@@ -91,15 +106,6 @@ class Scene:
         for patch in _patches_within(self.mark_centre, FIGURE):
             words[patch] = ["tiny", self.ink, self.mark]
         return words
-
-    def patches(self, kind: str, subject: str | None) -> list[int]:
-        """The patches that show what a question of this kind is about: all, those of its object, of the mark."""
-        if KIND_LEVEL[kind] == "coarse":
-            return list(range(GRID * GRID))
-        if kind in ("mark", "ink", "has_mark"):
-            return _patches_within(self.mark_centre, FIGURE)
-        thing = next((thing for thing in self.things if subject in (thing.shape, thing.pattern)), None)
-        return [] if thing is None else _patches_within(thing.centre, FIGURE if kind == "core_of" else REACH)
 
 
 @dataclass(frozen=True)
@@ -116,38 +122,9 @@ class Question:
         return KIND_LEVEL[self.kind]
 
 
-ANSWERS = {
-    "ground": GROUNDS, "time": TIMES, "number": tuple(NUMBERS),
-    "shape_of": SHAPES, "pattern_of": PATTERNS, "has_shape": YES_NO, "has_pattern": YES_NO, "has_pair": YES_NO,
-    "core_of": CORES,
-    "mark": MARKS, "ink": tuple(INKS), "has_mark": YES_NO,
-}  # fmt: skip
-KIND_LEVEL = {
-    "ground": "coarse", "time": "coarse", "number": "coarse",
-    "shape_of": "medium", "pattern_of": "medium", "has_shape": "medium", "has_pattern": "medium", "has_pair": "medium",
-    "core_of": "fine",
-    "mark": "pixel", "ink": "pixel", "has_mark": "pixel",
-}  # fmt: skip
-PRESENCE = tuple(kind for kind, answers in ANSWERS.items() if answers == YES_NO)
-PHRASINGS = {
-    "ground": ("what is the ground ?", "what covers the ground ?"),
-    "time": ("what time is it ?", "which time of day ?"),
-    "number": ("few or many objects ?", "how many objects ?"),
-    "shape_of": ("shape of the {} object ?", "which shape is {} ?"),
-    "pattern_of": ("pattern of the {} ?", "how is the {} filled ?"),
-    "has_shape": ("is there a {} ?", "can you see a {} ?"),
-    "has_pattern": ("is there a {} object ?", "is any object {} ?"),
-    "has_pair": ("is there a {} ?", "can you see a {} ?"),
-    "core_of": ("what is inside the {} ?", "core of the {} ?"),
-    "mark": ("what is the tiny mark ?", "which tiny mark ?"),
-    "ink": ("ink of the tiny mark ?", "which ink has the mark ?"),
-    "has_mark": ("is there a tiny {} ?", "is the mark a {} ?"),
-}
-
-
-def seeds(split: str, count: int, first: int = 0) -> range:
+def make_scenes(split: str, count: int, first: int = 0) -> list[Scene]:
     """
-    The seeds of scenes `first` to `first + count` of a split.
+    Scenes `first` to `first + count` of a split.
 
     Raises:
         ValueError: an unknown split, or scenes beyond its end.
@@ -155,56 +132,45 @@ def seeds(split: str, count: int, first: int = 0) -> range:
     if split not in SPLITS:
         raise ValueError(f"unknown split {split!r}; choose one of {tuple(SPLITS)}")
     if first < 0 or count < 0 or first + count > SPLIT_SIZE:
-        raise ValueError(f"{split} has {SPLIT_SIZE} scenes; scenes {first} to {first + count} are not among them")
-    return range(SPLITS[split] + first, SPLITS[split] + first + count)
+        raise ValueError(f"{split} has {SPLIT_SIZE} scenes, but scenes {first} to {first + count} were requested")
+    return [make_scene(SPLITS[split] + number) for number in range(first, first + count)]
 
 
 def make_scene(seed: int) -> Scene:
+    """The scene of a seed."""
     random = Random(f"scene {seed}")
     number = random.choice(tuple(NUMBERS))
     count = NUMBERS[number]
-    *cells, mark_cell = random.sample(CELLS, count + 1)
+    *plots, mark_plot = random.sample(PLOTS, count + 1)
     shapes, patterns = random.sample(SHAPES, count), random.sample(PATTERNS, count)
-    return Scene(
-        ground=random.choice(GROUNDS),
-        time=random.choice(TIMES),
-        number=number,
-        things=tuple(
-            Thing(shape, pattern, random.choice(CORES), random.choice(TONES), _centre(cell, random, 1, 2))
-            for shape, pattern, cell in zip(shapes, patterns, cells)
-        ),
-        mark=random.choice(MARKS),
-        ink=random.choice(tuple(INKS)),
-        mark_centre=_centre(mark_cell, random, 0, CELL - 1),
-        seed=seed,
-    )
+    ground, time = random.choice(GROUNDS), random.choice(TIMES)
+    things = []
+    for shape, pattern, plot in zip(shapes, patterns, plots):
+        core, tones = random.choice(CORES), random.choice(TONES)
+        things.append(Thing(tones, _centre(plot, random, 1, 2), shape, pattern, core))
+    mark, ink = random.choice(MARKS), random.choice(tuple(INKS))
+    return Scene(seed, ground, time, number, tuple(things), mark, ink, _centre(mark_plot, random, 0, PLOT - 1))
 
 
 def make_questions(scene: Scene) -> list[Question]:
-    """One question of each kind, in the order of `ANSWERS`; what it names and its phrasing are the seed's."""
+    """One question of each kind, in the order of `KINDS`; subjects and phrasings follow from the scene's seed."""
     random = Random(f"questions {scene.seed}")
-    return [_question(kind, scene, random) for kind in ANSWERS]
+    return [_question(kind, scene, random) for kind in KINDS]
 
 
 def sentences(scene: Scene) -> list[str]:
-    """The scene in words: every fact once, one sentence for each thing, in no order that means anything."""
+    """The scene in words: every fact once, one sentence for each thing, in random order."""
     random = Random(f"sentences {scene.seed}")
-    told = [f"the ground is {scene.ground} .", f"it is {scene.time} .", f"{scene.number} objects ."]
-    told.append(random.choice((f"a tiny {scene.ink} {scene.mark} .", f"a tiny {scene.mark} in {scene.ink} .")))
+    facts = [f"the ground is {scene.ground} .", f"it is {scene.time} .", f"{scene.number} objects ."]
+    facts.append(random.choice((f"a tiny {scene.ink} {scene.mark} .", f"a tiny {scene.mark} in {scene.ink} .")))
     for thing in scene.things:
-        told.append(
-            random.choice(
-                (
-                    f"a {thing.pattern} {thing.shape} with a {thing.core} .",
-                    f"a {thing.shape} is {thing.pattern} and has a {thing.core} .",
-                )
-            )
-        )
-    random.shuffle(told)
-    return told
+        forms = ("a {0.pattern} {0.shape} with a {0.core} .", "a {0.shape} is {0.pattern} and has a {0.core} .")
+        facts.append(random.choice(forms).format(thing))
+    random.shuffle(facts)
+    return facts
 
 
-def draw_all(scenes: Iterable[Scene]) -> np.ndarray:
+def draw_all(scenes: list[Scene]) -> np.ndarray:
     """(S,h,w,3) uint8."""
     return np.stack([scene.draw() for scene in scenes])
 
@@ -217,22 +183,21 @@ def patch_colours(pictures_Shw3: np.ndarray) -> np.ndarray:
 
 
 def _question(kind: str, scene: Scene, random: Random) -> Question:
-    subject = answer = None
-    thing = random.choice(scene.things)
-    if kind in ("ground", "time", "number", "mark", "ink"):
+    subject, thing = None, random.choice(scene.things)
+    if hasattr(scene, kind):
         answer = getattr(scene, kind)
     elif kind == "shape_of":
         subject, answer = thing.pattern, thing.shape
     elif kind in ("pattern_of", "core_of"):
-        subject, answer = thing.shape, thing.pattern if kind == "pattern_of" else thing.core
+        subject, answer = thing.shape, getattr(thing, kind.removesuffix("_of"))
     else:
         answer = random.choice(YES_NO)
         subject = _presence_subject(kind, scene, answer == "yes", random)
-    return Question(random.choice(PHRASINGS[kind]).format(subject), answer, kind, subject)
+    return Question(random.choice(KINDS[kind][2]).format(subject), answer, kind, subject)
 
 
 def _presence_subject(kind: str, scene: Scene, present: bool, random: Random) -> str:
-    """A thing that is there, or one that is not; an absent pair has a shape or a pattern that is there."""
+    """A thing in the scene, or one that is not; an absent pair has a shape or a pattern of the scene."""
     if kind == "has_pair":
         there = [f"{thing.pattern} {thing.shape}" for thing in scene.things]
         shapes, patterns = [thing.shape for thing in scene.things], [thing.pattern for thing in scene.things]
@@ -245,9 +210,9 @@ def _presence_subject(kind: str, scene: Scene, present: bool, random: Random) ->
     return random.choice(there if present else [name for name in near if name not in there])
 
 
-def _centre(cell: tuple[int, int], random: Random, first: int, last: int) -> tuple[int, int]:
-    """The middle of one of a cell's patches, (x, y) in pixels: things stand on the patches' own grid."""
-    x, y = ((side + random.randint(first, last)) * PATCH + PATCH // 2 for side in cell)
+def _centre(plot: tuple[int, int], random: Random, first: int, last: int) -> tuple[int, int]:
+    """The middle of one of a plot's patches, (x, y) in pixels."""
+    x, y = ((side + random.randint(first, last)) * PATCH + PATCH // 2 for side in plot)
     return x, y
 
 
@@ -258,7 +223,7 @@ def _patches_within(centre: tuple[int, int], reach: int) -> list[int]:
 
 
 def _palette(random: np.random.Generator) -> np.ndarray:
-    """Four tones of any hue (4,3), from dark to light, so that all pairs can be told apart."""
+    """Four tones of any hue (4,3), from dark to light, far enough apart to be distinguished."""
     hues_43 = random.uniform(0.5, 1.5, (4, 3))
     hues_43 /= hues_43.mean(1, keepdims=True)
     return hues_43 * np.array(LUMINANCES)[:, None]
@@ -278,7 +243,7 @@ def _light(time: str) -> np.ndarray:
 
 
 def _ground_mask(ground: str, random: np.random.Generator) -> np.ndarray:
-    """Which pixels (h,w) have the ground's second tone."""
+    """The pixels (h,w) with the ground's second tone."""
     x_hw, y_hw = _coordinates()
     x_hw, y_hw = x_hw + random.integers(0, 48), y_hw + random.integers(0, 48)
     if ground == "waves":
@@ -290,24 +255,18 @@ def _ground_mask(ground: str, random: np.random.Generator) -> np.ndarray:
     return (x_hw % 6 - 3) ** 2 + (y_hw % 6 - 3) ** 2 < 4
 
 
-def _inside(shape: str, x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    if shape == "circle":
-        return x**2 + y**2 <= 11.6**2
-    if shape == "square":
-        return np.maximum(abs(x), abs(y)) <= 10
-    if shape == "diamond":
-        return abs(x) + abs(y) <= 12
-    return (abs(y) <= 11) & (2 * abs(x) <= y + 12)  # triangle, its top above
-
-
-def _pattern(pattern: str, x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    if pattern == "striped":
-        return (x - y) % 8 < 4
-    if pattern == "dotted":
-        return (x % 4 < 2) & (y % 4 < 2)
-    if pattern == "checked":
-        return (x // 4 + y // 4) % 2 == 0
-    return np.zeros_like(x, dtype=bool)
+INSIDE = {
+    "circle": lambda x, y: x**2 + y**2 <= 11.6**2,
+    "square": lambda x, y: np.maximum(abs(x), abs(y)) <= 10,
+    "diamond": lambda x, y: abs(x) + abs(y) <= 12,
+    "triangle": lambda x, y: (abs(y) <= 11) & (2 * abs(x) <= y + 12),
+}
+FILLED = {
+    "striped": lambda x, y: (x - y) % 8 < 4,
+    "dotted": lambda x, y: (x % 4 < 2) & (y % 4 < 2),
+    "checked": lambda x, y: (x // 4 + y // 4) % 2 == 0,
+    "plain": lambda x, y: np.zeros_like(x, dtype=bool),
+}
 
 
 def _draw_thing(picture_hw3: np.ndarray, thing: Thing, palette_43: np.ndarray):
@@ -315,16 +274,16 @@ def _draw_thing(picture_hw3: np.ndarray, thing: Thing, palette_43: np.ndarray):
     x_hw, y_hw = _coordinates()
     x_hw, y_hw = x_hw - thing.centre[0], y_hw - thing.centre[1]
     light, dark = palette_43[list(thing.tones)]
-    inside_hw = _inside(thing.shape, x_hw, y_hw)
-    rim_hw = inside_hw & ~_inside(thing.shape, x_hw * 1.2, y_hw * 1.2)
+    inside = INSIDE[thing.shape]
+    inside_hw = inside(x_hw, y_hw)
     picture_hw3[inside_hw] = light
-    picture_hw3[inside_hw & _pattern(thing.pattern, x_hw, y_hw)] = dark
-    picture_hw3[rim_hw] = RIM * light
+    picture_hw3[inside_hw & FILLED[thing.pattern](x_hw, y_hw)] = dark
+    picture_hw3[inside_hw & ~inside(x_hw * 1.2, y_hw * 1.2)] = RIM * light
     _draw_figure(picture_hw3, CORE_FIGURES[thing.core], thing.centre, INKS["black"])
 
 
-def _level_patches(picture_hw3: np.ndarray):
-    """Each patch is shifted to the picture's mean colour: mean colours tell neither things nor their borders."""
+def _equalise_patches(picture_hw3: np.ndarray):
+    """Shift each patch to the picture's mean colour, so that mean colours show neither things nor their borders."""
     tiles_HpWp3 = picture_hw3.reshape(GRID, PATCH, GRID, PATCH, 3)  # a view
     tiles_HpWp3 += picture_hw3.mean((0, 1)) - tiles_HpWp3.mean((1, 3), keepdims=True)
 
@@ -345,7 +304,7 @@ MARK_FIGURES = _figures(
     bar=lambda x, y: abs(y) < 1.6,
     ring=lambda x, y: abs(x**2 + y**2 - 11) < 4,
 )
-# Of about the same area, so that colour does not tell them apart.
+# Of about the same area, so that colour does not distinguish them.
 CORE_FIGURES = _figures(
     hole=lambda x, y: x**2 + y**2 < 9,
     slit=lambda x, y: abs(x) < 1.6,
