@@ -24,18 +24,14 @@ def read_questions(source: str, limit: int | None = None) -> list[dict]:
     Rows with `image`, `question` and `answer` (from `answer` or `truth`; None without both).
 
     Args:
-        source: a JSON list, a JSON Lines file, a folder of images or a data set, as `granulon-ask --batch` takes it.
+        source: a file, folder or data set as `granulon.hub.ask.read_rows` takes it.
         limit: read only the first rows.
 
     Raises:
-        ValueError: no rows, a row without image or question, or a limit below 1.
+        ValueError: no rows, or a row without image or question.
     """
-    if limit is not None and limit < 1:
-        raise ValueError(f"limit is {limit}; it must be at least 1")
     rows = read_rows(source)
     rows = [rows[number] for number in range(min(len(rows), limit or len(rows)))]
-    if not rows:
-        raise ValueError(f"{source} holds no rows; give some with image and question")
     return [row | {"answer": row.get("answer") or row.get("truth")} for row in rows]
 
 

@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullLocator, ScalarFormatter
 from scipy.stats import entropy
 
-from granulon.evaluation.matrix import largest_runs, read_results, read_samples
+from granulon.evaluation.matrix import largest_runs, read_samples
 from granulon.evaluation.statistics import percentiles, resampled
 from granulon.hub.text import markdown_table, with_interval
 from modeling_granulon.configuration_granulon import DEFAULT_GRANULARITIES
@@ -42,14 +42,8 @@ def finished_runs(output: str | Path, only: Sequence[str] = ()) -> list[dict]:
     Raises:
         ValueError: no finished run, or none of a name.
     """
-    found = largest_runs(read_results(Path(output)))
-    if not found:
-        raise ValueError(f"{output} has no finished runs; run granulon-evaluate --output {output} first")
-    names = {result["entry"]["name"] for result in found}
-    if missing := set(only) - names:
-        raise ValueError(f"{output} has no finished run of {sorted(missing)}; it has {sorted(names)}")
-    wanted = [result for result in found if not only or result["entry"]["name"] in only]
-    return [result | {"samples_read": read_samples(Path(result["folder"]))} for result in wanted]
+    found = largest_runs(Path(output), only)
+    return [result | {"samples_read": read_samples(Path(result["folder"]))} for result in found]
 
 
 def accuracy_against_tokens(runs: list[dict]) -> dict:

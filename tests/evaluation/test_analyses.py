@@ -1,7 +1,6 @@
 """The analyses compare the right states, count what the samples count, and say clearly what they cannot use."""
 
 import json
-from functools import partial
 
 import numpy as np
 import pytest
@@ -40,7 +39,6 @@ from granulon.evaluation.analyses.results import (
 )
 from granulon.evaluation.analyses.run import main
 from granulon.evaluation.analyses.speed import draw_speed, measure_speed, speed_markdown
-from granulon.evaluation.timing import interleaved, peak_bytes
 from granulon.hub.assemble import assemble_tiny
 from granulon.train.controller.level_scores import scores
 
@@ -365,23 +363,6 @@ def test_every_view_and_level_is_measured_against_the_full_view(model, processor
         measure_speed(make_model(granularities=[]), processor, make_rows(1))
 
 
-def test_a_round_makes_every_call_once_and_warm_up_does_not_count():
-    made = []
-    calls = {name: partial(made.append, name) for name in "abc"}
-    seconds = interleaved(calls, rounds=5, warm_up=2)
-    rounds = [made[start : start + 3] for start in range(0, len(made), 3)]
-    assert len(rounds) == 7 and all(sorted(names) == ["a", "b", "c"] for names in rounds)
-    assert len({"".join(names) for names in rounds}) > 1, "the order differs between rounds"
-    assert all(len(values) == 5 and min(values) >= 0 for values in seconds.values())
-
-
-def test_the_peak_is_what_a_call_holds_at_once():
-    kept = torch.ones(10_000_000)
-    assert 12e6 <= peak_bytes(lambda: [torch.ones(1_000_000) for _ in range(3)]) < 13e6
-    assert 4e6 <= peak_bytes(lambda: [torch.ones(1_000_000).sum() for _ in range(3)]) < 5e6
-    assert len(kept) == 10_000_000
-
-
 # Calibration
 
 
@@ -435,28 +416,15 @@ def test_a_corpus_or_model_that_cannot_be_calibrated(model, processor):
 # Rows and the command
 
 
-def test_rows_are_read_from_a_list_or_lines_with_images_beside_them(tmp_path):
+def test_questions_have_answers_and_may_be_limited(tmp_path):
     make_image().save(tmp_path / "a.png")
     rows = [{"image": "a.png", "question": "What?", "truth": "this"}, {"image": "a.png", "question": "Where?"}]
     (tmp_path / "list.json").write_text(json.dumps(rows))
-    (tmp_path / "lines.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    for name in ("list.json", "lines.jsonl"):
-        found = read_questions(str(tmp_path / name))
-        assert [row["answer"] for row in found] == ["this", None]
-        assert Image.open(found[0]["image"]).size == (40, 30)
-        assert len(first_row_of_each_image(found)) == 1 and first_row_of_each_image(found)[0]["question"] == "What?"
-        assert len(read_questions(str(tmp_path / name), limit=1)) == 1
-    (tmp_path / "bad.json").write_text(json.dumps([{"image": "a.png"}]))
-    with pytest.raises(ValueError, match="row 0 of .*bad.json has no question; a row needs image and question"):
-        read_questions(str(tmp_path / "bad.json"))
-    (tmp_path / "torn.json").write_text('[{"image": "a.png"')
-    with pytest.raises(ValueError, match="torn.json is not JSON"):
-        read_questions(str(tmp_path / "torn.json"))
-    with pytest.raises(ValueError, match="limit is 0"):
-        read_questions(str(tmp_path / "list.json"), limit=0)
-    (tmp_path / "empty.json").write_text("[]")
-    with pytest.raises(ValueError, match="has no rows"):
-        read_questions(str(tmp_path / "empty.json"))
+    found = read_questions(str(tmp_path / "list.json"))
+    assert [row["answer"] for row in found] == ["this", None]
+    assert Image.open(found[0]["image"]).size == (40, 30)
+    assert [row["question"] for row in first_row_of_each_image(found)] == ["What?"]
+    assert len(read_questions(str(tmp_path / "list.json"), limit=1)) == 1
 
 
 def test_the_command_writes_and_prints_an_analysis(tiny, tmp_path, capsys):
@@ -485,5 +453,5 @@ def test_the_command_ends_with_one_line_for_what_it_cannot_use(tiny, tmp_path):
     with pytest.raises(SystemExit, match="granulon-analyse tokens: .*has no finished runs"):
         main(["tokens", "--results", str(tmp_path), "--output", str(tmp_path / "out")])
     with pytest.raises(SystemExit, match="granulon-analyse clusters: .*not found"):
-        main(["clusters", "--model", str(tmp_path), *options[2:]])
+        main(["clusters", "--model", str(tmp_path / "absent"), *options[2:]])
     assert not (tmp_path / "out").exists()
