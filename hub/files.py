@@ -20,7 +20,7 @@ def write_atomically(path: str | Path, content: str | bytes | Callable[[Path], o
         content: text, bytes, or a function that writes the file whose path it is given (`figure.savefig`).
     """
     path = Path(path)
-    draft = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")  # the suffix stays: writers read the format off it
+    draft = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")  # writers take the format from the suffix
     try:
         if callable(content):
             content(draft)
@@ -88,7 +88,8 @@ def read_jsonl(path: str | Path) -> list[dict]:
         try:
             rows.append(json.loads(line))
         except ValueError as error:
-            raise ValueError(f"{path}:{number} is not JSON ({line[:60]!r}); restore the file or move it away") from error
+            message = f"{path}:{number} is not JSON ({line[:60]!r}); restore the file or move it away"
+            raise ValueError(message) from error
     return rows
 
 

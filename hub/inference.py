@@ -55,8 +55,8 @@ def load_model(
         raise ValueError(f"{name} was not found locally or on the Hub: {first_line(error)}") from error
     if (found := values.get("model_type")) != GranulonConfig.model_type:
         raise ValueError(
-            f"{name} is a model of type {found!r}, expected {GranulonConfig.model_type!r}; granulon-assemble makes one "
-            "of an encoder and a language model"
+            f"{name} is a model of type {found!r}, expected {GranulonConfig.model_type!r}; granulon-assemble makes "
+            "one of an encoder and a language model"
         )
     overrides = dict(overrides or {})
     if unknown := overrides.keys() - GranulonConfig().to_dict().keys():

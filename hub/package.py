@@ -1,6 +1,7 @@
-"""What of a checkpoint folder is published: nothing but what is named here, whole, and with its card."""
+"""The files of a checkpoint folder that are published: an allow list, checks, and the model card."""
 
 import hashlib
+import io
 import json
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -9,29 +10,41 @@ from importlib.resources import files as package_files
 from pathlib import Path, PurePosixPath
 
 import yaml
-from huggingface_hub import EvalResultEntry, ModelCard, ModelCardData, parse_eval_result_entries
+from huggingface_hub import (
+    EvalResultEntry,
+    ModelCard,
+    ModelCardData,
+    eval_result_entries_to_yaml,
+    parse_eval_result_entries,
+)
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save
+from safetensors.torch import save
 
-from .assemble import LICENCE_FILES, MANIFEST, TRAINABLE, TRAINED
-from .eval_results import eval_results
-from .licences import LICENCE, Terms, data_of, licence_text, public_name, read_manifest
+from .assemble import TRAINABLE, TRAINABLE_WEIGHTS
+from .licences import LICENCE, Terms, licence_text, public_name, training_data
+from .manifest import LICENCE_FILES, MANIFEST, read_manifest, weights_sha256
 
-KINDS = ("model", "adapter", "trainable")
+KINDS = MODEL, ADAPTER, TRAINABLE_ONLY = "model", "adapter", "trainable"
 CARD, NOTICE, INDEX = "README.md", "NOTICE", "model.safetensors.index.json"
-ADAPTER, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
+ADAPTER_WEIGHTS, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 PROCESSOR = ["processor_config.json", "tokenizer*.json", "special_tokens_map.json", "vocab.*", "merges.txt", "*.model"]
-TOKENS = ["tokenizer.json", "special_tokens_map.json", "vocab.json"]  # of which "/" may be one, and is no path
-PAPERS = [MANIFEST, "controller_report.json", "controller_confusion.png", "licences/*/*", *LICENCE_FILES]
+VOCABULARIES = ["tokenizer.json", "special_tokens_map.json", "vocab.json"]  # a token such as "/" is not a path
+METADATA_FILES = [MANIFEST, "controller_report.json", "controller_confusion.png", "licences/*/*", *LICENCE_FILES]
 ALLOWED = {
-    "model": ["model*.safetensors", INDEX, "config.json", "generation_config.json", "*.py", "*.jinja"],
-    "adapter": [ADAPTER, ADAPTER_CONFIG, "*.py", "*.jinja"],
-    "trainable": ["config.json", "*.py", "*.jinja"],
+    MODEL: ["model*.safetensors", INDEX, "config.json", "generation_config.json", "*.py", "*.jinja"],
+    ADAPTER: [ADAPTER_WEIGHTS, ADAPTER_CONFIG, "*.py", "*.jinja"],
+    TRAINABLE_ONLY: ["config.json", "*.py", "*.jinja"],
 }
-RESULTS = ".eval_results/*.yaml"
-# All that this publisher may have put into a repository, and what else a loader would take.
-OURS = [TRAINABLE, *PROCESSOR, *PAPERS, RESULTS, *(pattern for patterns in ALLOWED.values() for pattern in patterns)]
-LOADED = (".safetensors", ".safetensors.index.json", ".py", ".json", ".jinja", ".bin", ".model")
+RESULTS = ".eval_results/*.yaml"  # where the Hub reads evaluation results
+# Everything that this publisher may have put into a repository, and what else a loader would read.
+PUBLISHED = [
+    TRAINABLE,
+    *PROCESSOR,
+    *METADATA_FILES,
+    RESULTS,
+    *(pattern for kind in KINDS for pattern in ALLOWED[kind]),
+]
+LOADED_SUFFIXES = (".safetensors", ".safetensors.index.json", ".py", ".json", ".jinja", ".bin", ".model")
 
 
 @dataclass
@@ -42,7 +55,7 @@ class Package:
     Attributes:
         kind: one of `KINDS`.
         files: path in the repository to a file, or to its content.
-        base: of an adapter, the model it belongs to, and the revision of it.
+        base: for an adapter the model it belongs to, and that model's revision.
     """
 
     kind: str
@@ -51,58 +64,85 @@ class Package:
 
     @cached_property
     def hashes(self) -> dict[str, tuple[str, str]]:
-        """Of each file sha256 and git's own hash: the Hub tells the one of large files and the other of small ones."""
-        return {path: _hashes(source) for path, source in self.files.items()}
+        """SHA-256 and git hash of each file: the Hub reports the first for large files, the second for small ones."""
+        return {path: (_sha256(content), _git_hash(content)) for path, content in self.files.items()}
 
     @cached_property
     def sha(self) -> str:
-        """Of everything: the same files have the same."""
+        """A hash of all files and their paths."""
         return hashlib.sha256(json.dumps(sorted(self.hashes.items())).encode()).hexdigest()
 
-    def stale(self, there: Iterable[str]) -> list[str]:
-        """Of a repository's paths those that an earlier state left, and that would speak for this one."""
-        return sorted(path for path in set(there) - set(self.files) if path.endswith(LOADED) or matches(path, OURS))
+    def stale(self, paths: Iterable[str]) -> list[str]:
+        """Those paths of a repository that belong to an earlier version and must be deleted."""
+        old = set(paths) - set(self.files)
+        return sorted(path for path in old if path.endswith(LOADED_SUFFIXES) or matches(path, PUBLISHED))
 
-    @property
-    def size(self) -> int:
-        return sum(
-            len(source) if isinstance(source, bytes) else source.stat().st_size for source in self.files.values()
-        )
+
+def matches(path: str, patterns: list[str]) -> bool:
+    """Whether a path matches one of the patterns, whose stars do not cross folders."""
+    return any(PurePosixPath("/", path).match(f"/{pattern}") for pattern in patterns)
+
+
+def size_of(content: Path | bytes) -> int:
+    """The size of a file of a package in bytes."""
+    return len(content) if isinstance(content, bytes) else content.stat().st_size
+
+
+def _open(content: Path | bytes):
+    return io.BytesIO(content) if isinstance(content, bytes) else content.open("rb")
+
+
+def _sha256(content: Path | bytes) -> str:
+    with _open(content) as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _git_hash(content: Path | bytes) -> str:
+    with _open(content) as file:
+        return hashlib.file_digest(file, lambda: hashlib.sha1(b"blob %d\0" % size_of(content))).hexdigest()
+
+
+# ----- making a package
 
 
 def make_package(
     folder: str | Path, kind: str, terms: Terms, repo_id: str, revision: str, base=None, results=None
 ) -> Package:
     """
-    The files of a checkpoint that go to the Hub, the card and the notices among them.
+    Collect and check the files of a checkpoint that go to the Hub, with model card, licence and notices.
 
     Args:
-        base: of an adapter, what it was trained on, OWNER/NAME@REVISION, where it does not say so itself.
-        results: folder of what granulon-evaluate found, to be told on the card.
+        folder: the checkpoint.
+        kind: one of `KINDS`.
+        terms: what the licences require.
+        repo_id, revision: repository and tag, for the card.
+        base: of an adapter, OWNER/NAME@REVISION of the model it was trained on; by default from its configuration.
+        results: folder that granulon-evaluate wrote, for the card.
 
     Raises:
-        ValueError: a folder that is not what `kind` says, lacks files, or holds other code than this package.
+        ValueError: a folder that does not fit `kind`, lacks files, or has other code than this package.
     """
     folder = Path(folder)
+    manifest = read_manifest(folder)
     names = [str(file.relative_to(folder)) for file in sorted(folder.rglob("*")) if file.is_file()]
-    allowed = [*ALLOWED[kind], *PROCESSOR, *PAPERS, RESULTS]
+    allowed = [*ALLOWED[kind], *PROCESSOR, *METADATA_FILES, RESULTS]
     kept = {name: folder / name for name in names if matches(name, allowed)}
-    {"model": _check_model, "adapter": _check_adapter, "trainable": _check_model}[kind](folder, kept)
-    read_manifest(folder)  # which tells what is wrong with it
-    hidden = {name: _public(path) for name, path in kept.items() if name.endswith(".json") and name not in TOKENS}
-    files = {**kept, **hidden, **(eval_results(Path(results), folder) if results else {})}
-    if kind == "trainable":
-        files[TRAINABLE] = _trained_weights(folder)
-    if kind == "adapter":
-        base = _base(folder, base)
-        files[ADAPTER_CONFIG] = _with_base(folder, *base)
+    (_check_adapter if kind == ADAPTER else _check_model)(folder, kept)
+    jsons = {name: path for name, path in kept.items() if name.endswith(".json") and name not in VOCABULARIES}
+    files = {**kept, **{name: _without_local_paths(path) for name, path in jsons.items()}}
+    files |= evaluation_files(Path(results), folder) if results else {}
+    if kind == TRAINABLE_ONLY:
+        files[TRAINABLE] = _trainable_weights(folder, manifest)
+    if kind == ADAPTER:
+        config = json.loads((folder / ADAPTER_CONFIG).read_text())
+        base = _adapter_base(config, folder / ADAPTER_CONFIG, base)
+        files[ADAPTER_CONFIG] = _to_json(_public(config | dict(zip(("base_model_name_or_path", "revision"), base))))
     if terms.notices:
         own = kept[NOTICE].read_text() if NOTICE in kept else ""
-        files[NOTICE] = "\n".join(
-            [*own.splitlines(), *(line for line in terms.notices if line not in own), ""]
-        ).encode()
+        lines = [*own.splitlines(), *(line for line in terms.notices if line not in own), ""]
+        files[NOTICE] = "\n".join(lines).encode()
     files[LICENCE] = licence_text(terms, [name for name in kept if name.startswith("licences/")]).encode()
-    files[CARD] = card(folder, kind, terms, repo_id, revision, base, _results(files)).encode()
+    files[CARD] = card(folder, kind, terms, repo_id, revision, base, _read_results(files)).encode()
     return Package(kind, files, base)
 
 
@@ -115,19 +155,19 @@ def card(
     base: tuple[str, str] | None,
     results: list[EvalResultEntry],
 ) -> str:
-    """The model card, from the manifest and what the licences ask for."""
+    """The model card, from the manifest, the requirements of the licences and the evaluation results."""
     manifest = read_manifest(folder)
-    parts = [manifest["vision"] | {"name": "vision"}, manifest["text"] | {"name": "text"}]
+    parts = [manifest[name] | {"name": name, "licence": terms.licences[name]} for name in ("vision", "text")]
+    vision, text = ("{source}@{revision}".format(**part) for part in parts)
     config = json.loads((folder / "config.json").read_text()) if (folder / "config.json").is_file() else {}
     data = ModelCardData(
         **terms.metadata,
         pipeline_tag="image-text-to-text",
-        library_name="peft" if kind == "adapter" else "transformers",
-        base_model=[base[0]] if kind == "adapter" else [part["source"] for part in parts if part["revision"]] or None,
-        base_model_relation="adapter" if kind == "adapter" else "finetune",
+        library_name="peft" if kind == ADAPTER else "transformers",
+        base_model=[base[0]] if kind == ADAPTER else [part["source"] for part in parts if part["revision"]] or None,
+        base_model_relation="adapter" if kind == ADAPTER else "finetune",
         tags=["granulon", "custom_code"],
     )
-    lines = {line.split(" part: ")[0]: line.rpartition(" ")[2] for line in terms.credits if " part: " in line}
     return str(
         ModelCard.from_template(
             data,
@@ -137,11 +177,11 @@ def card(
             revision=revision,
             kind=kind,
             base=base,
-            vision="{source}@{revision}".format(**parts[0]),
-            text="{source}@{revision}".format(**parts[1]),
-            parts=[part | {"licence": lines[part["name"]]} for part in parts],
+            vision=vision,
+            text=text,
+            parts=parts,
             granularities=config.get("granularities"),
-            training=[_told(run) for run in manifest.get("training", [])],
+            training=[_training_row(run) for run in manifest.get("training", [])],
             results=results,
             credits=terms.credits,
             warnings=terms.warnings,
@@ -149,29 +189,92 @@ def card(
     )
 
 
-def _told(run: dict) -> dict:
-    made = run.get("versions", {})
-    return run | {
-        "data": ", ".join(map(public_name, data_of(run))),
-        "code": " ".join(filter(None, (made.get("granulon"), (made.get("granulon_commit") or "")[:12]))),
-    }
+def _training_row(run: dict) -> dict:
+    versions = run.get("versions", {})
+    code = [versions.get("granulon"), (versions.get("granulon_commit") or "")[:12]]
+    return run | {"data": ", ".join(map(public_name, training_data(run))), "code": " ".join(filter(None, code))}
 
 
-def _results(files: dict[str, Path | bytes]) -> list[EvalResultEntry]:
+# ----- evaluation results
+
+
+def evaluation_files(output: Path, folder: Path) -> dict[str, bytes]:
+    """
+    Evaluation results in the form that the Hub reads, `.eval_results/TASK.yaml`: for each task the newest run.
+
+    Runs that count were made with the weights of `folder`, without changes of level, view or configuration, on all
+    samples of a data set of the Hub.
+
+    Args:
+        output: folder that granulon-evaluate wrote.
+        folder: the checkpoint.
+
+    Raises:
+        ValueError: there is no such run.
+    """
+    weights = weights_sha256(folder)
+    runs = [json.loads(file.read_text(encoding="utf-8")) for file in output.glob("runs/*/result.json")]
+    selected = sorted((run for run in runs if _is_publishable(run, weights)), key=lambda run: run["finished_at"])
+    if not selected:
+        raise ValueError(
+            f"none of the {len(runs)} runs in {output} has the weights of {folder}, its own choice of levels, and all "
+            f"samples of a data set of the Hub: run granulon-evaluate --model {folder} --output {output} without "
+            "--limit, --granularity, --view and --overrides"
+        )
+    return {f".eval_results/{run['task']['name']}.yaml": _results_yaml(run) for run in selected}
+
+
+def _is_publishable(run: dict, weights: str) -> bool:
+    entry, settings = run["entry"], run["settings"]
+    return (
+        run["model"].get("sha256") == weights
+        and not run["not_computed"]
+        and (entry["granularity"], entry["view"], entry["overrides"]) == (None, "full", {})
+        and not settings["sample_rows"]
+        and settings["limit"] is None
+        and (run["task"]["config"].get("dataset_path") or "").count("/") == 1
+    )
+
+
+def _results_yaml(run: dict) -> bytes:
+    entries = []
+    for name, metric in run["metrics"].items():
+        if metric["value"] is None:
+            continue
+        notes = f"n = {metric['n']}"
+        if metric["low"] is not None and metric["high"] is not None:
+            notes = f"95% interval {metric['low']:.4f} to {metric['high']:.4f}, {notes}"
+        entry = EvalResultEntry(
+            dataset_id=run["task"]["config"]["dataset_path"],
+            task_id=f"{run['task']['name']}.{name}",
+            value=round(metric["value"], 4),
+            date=run["finished_at"],
+            notes=notes,
+        )
+        entries.append(entry)
+    return yaml.safe_dump(eval_result_entries_to_yaml(entries), sort_keys=False).encode()
+
+
+def _read_results(files: dict[str, Path | bytes]) -> list[EvalResultEntry]:
     entries = []
     for name in sorted(name for name in files if matches(name, [RESULTS])):
-        content = files[name] if isinstance(files[name], bytes) else files[name].read_bytes()
         try:
-            entries += parse_eval_result_entries(yaml.safe_load(content))
+            with _open(files[name]) as file:
+                entries += parse_eval_result_entries(yaml.safe_load(file))
         except (KeyError, TypeError, ValueError, yaml.YAMLError) as error:
             raise ValueError(f"{name} does not hold evaluation results as the Hub reads them: {error!r}") from error
     return entries
 
 
+# ----- checks
+
+
 def _check_model(folder: Path, kept: dict[str, Path]):
-    """All weights are there, and the code is this package's, byte for byte."""
+    """All weights are there, and the code is byte for byte the code of this package."""
     if "config.json" not in kept:
-        raise ValueError(f"{folder} has no config.json: it is no checkpoint; for adapters use --adapter")
+        raise ValueError(
+            f"{folder} has neither config.json nor {ADAPTER_CONFIG}: it is neither a model nor an adapter"
+        )
     shards = {"model.safetensors"}
     if (folder / INDEX).is_file():
         shards = set(json.loads((folder / INDEX).read_text())["weight_map"].values())
@@ -179,76 +282,72 @@ def _check_model(folder: Path, kept: dict[str, Path]):
         raise ValueError(f"{folder} lacks {', '.join(absent[:3])} ({len(absent)} in all); save the model again")
     for shard in shards:
         _check_weights(folder / shard)
-    _check_code(folder, kept)
-    _check_processor(folder, kept)
+    _check_code(folder, kept, _package_code())
 
 
 def _check_adapter(folder: Path, kept: dict[str, Path]):
-    if absent := sorted({ADAPTER, ADAPTER_CONFIG} - set(kept)):
-        raise ValueError(f"{folder} is no adapter: it has no {', '.join(absent)}")
-    _check_weights(folder / ADAPTER)
-    _check_code(folder, kept, whole=False)  # the model's is the base's; here is the processor's
-    _check_processor(folder, kept)
+    if ADAPTER_WEIGHTS not in kept:
+        raise ValueError(f"{folder} has no {ADAPTER_WEIGHTS}; save the adapter again")
+    _check_weights(folder / ADAPTER_WEIGHTS)
+    code = _package_code()
+    _check_code(folder, kept, {name: code.get(name) for name in kept if name.endswith(".py")})  # the processor's
 
 
 def _check_weights(file: Path):
     try:
-        with safe_open(file, "pt"):  # reads the header, which tells whether the file is whole
+        with safe_open(file, "pt"):  # reads the header, which holds the size of the file
             pass
     except SafetensorError as error:
         raise ValueError(f"{file} is damaged or cut short ({error}); save the model again") from error
 
 
-def _check_processor(folder: Path, kept: dict[str, Path]):
+def _package_code() -> dict[str, bytes]:
+    files = (file for file in package_files("modeling_granulon").iterdir() if file.name.endswith(".py"))
+    return {file.name: file.read_bytes() for file in files if file.name != "__init__.py"}
+
+
+def _check_code(folder: Path, kept: dict[str, Path], expected: dict[str, bytes | None]):
+    """The folder has a processor and exactly the expected Python files."""
     if "processor_config.json" not in kept:
         raise ValueError(f"{folder} has no processor; write it with processor.save_pretrained({str(folder)!r})")
-
-
-def _check_code(folder: Path, kept: dict[str, Path], whole: bool = True):
-    package = {
-        file.name: file.read_bytes() for file in package_files("modeling_granulon").iterdir() if file.suffix == ".py"
-    }
-    package.pop("__init__.py")
     found = {name: path.read_bytes() for name, path in kept.items() if name.endswith(".py")}
-    names = package.keys() | found.keys() if whole else found.keys()
-    other = sorted(name for name in names if package.get(name) != found.get(name))
-    if other:
+    if other := sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name)):
         raise ValueError(
             f"{folder} has other code than this package ({', '.join(other[:3])}): load the model and save it again "
             "with the installed version, so that what is published is what was tested"
         )
 
 
-def _trained_weights(folder: Path) -> bytes:
-    """Projector, gains and controller; for a model whose language model is its makers' still."""
-    manifest = read_manifest(folder)
-    if changed := [
-        run["stage"] for run in manifest.get("training", []) if run["stage"] not in ("align", "controller")
-    ]:
+# ----- contents
+
+
+def _trainable_weights(folder: Path, manifest: dict) -> bytes:
+    """Projector, gains and controller of a model whose encoder and language model were not trained."""
+    stages = [run["stage"] for run in manifest.get("training", [])]
+    if changed := [stage for stage in stages if stage not in ("align", "controller")]:
         raise ValueError(
-            f"the language model was trained too (stages {changed}): without its weights the rest is of no use; "
+            f"the language model was trained too (stages {changed}): the other weights are useless without it; "
             "publish the whole model or an adapter"
         )
     if local := [part for part in ("vision", "text") if not manifest[part].get("revision")]:
-        raise ValueError(f"the {' and '.join(local)} part came from a local folder: nobody else could put it together")
+        raise ValueError(
+            f"the {' and '.join(local)} part came from a local folder: others could not assemble the model; publish "
+            "the whole model"
+        )
     weights = {}
     for file in sorted(folder.glob("model*.safetensors")):
         with safe_open(file, "pt") as stored:
-            if any(name.startswith(TRAINED) for name in stored.keys()):
-                weights |= {name: value for name, value in load_file(file).items() if name.startswith(TRAINED)}
+            names = [name for name in stored.keys() if name.startswith(TRAINABLE_WEIGHTS)]
+            weights |= {name: stored.get_tensor(name) for name in names}
     return save({name: value.contiguous() for name, value in weights.items()}, {"format": "pt"})
 
 
-def _base(folder: Path, stated: str | None) -> tuple[str, str]:
-    """The repository and the revision that an adapter belongs to, as stated, or else as it says itself."""
-    own = json.loads((folder / ADAPTER_CONFIG).read_text())
-    told = stated or "@".join(filter(None, (own.get("base_model_name_or_path"), own.get("revision"))))
-    name, _, revision = told.partition("@")
+def _adapter_base(config: dict, file: Path, given: str | None) -> tuple[str, str]:
+    """Repository and revision that an adapter belongs to, as given, else from its configuration."""
+    configured = "@".join(filter(None, (config.get("base_model_name_or_path"), config.get("revision"))))
+    name, _, revision = (given or configured).partition("@")
     if not name:
-        raise ValueError(
-            f"{folder / ADAPTER_CONFIG} names no base: say what the adapter was trained on, with "
-            "--base_model OWNER/NAME@REVISION"
-        )
+        raise ValueError(f"{file} names no base model: name it with --base_model OWNER/NAME@REVISION")
     if Path(name).exists() or name.count("/") != 1:
         raise ValueError(
             f"the adapter's base is {name}, a folder of this machine: publish the base, and name it with "
@@ -256,51 +355,26 @@ def _base(folder: Path, stated: str | None) -> tuple[str, str]:
         )
     if not revision:
         raise ValueError(
-            f"nobody knows which revision of {name} the adapter was trained on, and on another it is another model: "
-            f"say it with --base_model {name}@REVISION"
+            f"unknown revision of {name}: an adapter fits only the revision that it was trained on; name it with "
+            f"--base_model {name}@REVISION"
         )
     return name, revision
 
 
-def _with_base(folder: Path, name: str, revision: str) -> bytes:
-    config = json.loads((folder / ADAPTER_CONFIG).read_text())
-    named = config | {"base_model_name_or_path": name, "revision": revision}
-    return _written(_without_local_paths(named))
-
-
-def _public(file: Path) -> Path | bytes:
-    """A JSON file as the world may see it: itself, unless it names folders of this machine."""
+def _without_local_paths(file: Path) -> Path | bytes:
+    """A JSON file: as it is, or its content without the folders of this machine if it names some."""
     content = json.loads(file.read_text(encoding="utf-8"))
-    public = _without_local_paths(content)
-    return file if public == content else _written(public)
+    public = _public(content)
+    return file if public == content else _to_json(public)
 
 
-def _without_local_paths(value):
+def _public(value):
     if isinstance(value, dict):
-        return {key: _without_local_paths(entry) for key, entry in value.items()}
+        return {key: _public(entry) for key, entry in value.items()}
     if isinstance(value, list):
-        return [_without_local_paths(entry) for entry in value]
+        return [_public(entry) for entry in value]
     return public_name(value) if isinstance(value, str) else value
 
 
-def _written(content: dict) -> bytes:
+def _to_json(content: dict) -> bytes:
     return (json.dumps(content, indent=2) + "\n").encode()
-
-
-def matches(path: str, patterns: list[str]) -> bool:
-    """Whether a path is meant by one of the patterns, whose stars do not reach into folders."""
-    return any(PurePosixPath("/", path).match(f"/{pattern}") for pattern in patterns)
-
-
-def _hashes(source: Path | bytes) -> tuple[str, str]:
-    size = len(source) if isinstance(source, bytes) else source.stat().st_size
-    sha256, git = hashlib.sha256(), hashlib.sha1(b"blob %d\0" % size)
-    if isinstance(source, bytes):
-        sha256.update(source)
-        git.update(source)
-    else:
-        with source.open("rb") as file:
-            while block := file.read(1 << 22):
-                sha256.update(block)
-                git.update(block)
-    return sha256.hexdigest(), git.hexdigest()

@@ -1,18 +1,18 @@
-"""`granulon-publish`: a checkpoint folder goes to the Hub, whole or not at all.
+"""Publish a checkpoint folder on the Hub, all of it or nothing: `granulon-publish`.
 
     granulon-publish --folder checkpoint --repo_id jinlab/granulon-qwen1.5b
     granulon-publish --folder checkpoint --repo_id jinlab/granulon-qwen1.5b --space jinlab/granulon
 
-The files go to a branch first. From there a fresh process loads them as a stranger would and has to get the logits of
-the local folder. Then one commit puts the same files on `main`, and a tag on it: readers see the old state or the new
-one. After a failure the same command goes on; what the Hub has is not uploaded again.
+The files are uploaded to a branch. A new process loads the model from there and must get the logits of the local
+folder. Then one commit brings the same files to `main`, with a tag: readers see the old version or the new one. After
+a failure run the same command again; files that the Hub has are not uploaded twice.
 """
 
 import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib.metadata import version
@@ -24,47 +24,49 @@ from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNot
 from safetensors import safe_open
 from transformers import HfArgumentParser
 
-from .licences import Terms, read_manifest, terms
-from .package import KINDS, Package, make_package, matches
+from .licences import Terms, terms
+from .manifest import read_manifest
+from .package import ADAPTER, ADAPTER_CONFIG, MODEL, TRAINABLE_ONLY, Package, make_package, matches, size_of
+from .text import first_line
 
 SPACE = Path(__file__).resolve().parent.parent / "space"
-# Of what may lie in that folder, what a stranger's browser is to be served by.
-SPACE_FILES = ["README.md", "requirements.txt", "*.py", "*.js", "*.css", "examples/*.png"]
-NOTICE_SETTING, LLAMA_LINE = "MODEL_NOTICE", "Built with Llama"  # the setting of the Space that shows the line
-PATIENCE = 3600  # seconds for a fresh process to fetch, load and answer
+SPACE_FILES = ["README.md", "requirements.txt", "*.py", "*.js", "*.css", "examples/*.png"]  # uploaded to a Space
+NOTICE_SETTING, LLAMA_LINE = "MODEL_NOTICE", "Built with Llama"  # variable of the Space, and its value for Llama
+TIMEOUT = 3600  # seconds for a new process to download, load and answer
 
 
 @dataclass
 class PublishArguments:
-    folder: str = field(metadata={"help": "the checkpoint, or with --adapter the adapter"})
-    repo_id: str = field(metadata={"help": "name of the repository on the Hub, owner/name"})
-    revision: str = field(
-        default=f"v{version('granulon')}", metadata={"help": "tag to set; what it names never changes afterwards"}
-    )
-    private: bool = field(default=False, metadata={"help": "make the repository private, if it is new"})
-    create_pr: bool = field(default=False, metadata={"help": "open a pull request instead, and leave it open"})
-    adapter: bool = field(default=False, metadata={"help": "the folder holds an adapter (LoRA)"})
+    folder: str = field(metadata={"help": "folder of a checkpoint or of a LoRA adapter"})
+    repo_id: str = field(metadata={"help": "repository on the Hub, OWNER/NAME"})
+    revision: str = field(default=f"v{version('granulon')}", metadata={"help": "tag to set; a tag never changes"})
+    private: bool = field(default=False, metadata={"help": "create new repositories as private ones"})
+    create_pr: bool = field(default=False, metadata={"help": "open a pull request and change nothing else"})
     base_model: str | None = field(
-        default=None, metadata={"help": "of an adapter: its base on the Hub, OWNER/NAME@REVISION"}
+        default=None, metadata={"help": "model on the Hub that the adapter was trained on, OWNER/NAME@REVISION"}
     )
     trainable_only: bool = field(
-        default=False, metadata={"help": "projector, gains and controller alone, without anybody else's weights"}
+        default=False, metadata={"help": "publish only projector, gains and controller, without the two models"}
     )
-    space: str | None = field(
-        default=None, metadata={"help": "also upload the Space, for this model, under this name"}
-    )
+    space: str | None = field(default=None, metadata={"help": "also publish the demo for this model as this Space"})
     results: str | None = field(
-        default=None, metadata={"help": "what granulon-evaluate --output wrote about this folder, for the card"}
+        default=None, metadata={"help": "folder of granulon-evaluate whose results for this checkpoint go on the card"}
     )
-    dry_run: bool = field(default=False, metadata={"help": "print what would go where; send nothing"})
-    vision_licence: str | None = field(default=None, metadata={"help": "where the encoder declares none"})
-    text_licence: str | None = field(default=None, metadata={"help": "where the language model declares none"})
-    data_licence: list[str] = field(default_factory=list, metadata={"help": "of training data: SOURCE=LICENCE ..."})
-    outputs_of: list[str] = field(default_factory=list, metadata={"help": "models on whose outputs it was trained"})
+    dry_run: bool = field(default=False, metadata={"help": "print what would be uploaded, and upload nothing"})
+    licences: list[str] = field(
+        default_factory=list,
+        metadata={"help": "licences that no card declares: vision=..., text=..., or DATA=... for training data"},
+    )
+    outputs_of: list[str] = field(
+        default_factory=list, metadata={"help": "models on whose outputs this one was trained"}
+    )
 
     @property
     def kind(self) -> str:
-        return KINDS[1] if self.adapter else KINDS[2] if self.trainable_only else KINDS[0]
+        folder = Path(self.folder)
+        if (folder / ADAPTER_CONFIG).exists() and not (folder / "config.json").exists():
+            return ADAPTER
+        return TRAINABLE_ONLY if self.trainable_only else MODEL
 
 
 class PublishError(ValueError):
@@ -80,96 +82,96 @@ def main():
 
 
 def run(arguments: PublishArguments, api: HfApi):
-    """Publish as the command line says; raises `ValueError` with a sentence."""
-    folder = Path(arguments.folder)
+    """Publish as the options say; raises `ValueError` with the reason and the remedy."""
+    folder, repo_id, revision = Path(arguments.folder), arguments.repo_id, arguments.revision
     if not folder.is_dir():
-        raise PublishError(f"{folder} is no folder; give a checkpoint")
+        raise PublishError(f"{folder} is not a folder; give a checkpoint")
     if arguments.space:
         _check_space(arguments)
-    stated = {"vision": arguments.vision_licence, "text": arguments.text_licence}
-    agreed = terms(
-        folder,
-        arguments.repo_id,
-        stated={part: licence for part, licence in stated.items() if licence},
-        data_licences=_pairs(arguments.data_licence),
-        outputs_of=arguments.outputs_of,
-    )
+    licences = _parse_licences(arguments.licences)
+    required = terms(folder, repo_id, licences, arguments.outputs_of)
     package = make_package(
-        folder,
-        arguments.kind,
-        agreed,
-        arguments.repo_id,
-        arguments.revision,
-        base=arguments.base_model,
-        results=arguments.results,
+        folder, arguments.kind, required, repo_id, revision, arguments.base_model, arguments.results
     )
-    for warning in [*agreed.warnings, *_space_warnings(arguments)]:
+    warnings = list(required.warnings)
+    if arguments.space and arguments.private:
+        warnings.append(
+            f"the Space {arguments.space} needs a token to read {repo_id}, which is private: store one in the Space's "
+            "settings as the secret HF_TOKEN"
+        )
+    for warning in warnings:
         print(f"warning: {warning}", file=sys.stderr)
     if arguments.dry_run:
-        print(described(package, arguments))
+        print(_overview(package, arguments))
         return
-    address = publish(
-        package, arguments.repo_id, api, folder, arguments.revision, arguments.private, arguments.create_pr
-    )
-    print(f"published {address}")
+    print(f"published {publish(package, repo_id, api, folder, revision, arguments.private, arguments.create_pr)}")
     if arguments.space:
-        settings = space_settings(arguments.repo_id, arguments.revision, agreed)
-        address = publish_space(arguments.space, settings, api, arguments.private)
-        print(f"published {address}")
+        settings = _space_settings(repo_id, revision, required)
+        print(f"published {publish_space(arguments.space, settings, api, arguments.private)}")
 
 
-def described(package: Package, arguments: PublishArguments) -> str:
-    """What would go where."""
+def _parse_licences(entries: list[str]) -> dict[str, str]:
+    if wrong := [entry for entry in entries if "=" not in entry]:
+        raise PublishError(f"--licences takes NAME=LICENCE, found {wrong}")
+    return dict(entry.rsplit("=", 1) for entry in entries)
+
+
+def _overview(package: Package, arguments: PublishArguments) -> str:
+    """What would be uploaded, and where."""
     target = "a pull request" if arguments.create_pr else f"main, tagged {arguments.revision}"
-    sizes = {path: len(s) if isinstance(s, bytes) else s.stat().st_size for path, s in sorted(package.files.items())}
-    lines = [f"{package.kind} to {arguments.repo_id}, {target}; {len(sizes)} files, {package.size / 1e6:.1f} MB:"]
+    sizes = {path: size_of(content) for path, content in sorted(package.files.items())}
+    megabytes = sum(sizes.values()) / 1e6
+    lines = [f"{package.kind} to {arguments.repo_id}, {target}; {len(sizes)} files, {megabytes:.1f} MB:"]
     lines += [f"  {size:>14,}  {path}" for path, size in sizes.items()]
     if arguments.space:
         lines += [f"Space to {arguments.space}:", *(f"  {name}" for name in space_files())]
     return "\n".join(lines)
 
 
+# ----- the model
+
+
 def publish(
     package: Package, repo_id: str, api: HfApi, folder: Path, revision: str, private=False, create_pr=False
 ) -> str:
     """
-    Bring a package to the Hub, as the module says.
+    Upload a package by way of a branch, verify it, and commit it to `main` with a tag.
 
     Args:
-        folder: what the package was made of; its logits are the ones to be had from the Hub.
-        revision: the tag. With `create_pr` none is set, and nothing but the pull request changes.
+        folder: source of the package; the model on the Hub must have its logits.
+        revision: the tag. With `create_pr` only a pull request is opened.
 
     Returns:
         the address.
 
     Raises:
-        PublishError: the Hub refuses or is not there, the published model is another, the tag names something else, or
-            somebody else has committed in the meantime.
+        PublishError: the Hub refuses or cannot be reached, the published model differs, the tag has other files, or
+            there was another commit in the meantime.
     """
     if package.base:
-        with told(package.base[0]):
+        with translate_hub_errors(package.base[0]):
             api.auth_check(package.base[0])
-    with told(repo_id):
+    with translate_hub_errors(repo_id):
         start = _repository(repo_id, api, private)
-        is_there = same_tree(package, repo_id, start, api)
+        is_published = same_files(package, repo_id, start, api)
         if create_pr:
             main = f"{api.endpoint}/{repo_id}/tree/main"
-            return main if is_there else _pull_request(package, repo_id, api, folder)
-        tagged = _sha(api, repo_id, revision)
-        if tagged and not same_tree(package, repo_id, tagged, api):
+            return main if is_published else _pull_request(package, repo_id, api, folder)
+        tagged = _commit_of(repo_id, revision, api)
+        if tagged and not same_files(package, repo_id, tagged, api):
             raise PublishError(
-                f"{repo_id} has a tag {revision} with other files, and what a tag names never changes: give "
-                "another by --revision"
+                f"{repo_id} has a tag {revision} with other files, and tags never change: choose another --revision"
             )
-        commit = start if is_there else _by_way_of_a_branch(package, repo_id, start, api, folder)
+        commit = start if is_published else _stage_verify_promote(package, repo_id, start, api, folder)
         if tagged is None:
             api.create_tag(repo_id, tag=revision, revision=commit)
-        _drop_branch(package, repo_id, api)
+        if any(ref.name == _branch(package) for ref in api.list_repo_refs(repo_id).branches):  # also of an earlier run
+            api.delete_branch(repo_id, branch=_branch(package))
     return f"{api.endpoint}/{repo_id}/tree/{revision}"
 
 
 def _repository(repo_id: str, api: HfApi, private: bool) -> str:
-    """The commit that `main` is at; the repository is made if it does not exist."""
+    """The commit of `main`, in a repository that is created if it does not exist."""
     try:
         found = api.model_info(repo_id)
     except RepositoryNotFoundError as error:
@@ -177,25 +179,25 @@ def _repository(repo_id: str, api: HfApi, private: bool) -> str:
             raise
         api.create_repo(repo_id, private=private, exist_ok=True)
         found = api.model_info(repo_id)
-    _stays_private(repo_id, found, private)
+    _check_private(repo_id, found, private)
     return found.sha
 
 
-def _stays_private(repo_id: str, found: ModelInfo | SpaceInfo, private: bool):
+def _check_private(repo_id: str, found: ModelInfo | SpaceInfo, private: bool):
     if private and not found.private:
         raise PublishError(
-            f"{repo_id} is there already, and everybody may read it: --private makes a new repository private and "
-            "hides no old one. Make it private in its settings on the Hub, or choose another name"
+            f"{repo_id} exists and is public: --private applies to new repositories only. Make it private in its "
+            "settings on the Hub, or choose another name"
         )
 
 
-def _by_way_of_a_branch(package: Package, repo_id: str, start: str, api: HfApi, folder: Path) -> str:
+def _stage_verify_promote(package: Package, repo_id: str, start: str, api: HfApi, folder: Path) -> str:
     api.create_branch(repo_id, branch=_branch(package), exist_ok=True)
     staged = _commit(package, repo_id, api, revision=_branch(package)).oid
-    _check(package, repo_id, staged, api, folder)
-    # The same files again, of which the Hub has all: one commit, and only if nobody else made one.
+    _verify(package, repo_id, staged, api, folder)
+    # The same files again, without an upload: one commit, refused by the Hub if `main` is no longer at `start`.
     commit = _commit(package, repo_id, api, revision="main", parent_commit=start).oid
-    if not same_tree(package, repo_id, commit, api):
+    if not same_files(package, repo_id, commit, api):
         raise PublishError(f"{repo_id} at {commit} is not what was committed; run the same command again")
     return commit
 
@@ -204,95 +206,92 @@ def _branch(package: Package) -> str:
     return f"publish-{package.sha[:12]}"
 
 
-def _drop_branch(package: Package, repo_id: str, api: HfApi):
-    """This run's, or that of an earlier one that failed just before this."""
-    if any(ref.name == _branch(package) for ref in api.list_repo_refs(repo_id).branches):
-        api.delete_branch(repo_id, branch=_branch(package))
-
-
 def _pull_request(package: Package, repo_id: str, api: HfApi, folder: Path) -> str:
     refs = api.list_repo_refs(repo_id, include_pull_requests=True)
     for ref in refs.pull_requests or []:
-        if same_tree(package, repo_id, ref.target_commit, api):  # of an earlier run
-            _check(package, repo_id, ref.target_commit, api, folder)
+        if same_files(package, repo_id, ref.target_commit, api):  # opened by an earlier run
+            _verify(package, repo_id, ref.target_commit, api, folder)
             return f"{api.endpoint}/{repo_id}/discussions/{ref.name.rpartition('/')[2]}"
     commit = _commit(package, repo_id, api, create_pr=True)
-    _check(package, repo_id, commit.oid, api, folder)
+    _verify(package, repo_id, commit.oid, api, folder)
     return commit.pr_url
 
 
-def _commit(package: Package, repo_id: str, api: HfApi, **where):
+def _commit(package: Package, repo_id: str, api: HfApi, **options):
     added = [
-        CommitOperationAdd(path, source if isinstance(source, bytes) else str(source))
-        for path, source in sorted(package.files.items())
+        CommitOperationAdd(path, content if isinstance(content, bytes) else str(content))
+        for path, content in sorted(package.files.items())
     ]
-    there = (file.path for file in _tree(repo_id, where.get("revision", "main"), api))
-    removed = [CommitOperationDelete(path) for path in package.stale(there)]
-    return api.create_commit(repo_id, [*added, *removed], commit_message=f"Granulon {package.sha[:12]}", **where)
+    paths = (file.path for file in _list_files(repo_id, options.get("revision", "main"), api))
+    removed = [CommitOperationDelete(path) for path in package.stale(paths)]
+    message = f"Granulon {package.sha[:12]}"
+    return api.create_commit(repo_id, [*added, *removed], commit_message=message, **options)
 
 
-def same_tree(package: Package, repo_id: str, revision: str, api: HfApi) -> bool:
-    """Whether a revision holds the package's files, byte for byte, and nothing of an earlier state beside them."""
-    there = {file.path: file.lfs.sha256 if file.lfs else file.blob_id for file in _tree(repo_id, revision, api)}
-    return not package.stale(there) and all(there.get(path) in hashes for path, hashes in package.hashes.items())
+def same_files(package: Package, repo_id: str, revision: str, api: HfApi) -> bool:
+    """Whether a revision has the package's files, byte for byte, and none of an earlier version besides."""
+    found = {file.path: file.lfs.sha256 if file.lfs else file.blob_id for file in _list_files(repo_id, revision, api)}
+    return not package.stale(found) and all(found.get(path) in hashes for path, hashes in package.hashes.items())
 
 
-def _tree(repo_id: str, revision: str, api: HfApi) -> Iterator:
-    return (
-        entry for entry in api.list_repo_tree(repo_id, recursive=True, revision=revision) if hasattr(entry, "size")
-    )
+def _list_files(repo_id: str, revision: str, api: HfApi) -> Iterator:
+    tree = api.list_repo_tree(repo_id, recursive=True, revision=revision)
+    return (entry for entry in tree if hasattr(entry, "size"))  # folders have none
 
 
-def _sha(api: HfApi, repo_id: str, revision: str) -> str | None:
+def _commit_of(repo_id: str, revision: str, api: HfApi) -> str | None:
     try:
         return api.model_info(repo_id, revision=revision).sha
     except RevisionNotFoundError:
         return None
 
 
-def _check(package: Package, repo_id: str, commit: str, api: HfApi, folder: Path):
-    """The files are whole, and a stranger gets the same logits and the same answer from them."""
-    if not same_tree(package, repo_id, commit, api):
+# ----- verification in a new process
+
+
+def _verify(package: Package, repo_id: str, commit: str, api: HfApi, folder: Path):
+    """Check that a commit has all files, and that a new process gets the local logits and answer from it."""
+    if not same_files(package, repo_id, commit, api):
         raise PublishError(f"{repo_id} at {commit} is not what was uploaded; run the same command again")
-    local_folder = str(folder.resolve())  # the fresh process works elsewhere
+    local_folder = str(folder.resolve())  # the new process has another working directory
     with tempfile.TemporaryDirectory() as name:
         work = Path(name)
-        if package.kind == "adapter":
+        if package.kind == ADAPTER:
             sources = [(*package.base, local_folder), (*package.base, repo_id, commit)]
-        elif package.kind == "trainable":
-            sources = [(local_folder,), (put_together(folder, repo_id, commit, work, api),)]
+        elif package.kind == TRAINABLE_ONLY:
+            sources = [(local_folder,), (assemble_published(folder, repo_id, commit, work, api),)]
         else:
             sources = [(local_folder,), (repo_id, commit)]
-        (local, answer), (published, same_answer) = (cold_load(work, api, *source) for source in sources)
-    if not torch.equal(local, published) or answer != same_answer:
+        (local, answer), (published, published_answer) = (cold_load(work, api, *source) for source in sources)
+    if not torch.equal(local, published) or answer != published_answer:
         raise PublishError(
-            f"{repo_id} at {commit} is another model than {folder}: it answers {same_answer!r} and not {answer!r}; "
-            "main is untouched"
+            f"{repo_id} at {commit} differs from {folder}: it answers {published_answer!r} instead of {answer!r}; "
+            "main is unchanged"
         )
 
 
-def put_together(folder: Path, repo_id: str, commit: str, work: Path, api: HfApi) -> str:
-    """The folder that the card's command makes, in a fresh process, of what was published and of the makers' parts."""
-    manifest, output = read_manifest(folder), str(work / "again")
+def assemble_published(folder: Path, repo_id: str, commit: str, work: Path, api: HfApi) -> str:
+    """Rebuild the full model from the uploaded weights with the card's command, in a new process; its folder."""
+    manifest, output = read_manifest(folder), str(work / "assembled")
     vision, text = ("{source}@{revision}".format(**manifest[part]) for part in ("vision", "text"))
     command = ["-m", "granulon.hub.assemble", "--vision", vision, "--text", text, "--output", output]
-    otherwise = f"{repo_id} at {commit} cannot be put together with {vision} and {text}"
-    _in_a_fresh_process(otherwise, [*command, "--trained", f"{repo_id}@{commit}"], work, api)
+    failure = f"{repo_id} at {commit} cannot be assembled with {vision} and {text}"
+    _run_in_new_process(failure, [*command, "--trained", f"{repo_id}@{commit}"], work, api)
     return output
 
 
 def cold_load(work: Path, api: HfApi, *source: str) -> tuple[torch.Tensor, str]:
-    """Logits and answer that a fresh process gets; `source` is as cold_load.py takes it."""
-    output = work / "seen.safetensors"
+    """Logits and answer of a model in a new process; `source` as in cold_load.py."""
+    output = work / "logits.safetensors"
     script = str(Path(__file__).with_name("cold_load.py"))
-    what = " at ".join(source[2:] or source[:2])
-    _in_a_fresh_process(f"{what} does not load", [script, str(output), *source], work, api)
-    with safe_open(output, "pt") as seen:
-        return seen.get_tensor("logits"), seen.metadata()["answer"]
+    failure = f"{' at '.join(source[2:] or source[:2])} does not load"
+    _run_in_new_process(failure, [script, str(output), *source], work, api)
+    with safe_open(output, "pt") as stored:
+        return stored.get_tensor("logits"), stored.metadata()["answer"]
 
 
-def _in_a_fresh_process(otherwise: str, command: list[str], work: Path, api: HfApi):
-    """Run Python with caches of its own, which are empty at first; raises `PublishError` if it does not end well."""
+def _run_in_new_process(failure: str, command: list[str], work: Path, api: HfApi):
+    """Run Python with empty caches of its own; raises `PublishError`, which begins with `failure`, if it fails."""
     token = {"HF_TOKEN": api.token} if isinstance(api.token, str) else {}
     environment = {
         **os.environ, **token, "HF_ENDPOINT": api.endpoint, "HF_HUB_OFFLINE": "0", "HF_HUB_CACHE": str(work / "hub"),
@@ -300,120 +299,121 @@ def _in_a_fresh_process(otherwise: str, command: list[str], work: Path, api: HfA
     }  # fmt: skip
     try:
         done = subprocess.run(
-            [sys.executable, *command], env=environment, cwd=work, capture_output=True, text=True, timeout=PATIENCE
+            [sys.executable, *command], env=environment, cwd=work, capture_output=True, text=True, timeout=TIMEOUT
         )
     except subprocess.TimeoutExpired as error:
         raise PublishError(
-            f"{otherwise} in a fresh process within {PATIENCE // 60} minutes; main is untouched, run the same command "
-            "again"
+            f"{failure} in a new process within {TIMEOUT // 60} minutes; main is unchanged, run the same command again"
         ) from error
     if done.returncode:
         last = done.stderr.strip().splitlines()[-1:] or ["no message"]
-        raise PublishError(f"{otherwise} in a fresh process: {last[0]}; main is untouched")
+        raise PublishError(f"{failure} in a new process: {last[0]}; main is unchanged")
+
+
+# ----- the Space
 
 
 def _check_space(arguments: PublishArguments):
-    """Raises `PublishError` where the Space could not load what is published, or is not here."""
+    """Raise `PublishError` if the Space could not load the published model, or is not in this installation."""
     if arguments.create_pr:
-        raise PublishError("--space shows what a tag names, and a pull request gets none: leave out one of the two")
-    if arguments.kind != KINDS[0]:
-        option = "--adapter" if arguments.adapter else "--trainable_only"
+        raise PublishError("--space loads a tag, and a pull request gets none: omit --create_pr or --space")
+    if arguments.kind != MODEL:
         raise PublishError(
-            f"--space shows a whole model, and {option} publishes none: publish the merged or assembled model with it"
+            f"--space loads a whole model, but the folder is published as {arguments.kind!r}: publish the merged or "
+            "assembled model with it"
         )
     space_files()
 
 
-def _space_warnings(arguments: PublishArguments) -> list[str]:
-    if not (arguments.space and arguments.private):
-        return []
-    return [
-        f"the Space {arguments.space} can read {arguments.repo_id}, which is private, with a token only: put one that "
-        "may read it into the Space's settings, as the secret HF_TOKEN"
-    ]
-
-
 def space_files() -> list[str]:
+    """Names of the files of a Space, without others that lie in its folder."""
     if not (SPACE / "app.py").is_file():
         raise PublishError(f"there is no Space in {SPACE}: publish it from a clone of the repository")
     names = (str(file.relative_to(SPACE)) for file in sorted(SPACE.rglob("*")) if file.is_file())
     return [name for name in names if matches(name, SPACE_FILES)]
 
 
-def space_settings(model_id: str, revision: str, agreed: Terms) -> dict[str, str]:
-    """The Space's variables: the model it shows, and the line that Llama's licence wants to be seen."""
-    shown = {NOTICE_SETTING: LLAMA_LINE} if any(LLAMA_LINE in line for line in agreed.credits) else {}
-    return {"MODEL_ID": model_id, "MODEL_REVISION": revision, **shown}
+def _space_settings(model_id: str, revision: str, required: Terms) -> dict[str, str]:
+    """Variables of the Space: its model, and the line that Llama's licence requires to be visible."""
+    notice = {NOTICE_SETTING: LLAMA_LINE} if any(LLAMA_LINE in line for line in required.credits) else {}
+    return {"MODEL_ID": model_id, "MODEL_REVISION": revision, **notice}
 
 
 def publish_space(space_id: str, settings: dict[str, str], api: HfApi, private: bool = False) -> str:
-    """Upload the Space in one commit, with its settings; its address."""
+    """
+    Upload the Space in one commit and set its variables.
+
+    Returns:
+        its address.
+
+    Raises:
+        PublishError: the Hub refuses or cannot be reached.
+    """
     card = SpaceCard.load(SPACE / "README.md")
     card.data.models = [settings["MODEL_ID"]]
     contents = {name: str(SPACE / name) for name in space_files()} | {"README.md": str(card).encode()}
-    with told(space_id, elsewhere="choose a Space of your own with --space"):
+    with translate_hub_errors(space_id, "choose a Space of your own with --space"):
         api.create_repo(space_id, repo_type="space", space_sdk="gradio", private=private, exist_ok=True)
-        _stays_private(space_id, api.space_info(space_id), private)
-        there = {key: variable.value for key, variable in api.get_space_variables(space_id).items()}
+        _check_private(space_id, api.space_info(space_id), private)
+        current = {key: variable.value for key, variable in api.get_space_variables(space_id).items()}
         for key, value in settings.items():
-            if there.get(key) != value:
+            if current.get(key) != value:
                 api.add_space_variable(space_id, key, value)
-        if NOTICE_SETTING in there and NOTICE_SETTING not in settings:  # of another model that it showed
+        if NOTICE_SETTING in current and NOTICE_SETTING not in settings:  # of another model before
             api.delete_space_variable(space_id, NOTICE_SETTING)
         added = [CommitOperationAdd(name, content) for name, content in contents.items()]
         api.create_commit(space_id, added, commit_message="The Space", repo_type="space")
     return f"{api.endpoint}/spaces/{space_id}"
 
 
+# ----- errors of the Hub
+
+
 @contextmanager
-def told(repo_id: str, elsewhere="choose a name of your own, or offer the files by --create_pr"):
-    """What the Hub says, in a sentence that tells what to do; `elsewhere` is where one may write."""
+def translate_hub_errors(
+    repo_id: str, alternative="choose a name of your own, or open a pull request with --create_pr"
+):
+    """Turn errors of the Hub client into `PublishError` with a remedy; `alternative` is one for a missing right."""
     try:
         yield
     except PublishError:
         raise
     except Exception as error:
-        if (refusal := _cause(error, lambda cause: isinstance(cause, HfHubHTTPError))) is not None:
-            raise PublishError(_refused(repo_id, refusal, elsewhere)) from error
-        if (broken := _cause(error, _is_of_the_transport)) is not None:
+        if (refusal := _find_cause(error, lambda cause: isinstance(cause, HfHubHTTPError))) is not None:
+            raise PublishError(_refusal(repo_id, refusal, alternative)) from error
+        if (broken := _find_cause(error, _is_connection_error)) is not None:
             raise PublishError(
-                f"the connection to the Hub broke ({broken or type(broken).__name__}); run the same command again, "
-                "what is uploaded is kept"
+                f"the connection to the Hub broke ({first_line(broken)}); run the same command again, uploaded files "
+                "are kept"
             ) from error
         raise
 
 
-def _refused(repo_id: str, error: HfHubHTTPError, elsewhere: str) -> str:
-    status, said = error.response.status_code, str(error.server_message or error).strip().splitlines()[0]
+def _refusal(repo_id: str, error: HfHubHTTPError, alternative: str) -> str:
+    status = error.response.status_code
     remedy = {
-        401: "it does not know the token, or there is none: log in by `hf auth login`, with one that may write",
-        403: f"you may not write there: {elsewhere}",
-        404: "it is not there, or the token may not see it",
-        409: "another operation is in the way: run the same command again",
-        412: "somebody else committed in the meantime: look at that, then run the same command again",
-    }.get(status, "run the same command again; what is uploaded is kept")
+        401: "there is no valid token: log in with `hf auth login` and a token that may write",
+        403: f"you may not write there: {alternative}",
+        404: "it does not exist, or the token may not read it",
+        409: "another operation is in progress: run the same command again",
+        412: "there was another commit in the meantime: look at it, then run the same command again",
+    }.get(status, "run the same command again; uploaded files are kept")
     if isinstance(error, GatedRepoError):
         remedy = "it is gated: accept its conditions on the Hub with the account of your token"
-    return f"the Hub refuses {repo_id} ({status}: {said}); {remedy}"
+    return f"the Hub refuses {repo_id} ({status}: {first_line(error.server_message or error)}); {remedy}"
 
 
-def _cause(error: BaseException | None, wanted) -> BaseException | None:
-    """The error itself or the first among its causes that is wanted; the client wraps those of an upload."""
-    while error is not None and not wanted(error):
+def _find_cause(error: BaseException | None, condition: Callable[[BaseException], bool]) -> BaseException | None:
+    """The first of an error and its causes that meets a condition; the client wraps errors of an upload."""
+    while error is not None and not condition(error):
         error = error.__cause__
     return error
 
 
-def _is_of_the_transport(error: BaseException) -> bool:
-    """The transport's library goes by more than one name."""
+def _is_connection_error(error: BaseException) -> bool:
+    """Whether it comes from the HTTP library, whose name depends on the version of huggingface_hub."""
     library = type(error).__module__.partition(".")[0]
     return isinstance(error, ConnectionError) or library in ("httpx", "httpx2", "httpcore", "httpcore2")
-
-
-def _pairs(entries: list[str]) -> dict[str, str]:
-    if wrong := [entry for entry in entries if "=" not in entry]:
-        raise PublishError(f"--data_licence takes SOURCE=LICENCE, found {wrong}")
-    return dict(entry.rsplit("=", 1) for entry in entries)
 
 
 if __name__ == "__main__":

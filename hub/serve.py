@@ -1,13 +1,11 @@
 """`granulon-serve`: the OpenAI-compatible server of `transformers serve`, for a Granulon.
 
-`transformers serve` looks an architecture up on the `transformers` module and its kind in a list of names; a class
-from elsewhere is on neither. Here Granulon is put on both. Beyond upstream's a chat request may name a level and a
-view, in the fields `granularity` and `visual_view`; what cannot be used is refused with status 400; and an image is a
-data URL or an http(s) address, never a file of the server's.
+`transformers serve` looks an architecture up on the `transformers` module and its task in a list of names, so Granulon
+is added to both. A chat request may also name a level and a view in the fields `granularity` and `visual_view`.
+Unusable requests get status 400. An image is a data URL or an http(s) address, never a file of the server.
 """
 
 import asyncio
-import base64
 from contextvars import ContextVar
 
 import transformers
@@ -20,27 +18,27 @@ from transformers.cli.serve import Serve
 from transformers.cli.serving import chat_completion, model_manager, utils
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
-from modeling_granulon import GranulonForConditionalGeneration, load_rgb
+from modeling_granulon import GranulonForConditionalGeneration
+from modeling_granulon.image_tokens import VISUAL_VIEWS
 
-from .ask import open_image
+from .inference import open_image
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
-TEXTS, IMAGES = ("text", "input_text", "output_text"), ("image_url", "input_image")  # parts of a message
-VIEWS = ("full", "pixel", "semantic", "auto")
-ASKED = ContextVar("asked")  # level and view of the request that this task answers
+TEXTS, IMAGES = ("text", "input_text", "output_text"), ("image_url", "input_image")  # types of a message's parts
+GENERATE_OPTIONS = ContextVar("generate_options")  # level and view of the request that this task answers
 upstream_inputs = utils.BaseHandler.get_processor_inputs_from_messages
 upstream_models = model_manager.ModelManager.get_gen_models
 
 
 class GranulonRequest(chat_completion.TransformersCompletionCreateParamsStreaming, total=False):
-    """A chat request: what upstream takes, and a level (name or index) and a view."""
+    """A chat request with two more fields: a level (name or index) and a view."""
 
     granularity: str | int
     visual_view: str
 
 
 class GranulonChatHandler(chat_completion.ChatCompletionHandler):
-    """The chat endpoint; level and view go on to `generate`, which encodes the image once."""
+    """The chat endpoint, which passes level and view to `generate`."""
 
     _valid_params_class = GranulonRequest
 
@@ -54,29 +52,30 @@ class GranulonChatHandler(chat_completion.ChatCompletionHandler):
 
     async def _answer(self, body, request_id):
         self._validate_request(body)
-        asked = {name: body.pop(name) for name in ("granularity", "visual_view") if body.get(name) is not None}
+        options = {name: body.pop(name) for name in ("granularity", "visual_view") if body.get(name) is not None}
         _, model, _ = self._resolve_model(body)
-        _check(asked, model.config)
-        ASKED.set(asked)
-        # Downloading and decoding would stop the server for everybody else.
+        _check_options(options, model.config)
+        GENERATE_OPTIONS.set(options)
+        # In a thread: downloading and decoding would block all other requests.
         body["messages"] = await asyncio.to_thread(_with_images, body.get("messages"))
         return await super().handle_request(body, request_id)
 
-    def _streaming(self, request_id, model, processor, model_id, inputs, *rest, **named):
-        return super()._streaming(request_id, model, processor, model_id, {**inputs, **ASKED.get()}, *rest, **named)
+    def _streaming(self, request_id, model, processor, model_id, inputs, *args, **kwargs):
+        inputs = {**inputs, **GENERATE_OPTIONS.get()}
+        return super()._streaming(request_id, model, processor, model_id, inputs, *args, **kwargs)
 
-    def _non_streaming(self, request_id, model, processor, model_id, inputs, *rest, **named):
-        inputs = {**inputs, **ASKED.get()}
-        return super()._non_streaming(request_id, model, processor, model_id, inputs, *rest, **named)
+    def _non_streaming(self, request_id, model, processor, model_id, inputs, *args, **kwargs):
+        inputs = {**inputs, **GENERATE_OPTIONS.get()}
+        return super()._non_streaming(request_id, model, processor, model_id, inputs, *args, **kwargs)
 
 
 def processor_inputs(messages, modality):
-    """As upstream, with every image opened safely, by `load_rgb`."""
+    """As upstream, with every image opened by `load_rgb`."""
     messages = _with_images(messages)
     try:
         conversation = upstream_inputs(messages, modality)
-    except (AttributeError, KeyError, TypeError, ValueError) as error:  # all else has been checked
-        raise HTTPException(400, f"tool_calls: these cannot be read, {type(error).__name__}: {error}") from error
+    except (AttributeError, KeyError, TypeError, ValueError) as error:  # the rest is checked already
+        raise HTTPException(400, f"tool_calls: invalid, {type(error).__name__}: {error}") from error
     for message in conversation:
         for part in message["content"] if isinstance(message["content"], list) else []:
             if part["type"] == "image":
@@ -84,9 +83,9 @@ def processor_inputs(messages, modality):
     return conversation
 
 
-def open_part(source):
+def open_part(source) -> Image.Image:
     """
-    The image of a data URL or an http(s) address, RGB; one that is open already stays.
+    The image of a data URL or an http(s) address, RGB; an image that is open already is returned as it is.
 
     Raises:
         HTTPException: 400 with the reason.
@@ -94,23 +93,21 @@ def open_part(source):
     if isinstance(source, Image.Image):
         return source
     try:
-        if str(source).startswith("data:"):
-            return load_rgb(base64.b64decode(source.partition(",")[2], validate=True))
-        if str(source).startswith(("http://", "https://")):
-            return open_image(source)
-        raise ValueError("an image is a data URL (data:image/png;base64,...) or an http(s) address")
+        if not str(source).startswith(("data:", "http://", "https://")):
+            raise ValueError("an image is a data URL (data:image/png;base64,...) or an http(s) address")
+        return open_image(str(source))
     except ValueError as error:
         raise HTTPException(400, f"image_url: {error}") from error
 
 
 def _with_images(messages):
-    """The messages with their images opened, in a list of its own; opened ones stay as they are."""
+    """A copy of the messages with their images opened."""
     if not isinstance(messages, list) or not messages or not all(map(_is_message, messages)):
         raise HTTPException(
             400, f"messages: a list of at least one object with content and a role of {', '.join(ROLES)} is needed"
         )
     return [
-        {**message, "content": [_opened(part) for part in message["content"]]}
+        {**message, "content": [_with_image(part) for part in message["content"]]}
         if isinstance(message.get("content"), list)
         else message
         for message in messages
@@ -118,14 +115,14 @@ def _with_images(messages):
 
 
 def _is_message(message):
-    if not isinstance(message, dict) or message.get("role") not in ROLES:  # or a role might forge turns
+    if not isinstance(message, dict) or message.get("role") not in ROLES:  # the role is written into the prompt
         return False
     content = message.get("content")
     return isinstance(content, (str, list)) or (content is None and "tool_calls" in message)
 
 
-def _opened(part):
-    """A part of a message. What upstream would leave out without a word, and so answer about nothing, is refused."""
+def _with_image(part):
+    """A part of a message with its image opened; refused if upstream would silently leave it out."""
     kind = part.get("type") if isinstance(part, dict) else None
     if kind in TEXTS and isinstance(part.get("text"), str):
         return part
@@ -138,28 +135,28 @@ def _opened(part):
     )
 
 
-def _check(asked, config):
+def _check_options(options, config):
     try:
-        if "granularity" in asked:
-            config.granularity_index(asked["granularity"])
+        if "granularity" in options:
+            config.granularity_index(options["granularity"])
     except ValueError as error:
         raise HTTPException(400, f"granularity: {error}") from error
-    if asked.get("visual_view", "full") not in VIEWS:
-        raise HTTPException(400, f"visual_view: {asked['visual_view']!r} is none of {', '.join(VIEWS)}")
+    if (view := options.get("visual_view", "full")) not in VISUAL_VIEWS:
+        raise HTTPException(400, f"visual_view: {view!r} is none of {', '.join(VISUAL_VIEWS)}")
 
 
 def listed_models(manager, cache_dir=None):
-    """The model that the server was started with, as it answers for no other; without one, what upstream finds."""
+    """The model that the server was started with, which is the only one it serves; else the models in the cache."""
     if manager.force_model is not None:
         return [{"id": manager.force_model, "object": "model", "created": 0, "owned_by": ""}]
     try:
         return upstream_models(cache_dir)
-    except CacheNotFound:  # nothing has been cached yet
+    except CacheNotFound:  # there is no cache yet
         return []
 
 
 def register():
-    """Make `transformers serve` know Granulon, in this process."""
+    """Add Granulon to `transformers serve` in this process."""
     name = GranulonForConditionalGeneration.__name__
     setattr(transformers, name, GranulonForConditionalGeneration)
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES["granulon"] = name
@@ -169,7 +166,7 @@ def register():
 
 
 def make_command():
-    """The command, with the options of `transformers serve`."""
+    """The command with the options of `transformers serve`."""
     command = typer.Typer(add_completion=False)
     command.command(help=__doc__)(Serve)
     return command

@@ -1,4 +1,4 @@
-"""What licences ask: each rule lets through what keeps it and refuses what does not, with reason and remedy."""
+"""What licences require: each rule accepts what follows it and refuses the rest, with reason and remedy."""
 
 import json
 
@@ -38,7 +38,7 @@ def test_parts_under_open_licences_are_published_under_apache(checkpoint):
 def test_dinov3_makes_the_licence_its_own_with_name_and_link(checkpoint):
     found = terms(checkpoint(DINOV3, QWEN, agreements=("vision",)), "me/granulon")
     assert found.metadata == {"license": "other", "license_name": "dinov3-license", "license_link": DINOV3_LINK}
-    assert any("DINOv3 licence alone" in line for line in found.credits)
+    assert any("DINOv3 licence only" in line for line in found.credits)
 
 
 @pytest.mark.parametrize("part, vision, text", [("vision", DINOV3, QWEN), ("text", CLIP, LLAMA)])
@@ -70,7 +70,7 @@ def test_what_holds_llama_has_a_name_that_begins_with_llama(checkpoint, name):
         terms(checkpoint(CLIP, LLAMA), name)
 
 
-def test_what_llama_taught_has_a_name_that_begins_with_llama(checkpoint):
+def test_what_was_trained_on_outputs_of_llama_has_a_name_that_begins_with_llama(checkpoint):
     folder = checkpoint(CLIP, QWEN, annotators=["meta-llama/Llama-3.3-70B-Instruct"])
     with pytest.raises(LicenceError, match="trained on outputs of meta-llama/Llama-3.3-70B-Instruct"):
         terms(folder, "me/granulon")
@@ -80,30 +80,30 @@ def test_what_llama_taught_has_a_name_that_begins_with_llama(checkpoint):
     assert terms(checkpoint(CLIP, QWEN, annotators=["gpt"]), "me/granulon").credits[-1] == "trained on outputs of gpt"
 
 
-def test_dinov3_with_llama_stands_under_both(checkpoint):
+def test_dinov3_with_llama_is_licensed_under_both(checkpoint):
     found = terms(checkpoint(DINOV3, LLAMA), "me/Llama-granulon")
     assert found.metadata == {
         "license": "other", "license_name": "dinov3-license-and-llama3.2", "license_link": "LICENSE.md"
     }  # fmt: skip
 
 
-def test_a_part_of_unknown_licence_is_refused_until_its_owner_says_what_it_stands_under(checkpoint):
+def test_a_part_of_unknown_licence_is_refused_until_its_owner_gives_one(checkpoint):
     folder = checkpoint(OWN, QWEN)
-    with pytest.raises(LicenceError, match="vision part, mine .dinov3_vit.*--vision_licence apache-2.0"):
+    with pytest.raises(LicenceError, match="vision part, mine .dinov3_vit.*--licences vision=apache-2.0"):
         terms(folder, "me/granulon")
-    assert terms(folder, "me/granulon", stated={"vision": "apache-2.0"}).metadata == {"license": "apache-2.0"}
+    assert terms(folder, "me/granulon", licences={"vision": "apache-2.0"}).metadata == {"license": "apache-2.0"}
 
 
-def test_a_declared_licence_is_not_talked_away(checkpoint):
+def test_a_declared_licence_cannot_be_changed(checkpoint):
     folder = checkpoint(DINOV3, QWEN)
-    with pytest.raises(LicenceError, match="stands under dinov3-license, which a statement to the contrary"):
-        terms(folder, "me/granulon", stated={"vision": "mit"})
-    assert terms(folder, "me/granulon", stated={"vision": "dinov3-license"}).metadata["license"] == "other"
+    with pytest.raises(LicenceError, match="under dinov3-license, which --licences vision=mit cannot change"):
+        terms(folder, "me/granulon", licences={"vision": "mit"})
+    assert terms(folder, "me/granulon", licences={"vision": "dinov3-license"}).metadata["license"] == "other"
 
 
 def test_known_names_have_known_licences_where_the_card_declares_none(checkpoint):
     undeclared = {**DINOV3, "license": None, "license_name": None}
-    with pytest.raises(LicenceError, match="dinov3-license, which asks for a copy"):
+    with pytest.raises(LicenceError, match="dinov3-license, which requires a copy"):
         terms(checkpoint(undeclared, QWEN, agreements=()), "me/granulon")
 
 
@@ -114,8 +114,8 @@ def test_a_copy_of_llama_is_llama_whatever_is_said_of_it(checkpoint, source):
         with pytest.raises(LicenceError, match="must begin with Llama"):
             terms(folder, "me/granulon")
         assert terms(folder, "me/Llama-granulon").metadata == {"license": "llama3.2"}
-    with pytest.raises(LicenceError, match="stands under llama3.2"):
-        terms(folder, "me/Llama-granulon", stated={"text": "apache-2.0"})
+    with pytest.raises(LicenceError, match="licensed under llama3.2"):
+        terms(folder, "me/Llama-granulon", licences={"text": "apache-2.0"})
 
 
 def test_a_copy_of_dinov3_is_dinov3_whatever_is_said_of_it(checkpoint):
@@ -146,8 +146,8 @@ def test_what_is_no_copy_of_the_agreement_is_not_taken_for_one(checkpoint, file)
         terms(folder, "me/granulon")
 
 
-def test_an_annotator_is_remembered_by_the_stages_that_follow(checkpoint):
-    """The report stays behind when the next stage saves; what the manifest tells goes on."""
+def test_annotators_are_kept_by_the_stages_that_follow(checkpoint):
+    """The next stage does not save the report; the manifest is kept."""
     taught = {"stage": "controller", "annotators": ["meta-llama/Llama-3.3-70B-Instruct"], "settings": {"data": []}}
     folder = checkpoint(CLIP, QWEN, training=[taught, {"stage": "sft", "settings": {"data": []}}])
     with pytest.raises(LicenceError, match="trained on outputs of meta-llama/Llama-3.3-70B-Instruct"):
@@ -173,17 +173,17 @@ def test_a_card_with_several_licences_counts_as_the_strictest(checkpoint):
     "licence, warned",
     [
         ("", "is not known"), ("other", "is not known"), ("CC BY NC 4.0", "non-commercial"),
-        ("noncommercial", "non-commercial"), ("my-own-terms", "see what it allows"), ("cc-by-4.0", None),
+        ("noncommercial", "non-commercial"), ("my-own-terms", "check what it allows"), ("cc-by-4.0", None),
         ("mit", None),
     ],
 )  # fmt: skip
 def test_data_are_warned_of_unless_their_licence_is_known_to_be_open(checkpoint, licence, warned):
     folder = checkpoint(CLIP, QWEN, training=[{"stage": "sft", "settings": {"data": "some/data"}}])
-    warnings = terms(folder, "me/granulon", data_licences={"some/data": licence}).warnings
+    warnings = terms(folder, "me/granulon", licences={"some/data": licence}).warnings
     assert len(warnings) == (warned is not None) and all(warned in line and "`some/data`" in line for line in warnings)
 
 
-def test_the_licence_file_tells_of_every_part_and_holds_that_of_the_code(checkpoint):
+def test_the_licence_file_names_every_part_and_has_the_licence_of_the_code(checkpoint):
     found = terms(checkpoint(DINOV3, LLAMA), "me/Llama-granulon")
     text = licence_text(found, ["licences/vision/LICENSE.md"])
     assert "facebook/dinov3-vitl16" in text and "meta-llama/Llama-3.2" in text
@@ -193,7 +193,7 @@ def test_the_licence_file_tells_of_every_part_and_holds_that_of_the_code(checkpo
 def test_data_that_are_unknown_or_non_commercial_are_warned_of(checkpoint):
     run = {"stage": "sft", "settings": {"data": [{"path": "a/open"}, "a/unknown", {"path": "a/closed"}]}}
     folder = checkpoint(CLIP, QWEN, training=[run])
-    found = terms(folder, "me/granulon", data_licences={"a/open": "cc-by-4.0", "a/closed": "cc-by-nc-4.0"})
+    found = terms(folder, "me/granulon", licences={"a/open": "cc-by-4.0", "a/closed": "cc-by-nc-4.0"})
     assert found.warnings == [
         "The training data `a/closed` are for non-commercial use (cc-by-nc-4.0).",
         "The licence of the training data `a/unknown` is not known.",
@@ -204,5 +204,5 @@ def test_data_that_are_unknown_or_non_commercial_are_warned_of(checkpoint):
 def test_without_a_manifest_nothing_is_published(tmp_path, content):
     if content:
         (tmp_path / "granulon_manifest.json").write_text(content)
-    with pytest.raises(LicenceError, match="granulon_manifest.json"):
+    with pytest.raises(ValueError, match="granulon_manifest.json"):
         terms(tmp_path, "me/granulon")

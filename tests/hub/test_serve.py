@@ -11,8 +11,8 @@ import pytest
 from conftest import count_calls
 from space_load import bad_files, data_url, good_picture
 
-from granulon.hub.ask import load_model
 from granulon.hub.assemble import assemble_tiny
+from granulon.hub.inference import load_model, load_processor
 from modeling_granulon import load_rgb
 
 openai = pytest.importorskip("openai")
@@ -64,7 +64,8 @@ def server(tmp_path_factory):
 @pytest.fixture(scope="module")
 def expected(server):
     """A function that gives the model's own greedy answer to the question about the picture."""
-    model, processor = load_model(server.model)
+    model = load_model(server.model)
+    processor = load_processor(server.model, model.config)
 
     def answer(image=True, **settings):
         parts = [{"type": "image", "image": load_rgb(good_picture())}] if image else []
@@ -89,13 +90,13 @@ def ask(server, image=None, **settings):
     )
 
 
-def test_the_openai_client_gets_the_models_own_answer_about_a_base64_image_streamed_and_whole(server, expected):
+def test_the_openai_client_gets_the_models_own_answer_about_a_base64_image_streamed_and_at_once(server, expected):
     chunks = list(ask(server, stream=True))
     pieces = [chunk.choices[0].delta.content for chunk in chunks if chunk.choices[0].delta.content]
-    whole = ask(server)
+    complete = ask(server)
     assert len(pieces) > 2
-    assert "".join(pieces) == whole.choices[0].message.content == expected()
-    assert whole.usage.completion_tokens <= 12 and whole.usage.prompt_tokens > 84
+    assert "".join(pieces) == complete.choices[0].message.content == expected()
+    assert complete.usage.completion_tokens <= 12 and complete.usage.prompt_tokens > 84
 
 
 @pytest.mark.parametrize(
@@ -179,7 +180,7 @@ def test_a_question_without_an_image_is_answered(server, expected):
         ({"extra_body": {"nonsense": 1}}, "Unexpected fields"),
     ],
 )
-def test_what_cannot_be_used_is_refused_in_one_clear_message(fields, message, server):
+def test_unusable_requests_are_refused_with_one_clear_message(fields, message, server):
     with pytest.raises(openai.APIStatusError) as refusal:
         ask(server, **fields)
     assert refusal.value.status_code in (400, 422) and message in str(refusal.value)
@@ -198,7 +199,7 @@ def test_an_image_may_be_written_as_either_of_openais_interfaces_writes_it(serve
     assert reply.output_text == expected()
 
 
-def test_the_responses_endpoint_drops_no_part_without_a_word_either(server):
+def test_the_responses_endpoint_refuses_parts_that_upstream_would_drop(server):
     for part in ({"type": "input_audio", "input_audio": {}}, {"type": "image", "image": "x"}, {"type": "input_text"}):
         with pytest.raises(openai.BadRequestError) as refusal:
             server.client.responses.create(model=server.model, input=[{"role": "user", "content": [part]}])
@@ -209,7 +210,7 @@ def test_the_model_that_is_served_is_listed_on_a_machine_that_has_cached_none(se
     assert [model.id for model in server.client.models.list()] == [server.model]
 
 
-def test_without_a_model_of_its_own_a_server_lists_what_is_cached(tmp_path):
+def test_a_server_without_a_model_lists_the_cached_ones(tmp_path):
     anything = SimpleNamespace(force_model=None)
     assert listed_models(anything, tmp_path / "none") == []
 
@@ -233,9 +234,10 @@ def test_the_processor_keeps_the_contract_of_vllms_transformers_backend(server):
 
     There is one level for that backend, the default one, and no slot of it may stay empty.
     """
-    model, processor = load_model(server.model)
+    model = load_model(server.model)
+    processor = load_processor(server.model, model.config)
     model.config.default_granularity = model.config.granularity_names[-1]
-    model.config.granularities[-1]["stride"] = 1  # the small model's images have few cells
+    model.config.granularities[-1]["stride"] = 1  # the small model's images have few patches
     sizes = [(64, 64), (120, 160), (1000, 30)]
     promised = processor._get_num_multimodal_tokens(image_sizes=sizes)
     for (height, width), tokens in zip(sizes, promised["num_image_tokens"], strict=True):

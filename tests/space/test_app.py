@@ -16,8 +16,9 @@ from conftest import count_calls
 from PIL import Image
 from space_load import bad_files, data_url, good_picture, peak_memory, png_bomb, running_space
 
-from granulon.hub import ask as command_line
+from granulon.hub.ask import ask
 from granulon.hub.assemble import assemble_tiny
+from granulon.hub.inference import load_model, load_processor
 from modeling_granulon import load_rgb
 
 gradio = pytest.importorskip("gradio")
@@ -345,10 +346,11 @@ def test_the_api_has_two_named_endpoints_and_they_are_mcp_tools(running):
 @pytest.mark.parametrize("level", ["auto", "coarse", "fine"])
 def test_the_api_answers_what_the_command_line_answers(level, running, space, picture_file):
     result = running.client.predict(handle_file(picture_file), "What is it?", level, *SETTINGS, api_name="/answer")
-    model, processor = command_line.load_model(str(space.model))
+    model = load_model(space.model)
+    processor = load_processor(space.model, model.config)
     model.generation_config.do_sample = False
     image, forced = load_rgb(picture_file), None if level == "auto" else level
-    expected = command_line.ask(model, processor, image, "What is it?", granularity=forced, max_new_tokens=12)
+    expected = ask(model, processor, image, "What is it?", granularity=forced, max_new_tokens=12)
     assert result["answer"] == expected["answer"]
     assert result["level"] == expected["granularity"]["name"]
     assert result["chosen_by"] == expected["granularity"]["chosen_by"]
