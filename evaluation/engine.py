@@ -149,7 +149,7 @@ def answer(model, task: ConfigurableMessagesTask, limit: int | None) -> tuple[li
 
 def score(samples: list[dict], aggregated: dict, bertscore_model: str, device=None) -> tuple[dict, dict, dict]:
     """
-    The figures of samples; BERTScore, which is computed in batches, is added to the samples here.
+    The figures of samples; their BERTScore, which needs batches, is computed here and added to their statistics.
 
     Args:
         samples: of `answer`.
@@ -160,31 +160,21 @@ def score(samples: list[dict], aggregated: dict, bertscore_model: str, device=No
         by reason.
     """
     not_computed = {}
-    pending = [sample for sample in samples if isinstance(sample["statistics"].get(BERTSCORE), dict)]
-    pairs = [sample["statistics"][BERTSCORE] for sample in pending]
-    if pairs:
-        answers, references = [pair["answer"] for pair in pairs], [pair["references"] for pair in pairs]
+    with_bertscore = [sample for sample in samples if BERTSCORE in sample["statistics"]]
+    if with_bertscore:
+        answers, references = ([sample[key] for sample in with_bertscore] for key in ("answer", "references"))
         try:
             found = bertscore_statistics(answers, references, bertscore_model, device)
-            for sample, statistics in zip(pending, found, strict=True):
-                sample["statistics"][BERTSCORE] = statistics
         except (ImportError, RuntimeError, ValueError) as error:
             not_computed[BERTSCORE] = first_line(error)
-            for sample in pending:
-                del sample["statistics"][BERTSCORE]
+            found = [None] * len(with_bertscore)
+        for sample, statistics in zip(with_bertscore, found, strict=True):
+            sample["statistics"][BERTSCORE] = statistics
     found = figures(samples)
     for name, value in aggregated.items():
         if name not in found and isinstance(value, (int, float)):
             found[name] = {"value": value, "low": None, "high": None, "n": len(samples), "higher_is_better": True}
     return found, not_computed, dict(Counter(sample[UNSCORED] for sample in samples if UNSCORED in sample))
-
-
-def reset_bertscore(samples: list[dict]) -> list[dict]:
-    """The samples of a finished run as they were before BERTScore was computed."""
-    for sample in samples:
-        if UNSCORED not in sample:
-            sample["statistics"][BERTSCORE] = {"answer": sample["answer"], "references": sample["references"]}
-    return samples
 
 
 @lru_cache

@@ -8,6 +8,7 @@ each adds its description there.
 import hashlib
 import json
 import re
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -179,14 +180,33 @@ def read_results(output: Path) -> list[dict]:
     return sorted(results, key=lambda result: result["finished_at"])
 
 
-def largest_runs(results: list[dict]) -> list[dict]:
-    """For each entry and task the run with the most samples (no trial with a limit), the newest of equal ones."""
+def largest_runs(output: Path, only: Sequence[str] = (), tasks: Sequence[str] = ()) -> list[dict]:
+    """
+    For each entry and task the result of the finished run with the most samples, and of equal ones the newest.
+
+    Args:
+        only, tasks: names of entries and of tasks; all by default.
+
+    Raises:
+        ValueError: there is no finished run, or none of an entry's name or of the tasks.
+    """
     found = {}
-    for result in results:
+    for result in read_results(output):
         key = json.dumps([result["entry"], result["task"]["name"]], sort_keys=True)
         if key not in found or result.get("samples", 0) >= found[key].get("samples", 0):
             found[key] = result
-    return list(found.values())
+    if not found:
+        raise ValueError(f"{output} has no finished runs; run granulon-evaluate --output {output} first")
+    names = {result["entry"]["name"] for result in found.values()}
+    if missing := set(only) - names:
+        raise ValueError(f"{output} has no finished run of {sorted(missing)}; it has {sorted(names)}")
+    chosen = [result for result in found.values() if not only or result["entry"]["name"] in only]
+    if tasks and not any(result["task"]["name"] in tasks for result in chosen):
+        raise ValueError(
+            f"{output} has no finished run of the tasks {', '.join(tasks)}; it has "
+            f"{', '.join(sorted({result['task']['name'] for result in chosen}))}"
+        )
+    return [result for result in chosen if not tasks or result["task"]["name"] in tasks]
 
 
 def read_samples(folder: Path) -> list[dict]:

@@ -4,21 +4,7 @@ A metric consists of statistics of one answer (numbers, additive over samples) a
 recall is (recall of this answer, 1) and the first sum over the second. Values are per cent, except BLEU, which has its
 own scale of 100.
 
-- `recall`, the authors' definition: the share of the reference's distinct words that occur in the answer. Words are
-  runs of letters and digits in lower case; of several references the best one counts **(ours)**.
-- `exact_match`: the answer has the words of a reference, articles left out.
-- `vqa_accuracy`: A-OKVQA's own for direct answers: a third for each of the ten annotators who gave this answer, 1 at
-  most.
-- `choice_accuracy`: the letter or the words of one choice are read from the answer; an answer from which no single
-  choice can be read is wrong and is counted in `choice_unclear`.
-- `bleu`: sacrebleu's corpus BLEU (13a tokenizer). The authors used pycocoevalcap's, which needs Java.
-- `bertscore`: F1 of torchmetrics, not rescaled, as the authors' figures above 90 show.
-- `yes_no_*`: for questions about the presence of objects (POPE). The answer is its first yes or no; an answer with
-  neither is wrong and is counted in `yes_no_unclear`. `yes_no_always_yes` is the accuracy of always answering yes.
-- `chair_*`: hallucinated objects among the mentioned ones, captions with at least one, and share of the true objects
-  that are mentioned.
-- `gptscore`, `gpt_hallucination`, `gpt_granularity`: a judge's scores of the complete answer, 0 to 100 (judge/); with
-  a suffix `_1` to `_5`, those of a segment, as in the authors' code.
+docs/evaluation.md explains each metric under "What is counted".
 
 Shapes: N samples, S statistics, R resamples.
 """

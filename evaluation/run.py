@@ -65,7 +65,7 @@ def main(argv: list[str] | None = None):
 def _evaluate(arguments: EvaluateArguments):
     matrix, output = _matrix(arguments), Path(arguments.output)
     settings = Settings(arguments.limit, arguments.sample_rows, arguments.bertscore_model)
-    outcome = None
+    failed, not_computed = {}, []
     if not arguments.tables_only:
         try:
             from .runner import evaluate  # --help and --tables_only need no lmms-eval
@@ -74,17 +74,18 @@ def _evaluate(arguments: EvaluateArguments):
                 f"{error.name} is not installed: pip install '.[evaluation]' in a clone of the repository, then "
                 "pip install --no-deps 'lmms-eval<0.8'"
             ) from error
-        outcome = evaluate(_selected(matrix, arguments), settings, output, arguments.batch_size)
+        selected = _selected(matrix, arguments)
+        failed, not_computed = evaluate(selected, settings, output, arguments.batch_size)
     if PartialState().is_main_process:
         _write_tables(matrix, settings, output)
-    if outcome and outcome.failed:
+    if failed:
         if PartialState().is_main_process:
-            for name, reason in outcome.failed.items():
+            for name, reason in failed.items():
                 print(f"failed: {name}: {reason}", file=sys.stderr)
-        total = len(outcome.done) + len(outcome.finished_before) + len(outcome.failed)
-        sys.exit(f"granulon-evaluate: {len(outcome.failed)} of {total} runs failed; run the same command to retry")
-    if outcome and outcome.not_computed:
-        print("these figures were not computed:", *outcome.not_computed, sep="\n  ", file=sys.stderr)
+        total = len(selected.runs)
+        sys.exit(f"granulon-evaluate: {len(failed)} of {total} runs failed; run the same command to retry")
+    if not_computed:
+        print("these figures were not computed:", *not_computed, sep="\n  ", file=sys.stderr)
         sys.exit(2)
 
 

@@ -6,27 +6,19 @@ import time
 import traceback
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from pathlib import Path
 
 import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list, gather_object
+from tqdm import tqdm
 
 from granulon.hub.files import rank_files, write_atomically
 from granulon.hub.text import first_line, with_interval
 
-from .engine import (
-    answer,
-    check_scoring,
-    make_task,
-    reduce_logging,
-    reset_bertscore,
-    score,
-    task_config,
-    task_identity,
-)
+from . import engine
 from .lmms_model import GranulonForEvaluation
 from .matrix import (
     ANSWERS,
@@ -45,47 +37,44 @@ from .matrix import (
 )
 from .metrics import BERTSCORE
 from .sample_rows import write_rows
+from .tables import UNDEFINED
 
 ERROR_LOG = "error.txt"
-
-
-@dataclass
-class Outcome:
-    """The names of runs that were made now, were finished before, or failed (with the reason); and the figures that
-    could not be computed."""
-
-    done: list[str] = field(default_factory=list)
-    finished_before: list[str] = field(default_factory=list)
-    failed: dict[str, str] = field(default_factory=dict)
-    not_computed: list[str] = field(default_factory=list)
 
 
 class CannotStart(ValueError):
     """A run that cannot start, known on all processes."""
 
 
-def evaluate(matrix: Matrix, settings: Settings, output: Path, batch_size: int) -> Outcome:
-    """Do the runs of a matrix that are not finished; a run that fails does not end the others."""
-    reduce_logging()
-    runner = Runner(settings, output, batch_size)
-    outcome, start = Outcome(not_computed=runner.not_computed), time.monotonic()
+def evaluate(matrix: Matrix, settings: Settings, output: Path, batch_size: int) -> tuple[dict[str, str], list[str]]:
+    """
+    Do the runs of a matrix that are not finished; a run that fails does not end the others.
+
+    Args:
+        settings, output, batch_size: as in `Runner`.
+
+    Returns:
+        the failed runs, by name: the reason; and the names of figures that could not be computed.
+    """
+    engine.reduce_logging()
+    runner, failed, done, start = Runner(settings, output, batch_size), {}, 0, time.monotonic()
     for number, run in enumerate(matrix.runs, start=1):
         progress = f"[{number}/{len(matrix.runs)}] {run.name}"
         try:
             made = runner.run(run)
         except Exception as error:  # the other runs do not depend on this one
-            outcome.failed[run.name] = first_line(error)
+            failed[run.name] = first_line(error)
             print_once(f"{progress}: failed: {first_line(error)}")
             if not isinstance(error, CannotStart):
                 runner.log_error(run)
                 if PartialState().num_processes > 1:
                     raise  # the other processes wait for this one
             continue
-        (outcome.done if made else outcome.finished_before).append(run.name)
-        left = (time.monotonic() - start) / max(1, len(outcome.done)) * (len(matrix.runs) - number)
-        left = f", about {_duration(left)} left" if outcome.done and left else ""
+        done += made
+        left = (time.monotonic() - start) / max(1, done) * (len(matrix.runs) - number)
+        left = f", about {tqdm.format_interval(left)} left" if done and left else ""
         print_once(f"{progress}: {'done' if made else 'finished before'}{left}")
-    return outcome
+    return failed, runner.not_computed
 
 
 class Runner:
@@ -112,7 +101,7 @@ class Runner:
             return on_main_rank(lambda: self._reuse(run, folder))
         start = time.monotonic()
         loaded = fail_together(lambda: self._prepare(run, config, folder))
-        answers = answer(self.model, loaded, self.settings.limit)
+        answers = engine.answer(self.model, loaded, self.settings.limit)
         if answers is not None:
             samples, aggregated = answers
             description = {
@@ -142,18 +131,20 @@ class Runner:
 
     def _identify(self, run: Run) -> tuple[dict, dict, dict]:
         """The configuration of the task, and the identities of model and task."""
-        config = task_config(run.task)
+        config = engine.task_config(run.task)
         try:
             model = on_main_rank(lambda: model_identity(run.entry.model, run.entry.revision))
         except ValueError as error:
             command = f"; make it with: {run.entry.made_by}" if run.entry.made_by else ""
             raise ValueError(f"{error}{command}") from error
-        return config, model, task_identity(run.task, config)
+        return config, model, engine.task_identity(run.task, config)
 
     def _prepare(self, run: Run, config: dict, folder: Path):
         """The task with its data, after loading the model."""
-        task = make_task(config, write_rows(run.task, config, self.output) if self.settings.sample_rows else None)
-        check_scoring(task)
+        task = engine.make_task(
+            config, write_rows(run.task, config, self.output) if self.settings.sample_rows else None
+        )
+        engine.check_scoring(task)
         if run.entry != self.entry:
             self.entry = self.model = None
             gc.collect()
@@ -178,15 +169,14 @@ class Runner:
         same = result["settings"]["bertscore_model"] == self.settings.bertscore_model
         if BERTSCORE not in not_computed and (same or BERTSCORE not in metrics):
             return False
-        samples = reset_bertscore(read_samples(folder))
         aggregated = {name: figure["value"] for name, figure in metrics.items() if name != BERTSCORE}
-        self._score_and_write(run, folder, samples, aggregated, result)
+        self._score_and_write(run, folder, read_samples(folder), aggregated, result)
         return True
 
     def _score_and_write(self, run: Run, folder: Path, samples: list, aggregated: dict, description: dict):
         """Write the samples, then the result, whose existence marks the run as finished."""
         device = str(self.model.device) if self.model else None
-        metrics, not_computed, unscored = score(samples, aggregated, self.settings.bertscore_model, device)
+        metrics, not_computed, unscored = engine.score(samples, aggregated, self.settings.bertscore_model, device)
         folder.mkdir(parents=True, exist_ok=True)
         lines = (json.dumps(sample, ensure_ascii=False) + "\n" for sample in samples)
         write_atomically(folder / SAMPLES, "".join(lines))
@@ -199,7 +189,10 @@ class Runner:
             "finished_at": datetime.now(UTC).isoformat(timespec="seconds"),
         }
         write_atomically(folder / RESULT, json.dumps(result, indent=1, ensure_ascii=False) + "\n")
-        shown = [f"{name} {with_interval(own['value'], own['low'], own['high'])}" for name, own in metrics.items()]
+        shown = [
+            f"{name} {with_interval(figure['value'], figure['low'], figure['high']) or UNDEFINED}"
+            for name, figure in metrics.items()
+        ]
         print_once(f"  {run.name}: {', '.join(shown)}")
         for name, reason in not_computed.items():
             self.not_computed.append(f"{run.name}: {name}")
@@ -250,10 +243,3 @@ def _seen(samples: list[dict]) -> dict:
     names = ("pixel_tokens", "semantic_tokens", "input_tokens", "output_tokens")
     means = {name: sum(sample.get(name) or 0 for sample in samples) / max(1, len(samples)) for name in names}
     return {"levels": dict(levels), **means}
-
-
-def _duration(seconds: float) -> str:
-    minutes = round(seconds / 60)
-    if minutes < 1:
-        return f"{seconds:.0f} s"
-    return f"{minutes} min" if minutes < 120 else f"{minutes // 60} h {minutes % 60} min"

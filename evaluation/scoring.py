@@ -118,7 +118,7 @@ def units(samples: Sequence[dict], figure: str) -> dict[str, list[float]]:
 
 def figures(samples: Sequence[dict]) -> dict[str, dict]:
     """Value, 95% interval and number of units of every figure that the samples have statistics for."""
-    names = dict.fromkeys(name for sample in samples for name in sample["statistics"])
+    names = dict.fromkeys(name for sample in samples for name, own in sample["statistics"].items() if own is not None)
     found = {}
     for name in names:
         metric = METRICS[metric_of(name)]

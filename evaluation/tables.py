@@ -43,7 +43,6 @@ class Figure:
     value: float | None = None
     low: float | None = None
     high: float | None = None
-    samples: int = 0
     missing: str = ""
     best: bool = False
 
@@ -110,18 +109,17 @@ class Results:
         found = [self.lookup(result, name) for result in results]
         if missing := next((one for one in found if isinstance(one, str)), None):
             return Figure(missing=missing)
-        samples = sum(one["n"] for one in found)
         value = float(np.mean([one["value"] for one in found]))
         if len(found) == 1:
-            return Figure(value, found[0]["low"], found[0]["high"], samples)
+            return Figure(value, found[0]["low"], found[0]["high"])
         units_by_task = [self.units(result, name) for result in results]
         if not all(units_by_task):
-            return Figure(value, samples=samples)
+            return Figure(value)
         metric = METRICS[metric_of(name)]
         draws_R = np.mean(
             [resampled(metric.value, _array(own), seed=number) for number, own in enumerate(units_by_task)], axis=0
         )
-        return Figure(value, *percentiles(draws_R), samples)
+        return Figure(value, *percentiles(draws_R))
 
     def lookup(self, result: dict, name: str) -> dict | str:
         """A figure of a run (value, low, high, n), or the reason why there is none."""

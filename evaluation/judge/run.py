@@ -23,7 +23,7 @@ from pathlib import Path
 
 from transformers import HfArgumentParser
 
-from granulon.evaluation.matrix import largest_runs, read_results, read_samples
+from granulon.evaluation.matrix import largest_runs, read_samples
 from granulon.evaluation.scoring import figures
 from granulon.hub.files import write_atomically
 from granulon.hub.text import with_interval
@@ -104,7 +104,7 @@ def judge(arguments: JudgeArguments):
     Raises:
         StopRun: some answers have no scores yet; those that have are written.
     """
-    results = selected_runs(arguments)
+    results = largest_runs(Path(arguments.results), arguments.only, arguments.tasks)
     judge = Judge(arguments)
     cases_by_run = [judge.cases(result) for result in results]
     cases = [case for own in cases_by_run for case in own]
@@ -126,25 +126,6 @@ def judge(arguments: JudgeArguments):
         raise stop
     if waiting:
         raise StopRun(f"{waiting} answers got no reply: run the same command again")
-
-
-def selected_runs(arguments: JudgeArguments) -> list[dict]:
-    """The finished runs to judge; of each entry and task only the largest, since others are not shown."""
-    finished = largest_runs(read_results(Path(arguments.results)))
-    chosen = [
-        result
-        for result in finished
-        if result["task"]["name"] in arguments.tasks
-        and (not arguments.only or result["entry"]["name"] in arguments.only)
-    ]
-    if not chosen:
-        tasks = sorted({result["task"]["name"] for result in finished})
-        raise ValueError(
-            f"{arguments.results} has no finished run of {', '.join(arguments.tasks)}"
-            + (f" in the entries {', '.join(arguments.only)}" if arguments.only else "")
-            + (f"; it has {', '.join(tasks)}" if tasks else "; run granulon-evaluate first")
-        )
-    return chosen
 
 
 class Judge:

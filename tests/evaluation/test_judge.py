@@ -376,9 +376,9 @@ def test_scores_that_are_none_miss_the_schema(score):
         ({"prices": ("nan", 1)}, "expected 0 or more"),
         ({"max_cost": "nan"}, "expected 0 or more"),
         ({"concurrency": 0}, "--concurrency is 0 .*expected 1 or more"),
-        ({"tasks": "pope"}, "has no finished run of pope; it has granulon_cc12m"),
-        ({"only": "nobody"}, "no finished run of .* in the entries nobody"),
-        ({"results": "/nowhere"}, "run granulon-evaluate first"),
+        ({"tasks": "pope"}, "has no finished run of the tasks pope; it has granulon_cc12m"),
+        ({"only": "nobody"}, "no finished run of .'nobody'.; it has"),
+        ({"results": "/nowhere"}, "run granulon-evaluate --output /nowhere first"),
         ({"prompt_file": "absent.md"}, "absent.md"),
     ],
 )

@@ -376,5 +376,5 @@ def test_a_missing_figure_is_shown_with_its_reason(tmp_path):
 
 
 def test_a_table_that_asks_for_something_unknown_is_refused(tmp_path):
-    with pytest.raises(ValueError, match=r"the table t has \['colour'\]"):
+    with pytest.raises(ValueError, match=r"the table t has unknown keys \['colour'\]"):
         write(tmp_path, Matrix(ENTRIES, ["one"], [{**TABLE, "colour": 1}]))
