@@ -4,9 +4,9 @@ import platform
 from collections.abc import Callable
 from pathlib import Path
 from random import Random
-from statistics import median
 from time import perf_counter
 
+import numpy as np
 import torch
 from torch.profiler import ProfilerActivity, profile
 from tqdm import tqdm
@@ -18,9 +18,9 @@ def interleaved(
     device: str | torch.device = "cpu",
     clock: Callable[[], float] = perf_counter,
     warm_up: int = 1,
-) -> dict[str, list[float]]:
+) -> dict[str, np.ndarray]:
     """
-    Seconds of each call in each round.
+    Seconds of each call in each round, by name.
 
     A round makes every call once, in a random order, so that other load on the machine affects all of them alike.
 
@@ -39,12 +39,12 @@ def interleaved(
             synchronize()
             if number >= warm_up:
                 seconds[name].append(clock() - start)
-    return seconds
+    return {name: np.array(values) for name, values in seconds.items()}
 
 
-def medians(seconds: dict[str, list[float]]) -> dict[str, float]:
+def medians(seconds: dict[str, np.ndarray]) -> dict[str, float]:
     """The median over rounds of each call of `interleaved`."""
-    return {name: median(values) for name, values in seconds.items()}
+    return {name: float(np.median(values)) for name, values in seconds.items()}
 
 
 def peak_bytes(call: Callable[[], object], device: str | torch.device = "cpu") -> int:

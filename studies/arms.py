@@ -5,7 +5,7 @@ tokens and do not attend to each other: the answers are those of single prompts 
 one word, the greedy next token.
 
 Shapes by suffix: S scenes, B scenes of a batch, N patches, K token slots, R image tokens of a row, Q questions of a
-scene, T tokens of all its questions, P = R + T, D vision width, E text width, G levels.
+scene, L tokens of a question, T = Q * L, P = R + T, D vision width, E text width, G levels.
 """
 
 from dataclasses import dataclass, replace
@@ -13,7 +13,6 @@ from dataclasses import dataclass, replace
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch.nn import functional as F
-from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerFast, Qwen2Config
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
@@ -147,39 +146,21 @@ def make_model(tokenizer, arm: Arm, seed: int = 0) -> GranulonForConditionalGene
 
 @dataclass
 class Questions:
-    """
-    The questions about scenes, ready to follow image tokens.
+    """Questions about scenes: ids_SQL, padded on the right; length_SQ in tokens; answer_SQ, the answers' ids."""
 
-    ids_ST: the tokens of a scene's questions; question_ST: the question that a token belongs to, -1 on padding;
-    place_ST: its place in that question. last_SQ: the place of each question's last token; answer_SQ: the answer's id.
-    """
-
-    ids_ST: torch.Tensor
-    question_ST: torch.Tensor
-    place_ST: torch.Tensor
-    last_SQ: torch.Tensor
+    ids_SQL: torch.Tensor
+    length_SQ: torch.Tensor
     answer_SQ: torch.Tensor
 
     @classmethod
     def of(cls, scenes: list[world.Scene], tokenizer) -> "Questions":
-        word, fields = tokenizer.get_vocab(), []
-        for scene in scenes:
-            questions = world.make_questions(scene)
-            ids = [torch.tensor([word[token] for token in question.text.split()]) for question in questions]
-            lengths_Q = torch.tensor([len(x) for x in ids])
-            fields.append(
-                (
-                    torch.cat(ids),
-                    torch.arange(len(ids)).repeat_interleave(lengths_Q),
-                    torch.cat([torch.arange(length) for length in lengths_Q]),
-                    lengths_Q.cumsum(0) - 1,
-                    torch.tensor([word[question.answer] for question in questions]),
-                )
-            )
-        padding = (tokenizer.pad_token_id, -1, 0, 0, 0)
-        return cls(*(pad_sequence(x, batch_first=True, padding_value=p) for x, p in zip(zip(*fields), padding)))
+        questions = [question for scene in scenes for question in world.make_questions(scene)]
+        shape = len(scenes), len(world.KINDS)
+        encoded = tokenizer([q.text for q in questions], padding=True, padding_side="right", return_tensors="pt")
+        answer_SQ = torch.tensor([tokenizer.convert_tokens_to_ids(q.answer) for q in questions]).view(shape)
+        return cls(encoded.input_ids.view(*shape, -1), encoded.attention_mask.sum(1).view(shape), answer_SQ)
 
-    def rows(self, rows: torch.Tensor) -> "Questions":
+    def rows(self, rows) -> "Questions":
         """Of some scenes, on the device of the model."""
         return Questions(*(value[rows].to(DEVICE) for value in vars(self).values()))
 
@@ -191,22 +172,23 @@ def answer_logits(model, questions: Questions, image_embeds: torch.Tensor, visib
     The questions follow image tokens (B,R,E), of which `visible_BR` are used: each attends to these and to itself, at
     the positions that it has in a prompt of its own.
     """
+    (_, count, length), slots = questions.ids_SQL.shape, visible_BR.shape[1]
     visible_BR = visible_BR.to(DEVICE)
     slots_BR = torch.full_like(visible_BR, model.config.image_token_id, dtype=torch.long)
-    length = slots_BR.shape[1]
-    own_BTT = questions.question_ST.unsqueeze(2) == questions.question_ST.unsqueeze(1)
-    both_BPP = F.pad(own_BTT, (length, 0, length, 0))
-    both_BPP[:, :, :length] = visible_BR.unsqueeze(1)
-    eye_PP = torch.eye(both_BPP.shape[1], dtype=torch.bool, device=DEVICE)
-    mask_BPP = both_BPP & torch.ones_like(eye_PP).tril() | eye_PP  # every token attends at least to itself
-    seen_B1 = visible_BR.sum(1, keepdim=True)
-    positions = torch.cat([(visible_BR.cumsum(1) - 1).clamp_min(0), seen_B1 + questions.place_ST], dim=1)
+    place_T = torch.arange(count * length, device=DEVICE)
+    own_TT = place_T.unsqueeze(1) // length == place_T // length
+    mask_BPP = F.pad(own_TT, (slots, 0, slots, 0)).repeat(len(visible_BR), 1, 1)
+    mask_BPP[:, :, :slots] = visible_BR.unsqueeze(1)
+    eye_PP = torch.eye(mask_BPP.shape[1], dtype=torch.bool, device=DEVICE)
+    mask_BPP = mask_BPP & torch.ones_like(eye_PP).tril() | eye_PP  # every token attends at least to itself
+    positions = [(visible_BR.cumsum(1) - 1).clamp_min(0), visible_BR.sum(1, keepdim=True) + place_T % length]
+    last_BQ = length * torch.arange(count, device=DEVICE) + questions.length_SQ - 1
     states_BQE = model.model(
-        input_ids=torch.cat([slots_BR, questions.ids_ST], dim=1),
+        input_ids=torch.cat([slots_BR, questions.ids_SQL.flatten(1)], dim=1),
         attention_mask=mask_BPP.unsqueeze(1),
-        position_ids=positions,
+        position_ids=torch.cat(positions, dim=1),
         image_embeds=image_embeds,
-        predict=length + questions.last_SQ + 1,
+        predict=slots + last_BQ + 1,
     ).last_hidden_state
     return model.lm_head(states_BQE)
 

@@ -19,7 +19,7 @@ from granulon.hub.text import markdown_table, with_interval
 from . import world
 from .arms import ARMS, BASE, BUDGET_ARMS, BUDGETS, JOINT_ARM, LEVEL_ARMS, PART_ARMS, VIEW_ARMS, Arm, K
 from .tokens import COLOUR, GRID, RANDOM
-from .training import LABELS, template_level
+from .training import LABELS
 
 RESAMPLES = 20_000  # so that p can fall below what Holm's correction of some 30 comparisons requires
 BESIDE_PIXELS = VIEW_ARMS[1]
@@ -60,7 +60,6 @@ def write_report(folder: Path, seeds: tuple[int, ...], separations: dict[str, fl
         "chance, 1 would be the things themselves.",
         markdown_table(["groups", *separations], [["information", *(f"{x:.3f}" for x in separations.values())]]),
         "## (a) Token budget: K tokens and nothing else",
-        budget_table(results),
         arms_table(results, BUDGET_ARMS),
         "## (b) Beside the pixel tokens",
         arms_table(results, VIEW_ARMS),
@@ -110,12 +109,6 @@ def by_level(values_ASQ: np.ndarray) -> list[str]:
     return [f"{values_ASQ[..., LEVEL_OF_KIND == level].mean():.3f}" for level in world.LEVELS]
 
 
-def budget_table(results: dict[str, Result]) -> str:
-    sources = [arm.source for arm in BUDGET_ARMS[: len(BUDGET_ARMS) // len(BUDGETS)]]
-    rows = [[k, *(mean_with_interval(results[f"{source} {k}"].right()) for source in sources)] for k in BUDGETS]
-    return markdown_table(["K", *sources], rows)
-
-
 def arms_table(results: dict[str, Result], arms: tuple[Arm, ...], every_view: bool = False) -> str:
     header = ["arm", "view", "accuracy", *world.LEVELS, "other image", "image tokens", "training, s"]
     rows = []
@@ -135,12 +128,10 @@ def policies(result: Result) -> dict[str, np.ndarray]:
     levels, shape = nll_AGSQ.shape[1], nll_AGSQ[:, 0].shape
     validation_AGQ = np.stack([seed["chosen"]["nll"].numpy() for seed in result.seeds])
     names = world.LEVELS[:levels]
-    template_Q = np.array([names.index(template_level(q)) for q in world.make_questions(world.make_scene(0))])
     return {
         **{f"fixed, {name}": np.full(shape, level) for level, name in enumerate(names)},
         "fixed, best on validation": np.broadcast_to(validation_AGQ.mean(2).argmin(1)[:, None, None], shape),
         RANDOM: np.random.default_rng(0).integers(levels, size=shape),
-        "template label itself": np.broadcast_to(template_Q, shape),
         "best of the kind on validation": np.broadcast_to(validation_AGQ.argmin(1)[:, None], shape),
         **{
             f"controller, {source} labels": np.stack([seed["chosen"][source].numpy() for seed in result.seeds])

@@ -6,15 +6,14 @@ Every result has a file in the output folder, and those that exist are not made 
 """
 
 import argparse
-import os
+from functools import partial
 from pathlib import Path
 
-import torch
 from joblib import Parallel, delayed
 
 from .arms import ARMS
 from .report import arm_path, write_report
-from .training import Scale, cached, features_of, run_arm, separations, train_start, train_text
+from .training import Scale, cached, features_of, run_arm, separations, start_path, train_start, train_text
 
 QUICK = Scale(
     train_scenes=24, validation_scenes=12, test_scenes=6, encoder_steps=2, text_steps=2, start_steps=2,
@@ -23,31 +22,18 @@ QUICK = Scale(
 FIRST_SEED = 11  # 1 to 5 were those of the arms in an earlier world
 
 
-def start_of(folder: Path, scale: Scale, seed: int):
-    """Train the start of a seed."""
-    _one_thread()
-    cached(folder / f"start-{seed}.pt", lambda: train_start(folder, scale, seed))
-
-
-def arm_of(folder: Path, scale: Scale, name: str, seed: int):
-    """Train and evaluate an arm."""
-    _one_thread()
-    cached(arm_path(folder, ARMS[name], seed), lambda: run_arm(folder, scale, ARMS[name], seed))
-
-
-def _one_thread():
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    torch.set_num_threads(1)
-
-
 def run(folder: Path, report: Path, scale: Scale, seeds: tuple[int, ...], workers: int):
     """The whole study."""
     for split in ("train", "validation", "test"):
         features_of(folder, scale, split)
     cached(folder / "text.pt", lambda: train_text(scale))
     pool = Parallel(n_jobs=workers)
-    pool(delayed(start_of)(folder, scale, seed) for seed in seeds)
-    pool(delayed(arm_of)(folder, scale, name, seed) for name in ARMS for seed in seeds)
+    pool(delayed(cached)(start_path(folder, seed), partial(train_start, folder, scale, seed)) for seed in seeds)
+    pool(
+        delayed(cached)(arm_path(folder, arm, seed), partial(run_arm, folder, scale, arm, seed))
+        for arm in ARMS.values()
+        for seed in seeds
+    )
     write_report(folder, seeds, separations(folder, scale), report)
     print(f"wrote {report}")
 

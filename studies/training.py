@@ -141,6 +141,10 @@ def pooled_sentences(model, tokenizer, texts: list[list[str]], random: Random) -
     return pad_sequence(rows, True, padding_side="left"), visible_BR
 
 
+def start_path(folder: Path, seed: int) -> Path:
+    return folder / f"start-{seed}.pt"
+
+
 def train_start(folder: Path, scale: Scale, seed: int) -> dict[str, torch.Tensor]:
     """Projector and language model from which all arms of a seed start, from half of the training scenes."""
     tokenizer, half = make_tokenizer(), slice(scale.train_scenes // 2)
@@ -198,7 +202,7 @@ def run_arm(folder: Path, scale: Scale, arm: Arm, seed: int) -> dict:
     """Train an arm, and `evaluate` it on the test split; with `seconds`, the time of training."""
     tokenizer = make_tokenizer()
     model = make_model(tokenizer, arm, seed)
-    model.load_state_dict(cached(folder / f"start-{seed}.pt", lambda: train_start(folder, scale, seed)), strict=False)
+    model.load_state_dict(torch.load(start_path(folder, seed), map_location=DEVICE), strict=False)
     features, questions = features_of(folder, scale, "train"), Questions.of(scale.scenes("train"), tokenizer)
     weights = {arm.view: 1.0} | ({PIXEL: arm.joint, SEMANTIC: arm.joint} if arm.joint else {})
     random = Random(seed)

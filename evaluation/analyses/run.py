@@ -19,26 +19,8 @@ from granulon.hub.inference import load_model, load_processor
 from granulon.hub.text import first_line
 from granulon.train.controller.replay import SEED_CORPUS, load_corpus
 
-from .alignment import alignment, alignment_markdown, draw_alignment
+from . import alignment, levels, results, speed
 from .files import describe_model, first_row_of_each_image, read_questions, write_analysis
-from .levels import (
-    calibration,
-    calibration_markdown,
-    cluster_rows,
-    clusters_markdown,
-    draw_calibration,
-    draw_clusters_sheet,
-)
-from .results import (
-    accuracy_against_tokens,
-    chosen_levels,
-    draw_levels,
-    draw_tokens,
-    finished_runs,
-    levels_markdown,
-    tokens_markdown,
-)
-from .speed import draw_speed, measure_speed, speed_markdown
 
 OPTIONS = {
     "model": {"required": True, "help": "a Granulon: a folder or a Hub id"},
@@ -59,40 +41,41 @@ def run_alignment(options, model, processor):
     """Cosines of text states and image states in every layer of the language model."""
     rows = read_questions(options.rows, options.limit or 200)
     level = None if options.granularity is None else model.config.granularity_index(options.granularity)
-    report = alignment(model, processor, rows, granularity=level)
-    return report, alignment_markdown(report), draw_alignment(report, options.model)
+    report = alignment.alignment(model, processor, rows, granularity=level)
+    return report, alignment.alignment_markdown(report), alignment.draw_alignment(report, options.model)
 
 
 def run_clusters(options, model, processor):
     """A sheet of pictures: a line per image, its clusters at each level."""
     rows = first_row_of_each_image(read_questions(options.rows))[: options.limit or 4]
-    found = cluster_rows(model, processor, rows)
+    found = levels.cluster_rows(model, processor, rows)
     report = {"rows": [{key: value for key, value in row.items() if key != "image"} for row in found]}
-    return report, clusters_markdown(found), draw_clusters_sheet(found, model.config.granularities)
+    sheet = levels.draw_clusters_sheet(found, model.config.granularities)
+    return report, levels.clusters_markdown(found), sheet
 
 
 def run_speed(options, model, processor):
     """Time and memory of each view and level, measured side by side, one round per row."""
-    report = measure_speed(model, processor, read_questions(options.rows, options.limit or 10))
-    return report, speed_markdown(report), draw_speed(report)
+    report = speed.measure_speed(model, processor, read_questions(options.rows, options.limit or 10))
+    return report, speed.speed_markdown(report), speed.draw_speed(report)
 
 
 def run_calibration(options, model, processor):
     """Reliability diagram and calibration error of the controller."""
-    report = calibration(model, processor, load_corpus(options.corpus))
-    return report, calibration_markdown(report), draw_calibration(report)
+    report = levels.calibration(model, processor, load_corpus(options.corpus))
+    return report, levels.calibration_markdown(report), levels.draw_calibration(report)
 
 
 def run_tokens(options):
     """Score of finished evaluation runs against the visual tokens that were read."""
-    report = accuracy_against_tokens(finished_runs(options.results))
-    return report, tokens_markdown(report), draw_tokens(report)
+    report = results.accuracy_against_tokens(results.finished_runs(options.results))
+    return report, results.tokens_markdown(report), results.draw_tokens(report)
 
 
 def run_levels(options):
     """Level chosen per benchmark and type of question, from finished evaluation runs."""
-    report = chosen_levels(finished_runs(options.results, options.only))
-    return report, levels_markdown(report), draw_levels(report)
+    report = results.chosen_levels(results.finished_runs(options.results, options.only))
+    return report, results.levels_markdown(report), results.draw_levels(report)
 
 
 ANALYSES = {

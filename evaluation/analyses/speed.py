@@ -59,9 +59,7 @@ def measure_speed(model, processor, rows: list[dict], new_tokens: int = NEW_TOKE
         for name, (view, level) in settings.items()
         for tokens in (1, new_tokens)
     }
-    seconds = {key: np.array(of_rounds) for key, of_rounds in interleaved(
-        calls, len(rows), model.device, warm_up=WARM_UP
-    ).items()}  # fmt: skip
+    seconds = interleaved(calls, len(rows), model.device, warm_up=WARM_UP)
     first = {name: seconds[name, 1] for name in settings}
     speed = {name: (new_tokens - 1) / (seconds[name, new_tokens] - first[name]) for name in settings}
     measured = [
@@ -90,15 +88,8 @@ def measure_speed(model, processor, rows: list[dict], new_tokens: int = NEW_TOKE
 
 
 def _answer(model, questions, view: str, level: str | None, tokens: int):
-    model.generate(
-        **next(questions),
-        granularity=level,
-        visual_view=view,
-        min_new_tokens=tokens,
-        max_new_tokens=tokens,
-        do_sample=False,
-        use_cache=True,
-    )
+    length = {"min_new_tokens": tokens, "max_new_tokens": tokens}
+    model.generate(**next(questions), **length, granularity=level, visual_view=view, do_sample=False)
 
 
 def _visual_tokens(model, processor, conversations: list, view: str, level: str | None) -> float:

@@ -142,7 +142,8 @@ def test_a_question_sees_the_image_and_no_other_question(features, tokenizer):
     with torch.no_grad():
         embeds, visible = embed(model, arm, features.rows(rows), arm.view)
         before = answer_logits(model, questions, embeds, visible)
-        changed = replace(questions, ids_ST=questions.ids_ST.masked_fill(questions.question_ST == 2, 5))
+        changed = replace(questions, ids_SQL=questions.ids_SQL.clone())
+        changed.ids_SQL[:, 2] = 5
         after = answer_logits(model, changed, embeds, visible)
         other = answer_logits(model, questions, embeds.flip(0), visible)
     same = [number for number in range(len(KINDS)) if number != 2]
