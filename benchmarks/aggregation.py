@@ -1,16 +1,16 @@
-"""AdaTA against other ways to make a few tokens of many: time, quality of the clusters, memory.
+"""AdaTA against other methods of token reduction: time, quality of the clusters, memory.
 
     python benchmarks/aggregation.py > benchmarks/results/aggregation.md
 
-Whether tokens follow things at these settings is measured in things.py; the other methods are in rivals.py. Progress
-goes to stderr.
+Whether tokens follow things at these settings is measured in things.py; the other methods are in baselines.py.
+Progress goes to stderr.
 """
 
 import os
 import platform
 from functools import partial
 
-import rivals
+import baselines
 import sklearn
 import torch
 from settings import parse, parser
@@ -26,7 +26,7 @@ from modeling_granulon import AdaptiveTokenAggregation
 from modeling_granulon.configuration_granulon import DEFAULT_GRANULARITIES
 from modeling_granulon.vision_features import COLUMN_STRIDE
 
-STRIDE, CLUSTERS, KEPT = (DEFAULT_GRANULARITIES[-1][key] for key in ("stride", "clusters", "keep"))  # the dearest
+STRIDE, CLUSTERS, KEPT = (DEFAULT_GRANULARITIES[-1][key] for key in ("stride", "clusters", "keep"))
 GOALS = {196: 3, 576: 5, 784: 8, 1024: 8, 4096: 50}  # patches: how many times faster than the authors' k-means
 FASTER_THAN = ("ToMe", "DPC-KNN", "fast_pytorch_kmeans")
 MEMORY = 1.5
@@ -41,7 +41,7 @@ Python {python}; features of width {width} in float32, {clock}, medians of {roun
 The load average was {load:.1f} before the run and {after:.1f} after it, this program included.
 
 The settings are those of [things.md](things.md), where the quality on real features is: the fine level (stride
-{stride}, {clusters} clusters, {kept} kept), the dearest; two rounds on cells, three on patches. The features here are
+{stride}, {clusters} clusters, {kept} kept), the slowest; two rounds on cells, three on patches. The features here are
 drawn: smooth regions, slow waves and noise in every patch; the attention is the row-softmax of their cosines, its
 columns summed over {column_stride} x {column_stride} patches, as the model gives it (what the sums cost is part of
 [inference.md](inference.md)). "Authors" is the algorithm of the published code: k-means on the rows of the N x N
@@ -94,17 +94,17 @@ def methods(features: Tensor, attention: Tensor, side: int) -> dict:
     aggregate = AdaptiveTokenAggregation()
     level = (sum_columns(attention, side), STRIDE, CLUSTERS, (side, side), KEPT)
     calls = {
-        "authors": lambda: rivals.authors_kmeans(features, CLUSTERS),
+        "authors": lambda: baselines.authors_kmeans(features, CLUSTERS),
         "floor": lambda: floor(features, level[0]),
-        "fast_pytorch_kmeans": lambda: rivals.fast_pytorch_kmeans(features, CLUSTERS),
-        "fast_pytorch_kmeans compiled": lambda: rivals.fast_pytorch_kmeans(features, CLUSTERS, compiled_round),
+        "fast_pytorch_kmeans": lambda: baselines.fast_pytorch_kmeans(features, CLUSTERS),
+        "fast_pytorch_kmeans compiled": lambda: baselines.fast_pytorch_kmeans(features, CLUSTERS, compiled_round),
     }
-    compiled_round = compiled(rivals.fast_pytorch_kmeans_round)  # the loop around it reads a value each time
+    compiled_round = compiled(baselines.fast_pytorch_kmeans_round)  # the loop around it reads a value each time
     for name, call, arguments in (
         ("AdaTA", aggregate, (features, *level)),
-        ("ToMe", rivals.tome, (features, KEPT)),
-        ("DPC-KNN", rivals.dpc_knn, (features, CLUSTERS)),
-        ("VisionZip", rivals.visionzip, (features, attention, KEPT)),
+        ("ToMe", baselines.tome, (features, KEPT)),
+        ("DPC-KNN", baselines.dpc_knn, (features, CLUSTERS)),
+        ("VisionZip", baselines.visionzip, (features, attention, KEPT)),
     ):
         calls[name] = partial(call, *arguments)
         calls[f"{name} compiled"] = partial(compiled(call), *arguments)

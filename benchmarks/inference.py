@@ -117,7 +117,7 @@ def parts_of(level: str) -> list[str]:
 
 
 def verdicts(size: int, seconds: dict[str, float], lengths: dict[str, int], levels: list[str]) -> list[str]:
-    """The goals at this size, each met or with what stands in the way."""
+    """The goals at this size, each met or with the reason why not."""
     largest, smallest = GOALS[size]
     by_level = shares(seconds, levels)
     level = max(levels, key=by_level.get)
@@ -125,10 +125,10 @@ def verdicts(size: int, seconds: dict[str, float], lengths: dict[str, int], leve
     if by_level[level] <= largest:
         share += ": met."
     else:
-        dearest = max(parts_of(level), key=seconds.get)
+        slowest = max(parts_of(level), key=seconds.get)
         allowed = largest * (seconds["tower"] + seconds["prefill, full"])
         share += (
-            f": not met. {dearest} alone takes {milliseconds(seconds[dearest])} ms, and the goal leaves "
+            f": not met. {slowest} alone takes {milliseconds(seconds[slowest])} ms, and the goal leaves "
             f"{milliseconds(allowed)} ms for all of them."
         )
     faster = seconds["prefill, full"] / seconds["prefill, semantic"]
@@ -141,9 +141,9 @@ def verdicts(size: int, seconds: dict[str, float], lengths: dict[str, int], leve
             f": not met. Its prompt is {lengths['full'] / lengths['semantic']:.1f}x shorter, but one token alone, "
             f"that is reading the weights, takes {reading:.0%} of its time."
         )
-    whole = first_token_ratio(seconds, "semantic")
-    end = f"{size} px: from pixels, the semantic view's first token comes {whole:.1f}x faster, goal never slower"
-    return [share, ratio, end + (": met." if whole >= 1 else ": not met.")]
+    first = first_token_ratio(seconds, "semantic")
+    end = f"{size} px: from pixels, the semantic view's first token comes {first:.1f}x faster, goal never slower"
+    return [share, ratio, end + (": met." if first >= 1 else ": not met.")]
 
 
 def report(sizes: list[int], results: list[tuple[dict[str, float], dict[str, int]]], levels: list[str]) -> str:

@@ -21,8 +21,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from baselines import authors_kmeans, dpc_knn, grid_cells, tome, visionzip
 from PIL import Image
-from rivals import authors_kmeans, dpc_knn, grid_cells, tome, visionzip
 from sklearn.cluster import KMeans
 from torch import Tensor
 from torch.nn import functional as F
@@ -67,8 +67,8 @@ k-means on patches is scikit-learn's on features of unit length, best of 4 resta
 {strides}, clusters {clusters}, kept {kept}; λ_f 3; η (1, 1, 1); 2 rounds on cells, 3 on patches; columns of
 attention summed over 4 x 4 patches.
 
-The scenes are composed: photographs or noise with stamps pasted on them. No weights of DINOv3 could be had, so its
-defaults are those of DINOv2.
+The scenes are composed: photographs or noise with stamps pasted on them. The weights of DINOv3 were not
+available, so its defaults are those of DINOv2.
 """
 
 

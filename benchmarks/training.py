@@ -170,7 +170,7 @@ def table_of(result: dict, peak_flops: float | None) -> str:
 
 
 def verdict(result: dict) -> str:
-    """The goal at this number of patches, met or with what stands in the way."""
+    """The goal at this number of patches, met or with the reason why not."""
     seconds, products, goal = result["seconds"], result["products"], GOALS[result["patches"]]
     ratio = seconds[PACKED] / seconds[PLAIN]
     line = f"{result['patches']} patches: packed views take {ratio:.2f}x the time of plain fine-tuning, goal {goal}x"

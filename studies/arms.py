@@ -1,4 +1,4 @@
-"""The study's arms: Granulon models that differ only in how their image tokens are made, trained and asked alike.
+"""The study's arms: Granulon models that differ only in how their image tokens are made.
 
 The tower is frozen, so its features are read from a file. All questions about a scene follow one copy of its image
 tokens and do not attend to each other: the answers are those of single prompts at a fraction of the cost. An answer is

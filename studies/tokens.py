@@ -1,4 +1,4 @@
-"""Other ways to make K tokens of N patches, in place of adaptive token aggregation.
+"""Other methods that make K tokens of N patches, in place of adaptive token aggregation.
 
 Each module is called like `AdaptiveTokenAggregation` and returns the same `AggregationOutput`, so that it can replace
 `model.model.aggregation`. None of them reads the attention.

@@ -1,1 +1,1 @@
-"""What happens inside a model, and what finished evaluations tell beside their scores."""
+"""Analyses of a model and of finished evaluation runs: `granulon-analyse`."""

@@ -1,4 +1,4 @@
-"""Other ways to make a few tokens of many patches, re-implemented compactly from their papers and code.
+"""Other methods of token reduction, re-implemented compactly from their papers and code.
 
 The batched ones are batched and the looping ones loop, as published. Each takes features (I, N, D) and returns its
 tokens and the token that each patch went to, (I, K, D) and (I, N), or lists where images are looped over.
@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 
 def authors_kmeans(features: Tensor, clusters: int) -> tuple[list[Tensor], list[Tensor]]:
-    """k-means on the rows of the cosine matrix, image by image, until the centres rest."""
+    """k-means on the rows of the cosine matrix, image by image, until the centres converge."""
     tokens, labels = [], []
     for patches_ND in features:
         unit_ND = F.normalize(patches_ND, dim=-1)
