@@ -118,20 +118,22 @@ def scores_of(results):
     return [result["judges"][name] for result in results for name in sorted(result["judges"])]
 
 
-def test_every_answer_is_scored_once_as_a_whole_and_by_segment_and_equal_ones_share_a_call(judge, server):
+def test_every_answer_and_its_segments_are_scored_and_equal_answers_share_a_call(judge, server):
     results = judge()
     assert len(server.asked) == 30 and set(server.asked.values()) == {1}
-    for told in scores_of(results):
-        assert told["waiting"] == 0 and len(told["samples"]) == 20 and told["model"] == "m"
-        assert len(told["prompt_sha"]) == 64 and told["judge"].startswith(f"judge-m-{told['prompt_sha'][:12]}")
-        assert set(told["metrics"]) == {f"{name}{part}" for name in JUDGED for part in ("", *"_1 _2 _3 _4 _5".split())}
-        whole = told["metrics"]["gptscore"]
-        scores = [sample["verdict"]["whole"]["accuracy"] for sample in told["samples"]]
+    for judged in scores_of(results):
+        assert judged["waiting"] == 0 and len(judged["samples"]) == 20 and judged["model"] == "m"
+        assert len(judged["prompt_sha"]) == 64 and judged["judge"].startswith(f"judge-m-{judged['prompt_sha'][:12]}")
+        assert set(judged["metrics"]) == {
+            f"{name}{part}" for name in JUDGED for part in ("", *"_1 _2 _3 _4 _5".split())
+        }
+        whole = judged["metrics"]["gptscore"]
+        scores = [sample["verdict"]["whole"]["accuracy"] for sample in judged["samples"]]
         assert whole["value"] == pytest.approx(np.mean(scores)) and whole["low"] < whole["value"] < whole["high"]
-        assert whole["n"] == 20 and not told["metrics"]["gpt_hallucination"]["higher_is_better"]
+        assert whole["n"] == 20 and not judged["metrics"]["gpt_hallucination"]["higher_is_better"]
 
 
-def test_the_judge_gets_the_prompt_a_strict_schema_and_the_segments_and_the_key_is_never_written(judge, server, runs):
+def test_a_call_has_the_prompt_a_strict_schema_and_the_segments_and_the_key_is_never_written(judge, server, runs):
     judge()
     body = server.bodies[-1]
     assert body["messages"][0]["content"] == PROMPT.read_text()
@@ -150,7 +152,7 @@ def test_the_judge_gets_the_prompt_a_strict_schema_and_the_segments_and_the_key_
     assert not any(b"secret-key" in file.read_bytes() for file in runs.rglob("*") if file.is_file())
 
 
-def test_the_same_command_again_sends_nothing_and_leaves_the_same_scores(judge, server):
+def test_a_rerun_sends_nothing_and_writes_the_same_scores(judge, server):
     first = judge()
     again = judge()
     assert sum(server.asked.values()) == 30
@@ -158,11 +160,11 @@ def test_the_same_command_again_sends_nothing_and_leaves_the_same_scores(judge, 
         assert before | {"finished_at": None} == after | {"finished_at": None}
 
 
-def test_another_prompt_or_sight_is_another_judge(judge, server, tmp_path):
+def test_another_prompt_is_another_judge(judge, server, tmp_path):
     (tmp_path / "other.md").write_text("Score it.")
     for settings in ({}, {"prompt_file": tmp_path / "other.md"}):
         results = judge(**settings)
-    assert len({told["judge"] for told in scores_of(results)}) == 2
+    assert len({judged["judge"] for judged in scores_of(results)}) == 2
 
 
 def test_a_dry_run_counts_and_estimates_and_sends_nothing(judge, server, capsys):
@@ -180,29 +182,29 @@ def test_an_empty_answer_is_scored_without_a_call_and_a_long_one_is_cut_and_both
     odd[0]["answer"], odd[1]["answer"], odd[2]["answer"] = "", " \n", "word " * 5000
     make_run(runs, Entry("odd", "c", view="semantic"), TASK, odd)
     results = judge("--only", "odd")
-    (told,) = scores_of(results)
-    assert (told["empty"], told["cut"], told["max_words"]) == (2, 1, MAX_WORDS) and len(server.asked) == 2
-    verdicts = {sample["id"]: sample["verdict"] for sample in told["samples"]}
-    assert verdicts[0] == verdicts[1] == empty_verdict() and told["metrics"]["gptscore"]["n"] == 4
+    (judged,) = scores_of(results)
+    assert (judged["empty"], judged["cut"], judged["max_words"]) == (2, 1, MAX_WORDS) and len(server.asked) == 2
+    verdicts = {sample["id"]: sample["verdict"] for sample in judged["samples"]}
+    assert verdicts[0] == verdicts[1] == empty_verdict() and judged["metrics"]["gptscore"]["n"] == 4
     longest = max(server.asked, key=len)
     assert longest.count("word") == MAX_WORDS
-    assert told["metrics"]["gptscore_2"]["n"] == 1, "a segment without a sentence has no score"
+    assert judged["metrics"]["gptscore_2"]["n"] == 1, "a segment without a sentence has no score"
 
 
 def test_an_answer_without_reference_is_counted_and_the_others_are_scored(runs, judge):
     odd = make_answers(4)
     odd[1]["references"], odd[2]["references"] = [], ["", None]
     make_run(runs, Entry("odd", "c", view="semantic"), TASK, odd)
-    (told,) = scores_of(judge("--only", "odd"))
-    assert told["unscored"] == {"the sample has no reference": 2} and told["metrics"]["gptscore"]["n"] == 2
+    (judged,) = scores_of(judge("--only", "odd"))
+    assert judged["unscored"] == {"the sample has no reference": 2} and judged["metrics"]["gptscore"]["n"] == 2
 
 
 def test_faults_of_all_kinds_cost_no_score_and_no_answer_is_paid_for_twice(judge, server, monkeypatch):
     server.fault_share = 0.4
     monkeypatch.setattr(run, "ask_with_bar", partial(ask_with_bar, timeout=0.5))
     results = judge(concurrency=4)
-    for told in scores_of(results):
-        assert told["waiting"] == 0 and len(told["samples"]) + sum(told["unscored"].values()) == 20
+    for judged in scores_of(results):
+        assert judged["waiting"] == 0 and len(judged["samples"]) + sum(judged["unscored"].values()) == 20
     assert all(count <= 1 for count in server.answered.values())
     before = sum(server.asked.values())
     server.fault_share = 0
@@ -221,18 +223,18 @@ def test_a_case_without_usable_reply_is_quarantined_with_the_reason_and_asked_ag
     results = judge()
     (line,) = (runs / "judge" / "quarantine.jsonl").read_text().splitlines()
     assert json.loads(line)["id"] == 3 and "" in json.loads(line)["reason"]
-    assert [sum(told["unscored"].values()) for told in scores_of(results)] == [1, 1]
+    assert [sum(judged["unscored"].values()) for judged in scores_of(results)] == [1, 1]
     del server.always[text]
-    assert all(not told["unscored"] for told in scores_of(judge("--retry_quarantined")))
+    assert all(not judged["unscored"] for judged in scores_of(judge("--retry_quarantined")))
 
 
-def test_the_cap_holds_what_was_scored_is_kept_and_the_message_says_how_to_go_on(judge, server, runs):
+def test_the_cap_on_the_cost_holds_and_a_rerun_with_a_higher_one_continues(judge, server, runs):
     prices = Prices(*OPTIONS["prices"])
     with pytest.raises(SystemExit, match="higher --max_cost to go on"):
         judge(max_cost=0.03)
     assert 0 < server.cost(prices) <= 0.03
-    told = scores_of(read_results(runs))
-    assert sum(len(one["samples"]) for one in told) > 0 and sum(one["waiting"] for one in told) > 0
+    judged = scores_of(read_results(runs))
+    assert sum(len(one["samples"]) for one in judged) > 0 and sum(one["waiting"] for one in judged) > 0
     table = {"name": "t", "title": "T", "columns": [{"title": "GPTscore", "tasks": [TASK], "figure": "gptscore"}]}
     text = write(runs, Matrix([Entry("one", "a")], [TASK], [table]))["t.md"]
     assert "not judged yet" in text
@@ -249,8 +251,8 @@ def test_if_the_endpoint_is_down_the_message_says_so_and_scores_are_kept(judge, 
     server.fault_share, server.faults = 1.0, ("500",)
     with pytest.raises(SystemExit, match="gave no reply for the last .*run the same command again when it is back"):
         judge(concurrency=1)
-    told = {result["entry"]["name"]: scores_of([result])[0] for result in read_results(runs)}
-    assert told["one"]["waiting"] == 0 and told["two"]["waiting"] == 10 and len(told["two"]["samples"]) == 10
+    judged = {result["entry"]["name"]: scores_of([result])[0] for result in read_results(runs)}
+    assert judged["one"]["waiting"] == 0 and judged["two"]["waiting"] == 10 and len(judged["two"]["samples"]) == 10
 
 
 def test_an_address_without_a_server_ends_with_a_message(judge):
@@ -259,13 +261,13 @@ def test_an_address_without_a_server_ends_with_a_message(judge):
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_interrupted_it_says_how_to_go_on(judge, server, number, interruptible):
+def test_an_interrupted_run_can_be_continued(judge, server, number, interruptible):
     server.hold = 0.01
     server.arrived = lambda count: os.kill(os.getpid(), number) if count == 8 else None
     with pytest.raises(SystemExit, match="stopped; run the same command to continue"):
         judge(concurrency=2)
     results = judge()
-    assert all(told["waiting"] == 0 for told in scores_of(results))
+    assert all(judged["waiting"] == 0 for judged in scores_of(results))
     assert sum(count > 1 for count in server.answered.values()) <= 2
 
 
@@ -284,16 +286,16 @@ def test_killed_at_random_moments_a_rerun_repeats_no_paid_call(server, tmp_path,
         process.send_signal(signal.SIGKILL)
         process.wait()
     main(line(runs, server, concurrency=4))
-    (told,) = scores_of(read_results(runs))
-    assert len(told["samples"]) + sum(told["unscored"].values()) == 200
+    (judged,) = scores_of(read_results(runs))
+    assert len(judged["samples"]) + sum(judged["unscored"].values()) == 200
     entries = (runs / "judge" / "calls.jsonl").read_text().splitlines()
     answered = [json.loads(entry)["key"] for entry in entries if '"answered"' in entry]
-    assert len(answered) == len(set(answered)) == len(told["samples"])
+    assert len(answered) == len(set(answered)) == len(judged["samples"])
     twice = [text for text, count in server.answered.items() if count > 1]
     assert len(twice) <= 4 * kills, "only calls under way when the process died are made again"
 
 
-def test_the_judge_sees_the_image_that_was_asked_about(tmp_path, server, monkeypatch):
+def test_the_judge_sees_the_image_of_the_question(tmp_path, server, monkeypatch):
     from granulon.evaluation import lmms_model
     from granulon.evaluation.run import main as evaluate
     from granulon.hub.assemble import assemble_tiny
@@ -305,8 +307,8 @@ def test_the_judge_sees_the_image_that_was_asked_about(tmp_path, server, monkeyp
     settings = ["--sample_rows", "--limit", "3"]
     evaluate(["--model", model, "--tasks", task, "--output", str(tmp_path / "results"), *settings])
     main(line(tmp_path / "results", server, sees="image", tasks=task))
-    (told,) = scores_of(read_results(tmp_path / "results"))
-    assert len(told["samples"]) == 3 and told["sees"] == "image" and len(server.images) == 3
+    (judged,) = scores_of(read_results(tmp_path / "results"))
+    assert len(judged["samples"]) == 3 and judged["sees"] == "image" and len(server.images) == 3
     pictures = [Image.open(io.BytesIO(base64.b64decode(url.partition(",")[2]))) for url in server.images]
     assert {picture.size for picture in pictures} == {(32, 32)} and len(set(server.images)) == 3
     assert "reference" not in json.loads(next(iter(server.asked)))
@@ -361,7 +363,7 @@ def test_a_text_is_cut_between_words_and_an_empty_segment_has_no_score():
 
 
 @pytest.mark.parametrize("score", ["-1", "101", "50.5", '"high"', "null"])
-def test_scores_that_are_none_miss_the_schema(score):
+def test_invalid_scores_do_not_fit_the_schema(score):
     reply = json.dumps(empty_verdict())
     Verdict.model_validate_json(reply)
     with pytest.raises(ValidationError):
@@ -382,7 +384,7 @@ def test_scores_that_are_none_miss_the_schema(score):
         ({"prompt_file": "absent.md"}, "absent.md"),
     ],
 )
-def test_what_cannot_be_done_is_refused_in_a_sentence(judge, server, settings, message):
+def test_invalid_options_are_refused_with_a_message(judge, server, settings, message):
     with pytest.raises(SystemExit, match=message):
         judge(**settings)
     assert not server.asked

@@ -249,7 +249,7 @@ def test_the_bootstrap_interval_of_a_mean_is_the_known_one():
     )
 
 
-def test_the_number_of_resamples_is_what_was_asked_for():
+def test_the_number_of_resamples_is_the_requested_one():
     statistics_NS = np.array([[0.0, 1.0], [1.0, 1.0]])
     drawn = []
 
@@ -261,7 +261,7 @@ def test_the_number_of_resamples_is_what_was_asked_for():
     assert sum(drawn) == 7
 
 
-def test_an_interval_covers_the_truth_about_as_often_as_it_says():
+def test_a_95_per_cent_interval_covers_the_truth_about_that_often():
     draws = np.random.default_rng(1)
     hits = 0
     for trial in range(300):

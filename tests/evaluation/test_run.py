@@ -121,7 +121,7 @@ def test_every_task_of_ours_runs_offline_and_keeps_what_a_rerun_needs(evaluate, 
             assert sample["question"] and sample["references"] and "answer" in sample
     assert len(answered) == 3 * len(OWN) and not list(tmp_path.rglob("answers.jsonl*"))
     said = capsys.readouterr().out
-    assert "about" in said and "left" in said, "time left is told"
+    assert "about" in said and "left" in said, "the time left is printed"
     before = {file: file.stat().st_mtime_ns for file in tmp_path.rglob("result.json")}
     evaluate("--tasks", *sorted(OWN), "--limit", "3")
     assert len(answered) == 3 * len(OWN) and before == {f: f.stat().st_mtime_ns for f in tmp_path.rglob("result.json")}
@@ -146,8 +146,8 @@ def test_lmms_evals_own_tasks_run_offline_and_every_figure_has_an_interval(evalu
     for task in tasks:
         metrics = found[task]["metrics"]
         assert set(metrics) >= FIGURES[task], task
-        told = FIGURES[task] - {"yes_no_precision"}  # which nobody has who never says yes
-        assert all(metrics[name]["low"] is not None for name in told), task
+        defined = FIGURES[task] - {"yes_no_precision"}  # undefined for a model that never says yes
+        assert all(metrics[name]["low"] is not None for name in defined), task
 
 
 def write_language_data(folder):
@@ -197,7 +197,7 @@ def language_data(tmp_path, monkeypatch):
     monkeypatch.setattr(nltk.data, "path", [str(tmp_path / "nltk_data")])
 
 
-def test_chair_and_amber_count_what_a_caption_makes_up(language_data, evaluate, monkeypatch):
+def test_chair_and_amber_count_hallucinated_objects(language_data, evaluate, monkeypatch):
     monkeypatch.setattr(lmms_model, "_cut", lambda text, until: "Two birds on a boat, and a dog.")
     found = evaluate("--tasks", "coco_cap_chair", "amber_g")
     chair = {name: entry["value"] for name, entry in found["coco_cap_chair"]["metrics"].items()}
@@ -207,7 +207,7 @@ def test_chair_and_amber_count_what_a_caption_makes_up(language_data, evaluate, 
     assert found["amber_g"]["metrics"]["amber_hal"]["value"] == 100, "no row has a dog"
 
 
-def test_what_scoring_needs_is_asked_for_before_any_answer_is(evaluate, answered, monkeypatch, capsys):
+def test_missing_data_for_scoring_are_reported_before_the_model_runs(evaluate, answered, monkeypatch, capsys):
     def missing(text):
         raise LookupError("no such resource")
 
@@ -217,15 +217,15 @@ def test_what_scoring_needs_is_asked_for_before_any_answer_is(evaluate, answered
     assert "python -m nltk.downloader punkt_tab" in capsys.readouterr().err and not answered
 
 
-def test_a_matrix_that_was_killed_goes_on_and_repeats_no_finished_cell_and_no_answered_batch(
+def test_a_killed_matrix_continues_without_repeating_finished_runs_or_answered_batches(
     evaluate, tiny, bert, answered, tmp_path
 ):
-    kill_and_go_on(evaluate, tiny, bert, answered, tmp_path, kills=1)
+    kill_and_continue(evaluate, tiny, bert, answered, tmp_path, kills=1)
 
 
 @pytest.mark.slow
-def test_a_matrix_that_was_killed_often_goes_on(evaluate, tiny, bert, answered, tmp_path):
-    kill_and_go_on(evaluate, tiny, bert, answered, tmp_path, kills=4)
+def test_a_matrix_killed_several_times_continues(evaluate, tiny, bert, answered, tmp_path):
+    kill_and_continue(evaluate, tiny, bert, answered, tmp_path, kills=4)
 
 
 def write_matrix(folder, tiny):
@@ -235,7 +235,7 @@ def write_matrix(folder, tiny):
     return str(folder / "small.yaml")
 
 
-def kill_and_go_on(evaluate, tiny, bert, answered, tmp_path, kills):
+def kill_and_continue(evaluate, tiny, bert, answered, tmp_path, kills):
     matrix, output, draws = write_matrix(tmp_path, tiny), tmp_path / "results", random.Random(kills)
     options = ("--matrix", matrix, "--batch_size", "1")
     command = [sys.executable, "-m", "granulon.evaluation.run", *line(output, bert, *options)]
@@ -250,9 +250,9 @@ def kill_and_go_on(evaluate, tiny, bert, answered, tmp_path, kills):
     assert there
     evaluate(*options, model=None)
     assert {file: file.stat().st_mtime_ns for file in finished} == finished
-    assert len(answered) == 2 * 2 * 8 - len(there), "all that was left was asked, and nothing else"
-    evaluate(*options, model=None, output=tmp_path / "whole")
-    assert scores(output) == scores(tmp_path / "whole")
+    assert len(answered) == 2 * 2 * 8 - len(there), "only the remaining questions are asked"
+    evaluate(*options, model=None, output=tmp_path / "uninterrupted")
+    assert scores(output) == scores(tmp_path / "uninterrupted")
 
 
 def kept(output):
@@ -289,11 +289,11 @@ def test_the_size_of_a_batch_changes_no_answer_and_no_level(evaluate, tmp_path, 
 
 
 def test_every_override_of_the_ablations_fits_a_model_of_three_levels(tiny):
-    told = {
+    distinct = {
         json.dumps(entry.overrides): entry.overrides for entry in read_matrix("ablations").entries if entry.overrides
     }
-    assert len(told) > 10
-    for overrides in told.values():
+    assert len(distinct) > 10
+    for overrides in distinct.values():
         config = load_model(tiny, overrides=overrides).config
         for name, value in overrides.items():
             if name == "granularities":
@@ -306,7 +306,7 @@ def test_every_override_of_the_ablations_fits_a_model_of_three_levels(tiny):
         load_model(tiny, overrides=one)
 
 
-def test_a_level_and_a_view_and_an_override_make_cells_of_their_own(evaluate, answered):
+def test_another_level_view_or_override_is_another_run(evaluate, answered):
     task = ("--tasks", "granulon_aokvqa_choice", "--limit", "2")
     seen = []
     for options in (
@@ -320,7 +320,7 @@ def test_a_level_and_a_view_and_an_override_make_cells_of_their_own(evaluate, an
     assert seen == [2, 4, 6, 8]
 
 
-def test_a_figure_that_could_not_be_computed_is_told_and_its_answers_are_kept(
+def test_a_figure_that_was_not_computed_is_reported_and_its_answers_are_kept(
     evaluate, answered, bert, tmp_path, capsys, monkeypatch
 ):
     monkeypatch.setattr(lmms_model, "_cut", lambda text, until: "a grasper")
@@ -354,8 +354,8 @@ def test_another_bertscore_model_scores_the_same_answers(evaluate, answered, ber
     assert evaluate(*tasks)[name]["metrics"] == first[name]["metrics"] and len(answered) == asked
 
 
-def test_the_same_weights_elsewhere_and_rows_called_otherwise_are_one_cell(evaluate, answered, tiny, tmp_path):
-    """Each of the entries has its figures in the tables; the questions are asked once."""
+def test_entries_with_the_same_weights_and_settings_share_a_run(evaluate, answered, tiny, tmp_path):
+    """Every entry has its figures in the tables; the questions are asked once."""
     elsewhere = tmp_path / "elsewhere"
     elsewhere.symlink_to(tiny)
     own = json.loads(Path(tiny, "config.json").read_text())["relation_weight"]
@@ -378,13 +378,13 @@ def test_the_same_weights_elsewhere_and_rows_called_otherwise_are_one_cell(evalu
     assert all(name in table for name in ("renamed", "other", "said")), "tables are of the whole matrix"
 
 
-def test_every_row_of_the_data_has_a_hash_of_its_own(evaluate):
+def test_rows_of_the_data_have_different_hashes(evaluate):
     (result,) = evaluate("--tasks", "granulon_aokvqa_choice", "--limit", "3").values()
     hashes = [sample["doc_sha256"] for sample in read_samples(Path(result["folder"]))]
     assert len(set(hashes)) == 3
 
 
-def test_a_cell_that_fails_does_not_end_the_others(evaluate, tiny, tmp_path, capsys):
+def test_a_failing_run_does_not_end_the_others(evaluate, tiny, tmp_path, capsys):
     entries = [
         {"name": "gone", "model": "runs/none/model", "made_by": "granulon-train --config none"},
         {"name": "levelless", "model": tiny, "overrides": {"granularities": []}, "granularity": "fine"},
@@ -394,12 +394,12 @@ def test_a_cell_that_fails_does_not_end_the_others(evaluate, tiny, tmp_path, cap
     with pytest.raises(SystemExit, match="2 of 3 runs failed; run the same command to retry"):
         evaluate("--matrix", tmp_path / "m.yaml", "--limit", "2", model=None)
     assert [result["entry"]["name"] for result in read_results(tmp_path / "results")] == ["there"]
-    told = capsys.readouterr().err
+    printed = capsys.readouterr().err
     assert (
-        "runs/none/model was not found locally or on the Hub" in told
-        and "make it with: granulon-train --config none" in told
+        "runs/none/model was not found locally or on the Hub" in printed
+        and "make it with: granulon-train --config none" in printed
     )
-    assert "this model has no levels; leave it out" in told
+    assert "this model has no levels; leave it out" in printed
     text = (tmp_path / "results" / "tables" / "results.md").read_text()
     assert text.count("not run") == 4, "two runs, two figures each"
 
@@ -422,13 +422,13 @@ def test_a_model_without_levels_is_evaluated_as_the_plain_encoder(evaluate):
         ((), "name the --tasks"),
     ],
 )
-def test_what_cannot_be_done_is_refused_in_a_sentence(evaluate, capsys, options, message):
+def test_invalid_options_are_refused_with_a_message(evaluate, capsys, options, message):
     with pytest.raises(SystemExit) as stop:
         evaluate(*options)
     assert re.search(message, f"{stop.value} {capsys.readouterr().err}")
 
 
-def test_data_that_cannot_be_had_are_named(tiny, bert, tmp_path, capsys, monkeypatch):
+def test_missing_data_are_named(tiny, bert, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     options = ["--output", "results", "--model", tiny, "--tasks", "granulon_surgvlm_phase"]
     with pytest.raises(SystemExit, match="1 of 1 runs failed"):
@@ -436,7 +436,7 @@ def test_data_that_cannot_be_had_are_named(tiny, bert, tmp_path, capsys, monkeyp
     assert "the data of granulon_surgvlm_phase (data/surgvlm/phase) were not found" in capsys.readouterr().err
 
 
-def test_the_entry_point_of_lmms_eval_names_the_adapter():
+def test_the_entry_point_of_lmms_eval_names_the_model():
     from importlib.metadata import entry_points
 
     (entry,) = entry_points(group="lmms_eval.models", name="granulon")
