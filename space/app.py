@@ -1,7 +1,7 @@
-"""The Granulon Space: ask about an image, and see how coarsely the model chose to look and what it saw.
+"""The Granulon Space: ask about an image, and see which level the model chose and its clusters.
 
 Started with `python app.py`. MODEL_ID and MODEL_REVISION name the model: a Hub id and a revision, or a folder.
-MODEL_NOTICE is a line that its licence asks for, such as "Built with Llama".
+MODEL_NOTICE is a line that its licence requires, such as "Built with Llama".
 """
 
 import base64
@@ -34,17 +34,17 @@ MAX_MEGABYTES = 20  # of an uploaded file
 MAX_PIXELS = 25_000_000
 MAX_QUESTION = 1000  # characters
 MAX_TOKENS = 512
-SECONDS = 60  # the longest an answer may take
-LOOK, TOKEN = 10, 0.1  # seconds that are asked of ZeroGPU for a look at an image, and for each token of an answer
-QUEUE = 100  # who comes when so many wait is told to come again
+SECONDS = 60  # time limit of an answer
+ENCODE_SECONDS, TOKEN_SECONDS = 10, 0.1  # GPU time requested from ZeroGPU for an image and for each token
+QUEUE = 100  # waiting requests; further ones are refused
 VIEWS = ("full", "pixel", "semantic", "auto")
 SESSIONS = 1000  # open pages that are remembered
-WORKER = ThreadPoolExecutor(1)  # who writes answers: a thread for each would cost memory that does not come back
-BY_QUESTION = "auto"  # the level that stands for the controller's choice
+WORKER = ThreadPoolExecutor(1)  # generates answers: a new thread for each would leak memory
+BY_QUESTION = "auto"  # the controller chooses the level
 
 TITLE = "Granulon"
 START = overlay.answer_box("", "The answer appears here.", done=True)
-EMPTY = "The model answered with nothing."
+EMPTY = "The answer is empty."
 INTRO = (
     "# Granulon\n"
     "Ask about an image. The question decides how coarsely the model looks: it groups the image into a few large "
@@ -57,10 +57,10 @@ EXAMPLES = [
 ]
 
 
-def untouched(image):
-    """The image input, changed to hand on the upload as it is: nothing decodes it before `load_rgb` does.
+def without_decoding(image):
+    """The image input, changed to return the upload's path or bytes: only `load_rgb` may decode it.
 
-    What comes by the API is a path or a data URL of the visitor's own writing: a path must lie among the uploads.
+    Through the API a visitor sends any path or data URL: a path must lie in the folder of uploads.
     """
 
     def preprocess(payload):
@@ -69,7 +69,7 @@ def untouched(image):
         if (payload.url or "").startswith("data:"):
             return io.BytesIO(_decoded(payload.url))
         if not _is_upload(payload.path, image.GRADIO_CACHE):
-            raise gr.Error("The image is none that was uploaded here; upload it first.", title="Cannot be asked")
+            raise gr.Error("The image was not uploaded here; upload it first.", title="Invalid input")
         return payload.path
 
     image.preprocess = preprocess
@@ -77,27 +77,27 @@ def untouched(image):
 
 
 def _is_upload(path, folder):
-    """Whether a visitor's path is a file among the uploads; of files elsewhere it is not even asked if they exist."""
+    """Whether a visitor's path is a file in the folder of uploads; other files are not even checked for existence."""
     try:
         path = Path(path or "").resolve()
         return path.is_relative_to(Path(folder).resolve()) and path.is_file()
-    except ValueError:  # a path that no system takes
+    except ValueError:  # an invalid path, such as one with a null byte
         return False
 
 
 def _decoded(url):
-    """The bytes of a data URL, not more than an upload may have."""
+    """The bytes of a data URL, limited to the size of an upload."""
     text = url.partition(",")[2]
     try:
         if len(text) > MAX_MEGABYTES * 2**20 * 4 // 3:
             raise ValueError(f"it has more than {MAX_MEGABYTES} MB")
         return base64.b64decode(text, validate=True)
     except ValueError as error:
-        raise gr.Error(f"This image cannot be read: {error}.", title="Cannot be asked") from error
+        raise gr.Error(f"This image cannot be read: {error}.", title="Invalid input") from error
 
 
 class Granulon:
-    """The published model and what the Space asks of it; every error a user can cause is a ValueError."""
+    """The published model; every error that a user can cause is a ValueError."""
 
     def __init__(self, name=MODEL_ID, revision=MODEL_REVISION):
         published = {"revision": revision, "trust_remote_code": True}
@@ -107,11 +107,11 @@ class Granulon:
         self.load_rgb = get_class_from_dynamic_module("image_io.load_rgb", name, revision=revision)
         self.levels = [level["name"] for level in self.model.config.granularities]
 
-    def read(self, path, question, level, view, max_new_tokens, temperature, seed):
-        """The image and a dict of checked settings.
+    def check(self, path, question, level, view, max_new_tokens, temperature, seed):
+        """Check the inputs; returns the image and a dict of settings.
 
         Raises:
-            ValueError: with a sentence for the user.
+            ValueError: with a message for the user.
         """
         question = (question or "").strip()
         if not path:
@@ -127,7 +127,7 @@ class Granulon:
         try:
             image = self.load_rgb(path, max_pixels=MAX_PIXELS)
         except ValueError as error:
-            # The path is the server's own and says nothing to the user.
+            # Without the path, which is one of the server.
             raise ValueError("this " + str(error).replace(f"image {path}", "image")) from None
         return image, {
             "question": question,
@@ -139,6 +139,7 @@ class Granulon:
         }
 
     def prepare(self, image, question):
+        """The processed prompt of a question about an image."""
         content = [{"type": "image", "image": image}, {"type": "text", "text": question}]
         return self.processor.apply_chat_template(
             [{"role": "user", "content": content}],
@@ -148,25 +149,26 @@ class Granulon:
             add_generation_prompt=True,
         ).to(self.model.device, dtype=self.model.dtype)
 
-    def look(self, inputs, level, view):
+    def encode(self, inputs, level, view):
         """
-        What is chosen and read, before anything is answered.
+        Encode the image and describe the chosen level and the clusters.
 
         Returns:
-            what `answer` takes, and a `dict`: level, chosen_by, probabilities (all None in a model without levels),
-            view, tokens (pixel, semantic), clusters (number, score, share) and, as an array, cluster_map (H, W).
+            the argument `visual` of `answer`, and a `dict`: level, chosen_by, probabilities (all None in a model
+            without levels), view, tokens (pixel, semantic), clusters (number, score, share) and, as an array,
+            cluster_map (H, W).
         """
         visual = self.model.explain(**inputs, granularity=level)
-        (seen,) = visual.describe(view)
-        (clusters,) = seen.pop("images")
-        chosen = seen.pop("granularity") or dict.fromkeys(("name", "chosen_by", "probabilities"))
-        return visual, {"level": chosen.pop("name"), **chosen, **seen, **clusters}
+        (description,) = visual.describe(view)
+        (clusters,) = description.pop("images")
+        chosen = description.pop("granularity") or dict.fromkeys(("name", "chosen_by", "probabilities"))
+        return visual, {"level": chosen.pop("name"), **chosen, **description, **clusters}
 
     def answer(self, inputs, visual, settings):
-        """Yield (answer so far, seconds to the first token) as it is written; closing the generator stops it.
+        """Yield (answer so far, seconds to the first token) during generation; closing the generator stops it.
 
         Raises:
-            TimeoutError: if nothing was written for `SECONDS`.
+            TimeoutError: no new text for `SECONDS`.
         """
         streamer = TextIteratorStreamer(
             self.processor.tokenizer, skip_prompt=True, skip_special_tokens=True, timeout=SECONDS
@@ -191,9 +193,9 @@ class Granulon:
                     stopping_criteria=[lambda ids, *_, **__: torch.full((len(ids),), stopped.is_set())],
                 )
             finally:
-                streamer.end()  # after an error too, which is then shown by the thread that waits for the answer
+                streamer.end()  # also after an error, which the waiting thread then raises
 
-        written = WORKER.submit(generate)
+        generation = WORKER.submit(generate)
         text, first = "", None
         try:
             for piece in streamer:
@@ -207,114 +209,117 @@ class Granulon:
             ) from None
         finally:
             stopped.set()
-            wait([written])  # or the next answer would stand in line behind this one
-        if written.done() and written.exception():
-            raise written.exception()
+            wait([generation])  # else the next answer would have to
+        if generation.done() and generation.exception():
+            raise generation.exception()
         if not text:
             yield "", time.perf_counter() - start
 
 
-def as_json(seen):
-    """`look`'s dict with the clusters' names, and the map as lists."""
-    cluster_map = seen["cluster_map"]
-    clusters = [{**entry, "name": overlay.cluster_name(entry["number"] - 1)} for entry in seen["clusters"]]
-    return {**seen, "clusters": clusters, "cluster_map": None if cluster_map is None else cluster_map.tolist()}
+def as_json(description):
+    """The dict of `Granulon.encode` with names of the clusters, and the map as lists."""
+    cluster_map = description["cluster_map"]
+    clusters = [{**entry, "name": overlay.cluster_name(entry["number"] - 1)} for entry in description["clusters"]]
+    return {**description, "clusters": clusters, "cluster_map": None if cluster_map is None else cluster_map.tolist()}
 
 
-def numbers(seen, first=None):
-    """The tiles below the answer."""
-    tokens, said = seen["tokens"], {"controller": "chosen by the question", "request": "chosen by you", None: "none"}
+def tiles(description, first=None):
+    """The numbers below the answer, as HTML; `first` is the time to the first token in seconds."""
+    tokens = description["tokens"]
+    chosen_by = {"controller": "chosen by the question", "request": "chosen by you", None: "none"}
     return overlay.tiles(
         [
-            ("Level", seen["level"] or "none", said.get(seen["chosen_by"], "set by the model")),
+            ("Level", description["level"] or "none", chosen_by.get(description["chosen_by"], "set by the model")),
             ("Visual tokens", str(sum(tokens.values())), f"{tokens['pixel']} pixel + {tokens['semantic']} semantic"),
             ("First token", "…" if first is None else f"{first:.2f} s", "to the first word"),
         ]
     )
 
 
-def picture(image, seen):
-    """The clusters over the image, or a word where there are none."""
-    if seen["cluster_map"] is None:
+def picture(image, description):
+    """The clusters over the image, or a note if there are none, as HTML."""
+    if description["cluster_map"] is None:
         return '<p class="hint">This model has no levels of granularity, so there are no clusters to show.</p>'
-    return overlay.figure(image, seen["cluster_map"], seen["clusters"], f"Seen at level {seen['level']}")
+    title = f"Seen at level {description['level']}"
+    return overlay.figure(image, description["cluster_map"], description["clusters"], title)
 
 
 @contextmanager
-def shown(title):
-    """What the visitor can do something about is told, in a sentence."""
+def user_errors(title):
+    """Show errors that the visitor can correct as messages on the page."""
     try:
         yield
     except (ValueError, TimeoutError) as error:
         raise gr.Error(str(error)[:1].upper() + str(error)[1:] + ".", title=title) from error
 
 
-def lent(seconds):
-    """Runs with a GPU where ZeroGPU lends one, for `seconds(image, settings)`."""
+def on_gpu(seconds):
+    """A decorator: on ZeroGPU the function runs with a GPU for `seconds(image, settings)`."""
     return (lambda function: function) if spaces is None else spaces.GPU(duration=seconds)
 
 
 def gpu_functions(granulon):
-    """What needs the model, each of (image, settings): looked, answered, answered_at_each_level."""
+    """The functions of (image, settings) that need the model: describe, answer, answer_at_each_level."""
 
     def seconds(image, settings, answers=1):
-        return LOOK + int(answers * min(SECONDS, LOOK + TOKEN * settings["max_new_tokens"]))
+        generation = TOKEN_SECONDS * settings["max_new_tokens"]
+        return ENCODE_SECONDS + int(answers * min(SECONDS, ENCODE_SECONDS + generation))
 
-    @lent(lambda image, settings: LOOK)
-    def looked(image, settings):
-        _, seen = granulon.look(granulon.prepare(image, settings["question"]), settings["level"], settings["view"])
-        return seen
+    @on_gpu(lambda image, settings: ENCODE_SECONDS)
+    def describe(image, settings):
+        inputs = granulon.prepare(image, settings["question"])
+        return granulon.encode(inputs, settings["level"], settings["view"])[1]
 
-    def written(image, settings):
-        """Yield what is seen, and then the answer as it grows: (seen, text, seconds to the first token)."""
-        with shown("No answer"):
+    def generate(image, settings):
+        """Yield the description, then it with the growing answer: (description, text, seconds to the first token)."""
+        with user_errors("No answer"):
             inputs = granulon.prepare(image, settings["question"])
             torch.manual_seed(settings["seed"])
             start = time.perf_counter()
-            visual, seen = granulon.look(inputs, settings["level"], settings["view"])
-            looking = time.perf_counter() - start
-            yield seen, "", None
+            visual, description = granulon.encode(inputs, settings["level"], settings["view"])
+            encoding = time.perf_counter() - start
+            yield description, "", None
             for text, first in granulon.answer(inputs, visual, settings):
-                yield seen, text, looking + first
+                yield description, text, encoding + first
 
-    @lent(seconds)
-    def answered(image, settings):
-        yield from written(image, settings)
+    @on_gpu(seconds)
+    def answer(image, settings):
+        yield from generate(image, settings)
 
-    @lent(lambda image, settings: seconds(image, settings, len(granulon.levels) or 1))
-    def answered_at_each_level(image, settings):
+    @on_gpu(lambda image, settings: seconds(image, settings, len(granulon.levels) or 1))
+    def answer_at_each_level(image, settings):
         for level in granulon.levels or [None]:
-            *_, last = written(image, {**settings, "level": level})
+            *_, last = generate(image, {**settings, "level": level})
             yield level, *last
 
-    return looked, answered, answered_at_each_level
+    return describe, answer, answer_at_each_level
 
 
 def handlers(granulon):
-    """The functions behind the buttons and the API. Uploads are read and refused before a GPU is asked for."""
-    looked, answered, answered_at_each_level = gpu_functions(granulon)
-    checked = shown("Cannot be asked")(granulon.read)
+    """The functions behind the buttons and the API. Inputs are checked before a GPU is requested."""
+    describe, answer_on_gpu, answer_at_each_level = gpu_functions(granulon)
+    check = user_errors("Invalid input")(granulon.check)
 
     def respond(*values):
-        image, settings = checked(*values)
-        growing = answered(image, settings)
-        seen, text, _ = next(growing)
-        bars = overlay.level_bars(seen["probabilities"], seen["level"], seen["chosen_by"])
-        yield overlay.answer_box("", "Reading …"), numbers(seen), bars, picture(image, seen)
-        for seen, text, first in growing:
-            yield overlay.answer_box(text, "…"), numbers(seen, first), gr.skip(), gr.skip()
+        image, settings = check(*values)
+        updates = answer_on_gpu(image, settings)
+        description, text, _ = next(updates)
+        bars = overlay.level_bars(description["probabilities"], description["level"], description["chosen_by"])
+        yield overlay.answer_box("", "Reading …"), tiles(description), bars, picture(image, description)
+        for description, text, first in updates:
+            yield overlay.answer_box(text, "…"), tiles(description, first), gr.skip(), gr.skip()
         yield overlay.answer_box(text, EMPTY, done=True), gr.skip(), gr.skip(), gr.skip()
 
     def compare(*values):
-        image, settings = checked(*values)
+        image, settings = check(*values)
         panels = []
-        for level, seen, text, first in answered_at_each_level(image, settings):
-            head = overlay.answer_box(text, EMPTY, done=True) + numbers(seen, first)
-            panels.append(overlay.heading(level or "no levels") + head + picture(image, seen))
+        for level, description, text, first in answer_at_each_level(image, settings):
+            head = overlay.answer_box(text, EMPTY, done=True) + tiles(description, first)
+            panels.append(overlay.heading(level or "no levels") + head + picture(image, description))
             yield overlay.columns(panels)
 
     def answer(image, question, level, view, max_new_tokens, temperature, seed) -> dict:
-        """Answer a question about an image with Granulon, and say how coarsely it looked.
+        """Answer a question about an image with Granulon, and return the level that it chose.
 
         Args:
             image: the image, at most 20 MB and 25 megapixels.
@@ -322,20 +327,21 @@ def handlers(granulon):
             level: "auto" lets the question decide; or the name of a level, such as "coarse" or "fine".
             view: which image tokens are read: "full", "pixel", "semantic", or "auto", as the level says.
             max_new_tokens: the longest answer, in tokens.
-            temperature: 0 takes the likeliest words, more is more random.
+            temperature: 0 always takes the most likely word; higher values are more random.
             seed: the same seed gives the same random answer.
 
         Returns:
             answer, level, chosen_by, probabilities of the levels, view, tokens, clusters (number, name, score,
             share), seconds_to_first_token.
         """
-        *_, (seen, text, first) = answered(*checked(image, question, level, view, max_new_tokens, temperature, seed))
-        seen = as_json(seen)
-        seen.pop("cluster_map")
-        return {"answer": text.strip(), **seen, "seconds_to_first_token": first}
+        values = (image, question, level, view, max_new_tokens, temperature, seed)
+        *_, (description, text, first) = answer_on_gpu(*check(*values))
+        description = as_json(description)
+        description.pop("cluster_map")
+        return {"answer": text.strip(), **description, "seconds_to_first_token": first}
 
     def explain(image, question, level) -> dict:
-        """What Granulon would see of an image for a question, without an answer: level, clusters, their map.
+        """The level that Granulon chooses for a question and the clusters of the image, without an answer.
 
         Args:
             image: the image, at most 20 MB and 25 megapixels.
@@ -346,13 +352,13 @@ def handlers(granulon):
             level, chosen_by, probabilities, tokens, clusters, and cluster_map: for each patch the number of its
             cluster from 0.
         """
-        return as_json(looked(*checked(image, question, level, "full", 1, 0, 0)))
+        return as_json(describe(*check(image, question, level, "full", 1, 0, 0)))
 
     return {"respond": respond, "compare": compare, "answer": answer, "explain": explain}
 
 
 def settings_of_link(levels):
-    """A function that reads question and settings out of the page's query; what does not fit is left as it was."""
+    """A function that reads question and settings from the page's query; invalid ones are skipped."""
 
     def read(request: gr.Request):
         query = request.query_params if request else {}
@@ -395,7 +401,7 @@ def _examples(image, question):
 
 
 def _outputs():
-    """What an answer fills: the answer, the numbers, the bars of the levels, and the clusters."""
+    """The outputs of an answer: the text, the numbers, the bars of the levels, and the clusters."""
     answer = gr.HTML(START, elem_id="answer", padding=False)
     return [answer, *(gr.HTML(elem_id=name, padding=False) for name in ("facts", "bars", "seen"))]
 
@@ -408,7 +414,7 @@ def build(granulon):
         gr.Markdown(INTRO, elem_id="intro")
         with gr.Row(elem_id="main"):
             with gr.Column(scale=5, min_width=320):
-                image = untouched(gr.Image(
+                image = without_decoding(gr.Image(
                     type="filepath", image_mode=None, sources=["upload", "clipboard"], buttons=["fullscreen"],
                     label="Image", placeholder="## Drop an image here\nor choose a file, at most 20 MB", height=340,
                     elem_id="image", alt_text="the image you ask about",
@@ -424,8 +430,8 @@ def build(granulon):
                     compare = gr.Button("Compare all levels", elem_id="compare", min_width=190)
                 with gr.Accordion("More settings", open=False, elem_id="settings"):
                     view = gr.Radio(list(VIEWS), value="full", label="Image tokens that are read", elem_id="view")
-                    tokens = gr.Slider(1, MAX_TOKENS, 128, step=1, label="Longest answer, in tokens")
-                    temperature = gr.Slider(0, 2, 0, step=0.05, label="Temperature (0: always the likeliest word)")
+                    tokens = gr.Slider(1, MAX_TOKENS, 128, step=1, label="Maximal length of the answer, in tokens")
+                    temperature = gr.Slider(0, 2, 0, step=0.05, label="Temperature (0: always the most likely word)")
                     seed = gr.Number(0, precision=0, minimum=0, label="Seed")
                 _examples(image, question)
             with gr.Column(scale=6, min_width=320):
@@ -441,14 +447,14 @@ def build(granulon):
         settings = [question, level, view, tokens, temperature, seed]
         inputs = [image, *settings]
         model = {"concurrency_id": "model", "concurrency_limit": 1}  # one answer at a time, seeds included
-        asked = gr.on(
+        asking = gr.on(
             [ask.click, question.submit], functions["respond"], inputs, outputs,
             api_visibility="private", show_progress="minimal", trigger_mode="once", **model,
         )  # fmt: skip
         comparing = compare.click(
             functions["compare"], inputs, compared, api_visibility="private", trigger_mode="once", **model
         )
-        stop.click(None, cancels=[asked, comparing])
+        stop.click(None, cancels=[asking, comparing])
         share.click(None, settings, link, js=LINK)
         page.load(settings_of_link(granulon.levels), None, settings, api_visibility="private", show_progress="hidden")
 
@@ -458,8 +464,8 @@ def build(granulon):
     return page.queue(max_size=QUEUE, default_concurrency_limit=1)
 
 
-def look_and_feel():
-    """What `launch` takes for the looks; the fonts are the reader's own, so that nothing is fetched from elsewhere."""
+def appearance():
+    """Arguments of `launch` for theme, styles and script; system fonts, so that nothing is loaded from other hosts."""
     fonts = {"font": ["system-ui", "sans-serif"], "font_mono": ["ui-monospace", "monospace"]}
     script = (HERE / "script.js").read_text()
     theme = gr.themes.Soft(primary_hue="indigo", neutral_hue="slate", radius_size="md", **fonts).set(
@@ -479,7 +485,7 @@ def main():
     page = build(Granulon())
     page.launch(
         mcp_server=True, max_file_size=f"{MAX_MEGABYTES}mb", max_threads=8, state_session_capacity=SESSIONS,
-        ssr_mode=False, **look_and_feel(),
+        ssr_mode=False, **appearance(),
     )  # fmt: skip
 
 

@@ -1,6 +1,6 @@
-"""What was chosen and read, as HTML: the image under its clusters, a legend to point at, bars of the levels, numbers.
+"""HTML of an answer: the image with its clusters, a legend, bars of the levels, numbers.
 
-Shapes by suffix: H x W patch grid. Everything that a user or a model wrote is escaped here.
+Shapes by suffix: H x W patch grid. All text of users and of the model is escaped here.
 """
 
 import base64
@@ -11,7 +11,7 @@ from itertools import count
 import numpy as np
 
 SIDE = 720  # pixels of the longer side of a shown image
-# Okabe and Ito's colours, told apart with any colour vision; from the eighth cluster on they come back with another
+# The palette of Okabe and Ito, for all kinds of colour vision; from the eighth cluster on they repeat with another
 # filling. Each cluster has a number and a name as well.
 COLOURS = {
     "orange": "#e69f00",
@@ -23,7 +23,7 @@ COLOURS = {
     "purple": "#cc79a7",
 }
 FILLINGS = ("plain", "striped", "dotted")
-NUMBERS = count()  # of the figures, since the ids of svg patterns are the whole page's
+NUMBERS = count()  # of the figures, since ids of svg patterns must be unique on the page
 HINT = "Point at a cluster, or tab through the legend, to read its score and share."
 
 
@@ -35,13 +35,13 @@ def cluster_name(cluster):
 
 def figure(image, cluster_map, clusters, title):
     """
-    The image under its clusters, with a legend; pointing at either, or focus on the legend, tells more (script.js).
+    The image under its clusters, with a legend; pointing at either, or focus on the legend, shows details (script.js).
 
     Args:
         image (`PIL.Image.Image`): RGB.
         cluster_map (`array`): (H, W) int, number of the cluster of each patch, from 0.
         clusters (`list[dict]`): number (from 1), score (Eq. 6) and share of the patches of each, best first.
-        title (`str`): what the figure is called.
+        title (`str`): caption of the figure.
 
     Returns:
         `str`: HTML.
@@ -52,19 +52,19 @@ def figure(image, cluster_map, clusters, title):
         scale = SIDE // max(shown.size)
         shown = shown.resize((shown.width * scale, shown.height * scale), 0)
     key = f"f{next(NUMBERS)}"
-    said = f"{len(clusters)} clusters over the image; the legend lists them with score and share"
+    description = f"{len(clusters)} clusters over the image; the legend lists them with score and share"
     legend = "".join(_legend_entry(entry, f"{key}l{entry['number'] - 1}") for entry in clusters)
     return (
         f'<figure class="clusters"><figcaption><span>{escape(title)}</span>'
         '<label><input type="checkbox" checked>show clusters</label></figcaption>'
-        f'<div class="picture"><img src="{_data_uri(shown)}" alt="{said}">'
+        f'<div class="picture"><img src="{_data_uri(shown)}" alt="{description}">'
         f"{_overlay(np.asarray(cluster_map), shown.size, key)}</div>"
         f'<p class="detail" role="status" data-hint="{HINT}">{HINT}</p><ul class="legend">{legend}</ul></figure>'
     )
 
 
 def level_bars(probabilities, chosen, chosen_by):
-    """Bars of the controller's probabilities by level, the chosen one marked by more than its colour, as HTML."""
+    """Bars of the controller's probabilities by level, the chosen one with a mark, as HTML."""
     if not probabilities:
         return f'<p class="hint">The level is {escape(chosen)}, set by the {escape(chosen_by)}.</p>' if chosen else ""
     mark = "chosen" if chosen_by == "controller" else "your choice"
@@ -81,11 +81,11 @@ def level_bars(probabilities, chosen, chosen_by):
 
 def tiles(entries):
     """Numbers with their names, (name, value, note) each, as HTML."""
-    cells = "".join(
+    items = "".join(
         f"<div><dt>{escape(name)}</dt><dd>{escape(value)}<small>{escape(note)}</small></dd></div>"
         for name, value, note in entries
     )
-    return f'<dl class="tiles">{cells}</dl>'
+    return f'<dl class="tiles">{items}</dl>'
 
 
 def heading(text):
@@ -93,13 +93,13 @@ def heading(text):
 
 
 def answer_box(text, note="", done=False):
-    """The answer as it stands, or a note where there is none yet; it is read out once `done`, as HTML."""
+    """The answer so far, or a note if there is none yet; screen readers read it once `done`, as HTML."""
     body = escape(text) if text.strip() else f'<span class="hint">{escape(note)}</span>'
     return f'<div class="answer" role="status" aria-live="polite" aria-busy="{str(not done).lower()}">{body}</div>'
 
 
 def columns(panels):
-    """Panels of HTML side by side, below one another where there is no room."""
+    """Panels of HTML side by side, or below one another on a narrow page."""
     return '<div class="columns">' + "".join(f'<section class="card">{panel}</section>' for panel in panels) + "</div>"
 
 
@@ -110,9 +110,9 @@ def _look(cluster):
 def _legend_entry(entry, pattern):
     number, score, share = entry["number"], entry["score"], entry["share"]
     cluster, name = number - 1, cluster_name(number - 1)
-    said = f"Cluster {number}, {name}: score {score:.2f}, {share:.0%} of the image"
+    label = f"Cluster {number}, {name}: score {score:.2f}, {share:.0%} of the image"
     return (
-        f'<li><button type="button" data-cluster="{cluster}" data-said="{said}" aria-label="{said}">'
+        f'<li><button type="button" data-cluster="{cluster}" data-label="{label}" aria-label="{label}">'
         f'<svg viewBox="0 0 26 18" aria-hidden="true">{_filling(cluster, pattern)}'
         f'<rect width="26" height="18" fill="url(#{pattern})"/></svg>'
         f"<b>{number}</b><span>{name}</span><i>{score:.2f}</i><i>{share:.0%}</i></button></li>"
@@ -122,18 +122,18 @@ def _legend_entry(entry, pattern):
 def _overlay(cluster_map, size, key):
     """An svg over the image, one group for each cluster: filling, outline and number."""
     height, width = cluster_map.shape
-    cell = size[0] / width, size[1] / height
+    patch = size[0] / width, size[1] / height  # pixels of one patch
     parts = []
     for cluster in range(int(cluster_map.max()) + 1):
         member_HW = cluster_map == cluster
         if not member_HW.any():
             continue
         row, column = _middle(member_HW)
-        x, y = (column + 0.5) * cell[0], (row + 0.5) * cell[1]
+        x, y = (column + 0.5) * patch[0], (row + 0.5) * patch[1]
         parts.append(
             f'<g data-cluster="{cluster}">{_filling(cluster, f"{key}c{cluster}")}'
-            f'<path class="fill" fill="url(#{key}c{cluster})" d="{_cells(member_HW, cell)}"/>'
-            f'<path class="line" d="{_outline(member_HW, cell)}"/>'
+            f'<path class="fill" fill="url(#{key}c{cluster})" d="{_patches(member_HW, patch)}"/>'
+            f'<path class="line" d="{_outline(member_HW, patch)}"/>'
             f'<text x="{x:.1f}" y="{y:.1f}">{cluster + 1}</text></g>'
         )
     # Font and lines are in pixels of the shown image, which is scaled with it.
@@ -156,29 +156,29 @@ def _filling(cluster, name):
     )
 
 
-def _cells(member_HW, cell):
-    """A path over all cells that are True, one rectangle for each run in a row."""
+def _patches(member_HW, patch):
+    """A path over all patches that are True, one rectangle for each run in a row."""
     edges = np.diff(np.pad(member_HW.astype(int), ((0, 0), (1, 1))))
     starts, ends = np.argwhere(edges == 1), np.argwhere(edges == -1)
     return "".join(
-        f"M{start * cell[0]:.1f} {row * cell[1]:.1f}h{(end - start) * cell[0]:.1f}v{cell[1]:.1f}"
-        f"h{(start - end) * cell[0]:.1f}z"
+        f"M{start * patch[0]:.1f} {row * patch[1]:.1f}h{(end - start) * patch[0]:.1f}v{patch[1]:.1f}"
+        f"h{(start - end) * patch[0]:.1f}z"
         for (row, start), (_, end) in zip(starts, ends)
     )
 
 
-def _outline(member_HW, cell):
+def _outline(member_HW, patch):
     """A path along the border between True and the rest."""
     upright = np.argwhere(np.diff(np.pad(member_HW.astype(int), ((0, 0), (1, 1)))) != 0)
     level = np.argwhere(np.diff(np.pad(member_HW.astype(int), ((1, 1), (0, 0))), axis=0) != 0)
     return "".join(
-        [f"M{x * cell[0]:.1f} {y * cell[1]:.1f}v{cell[1]:.1f}" for y, x in upright]
-        + [f"M{x * cell[0]:.1f} {y * cell[1]:.1f}h{cell[0]:.1f}" for y, x in level]
+        [f"M{x * patch[0]:.1f} {y * patch[1]:.1f}v{patch[1]:.1f}" for y, x in upright]
+        + [f"M{x * patch[0]:.1f} {y * patch[1]:.1f}h{patch[0]:.1f}" for y, x in level]
     )
 
 
 def _middle(member_HW):
-    """(row, column) of the True cell that is farthest from any other: a number stands well there."""
+    """(row, column) of the True patch that is farthest from the border, for the number."""
     depth_HW, inner_HW = member_HW.astype(int), member_HW
     while inner_HW.any():
         framed = np.pad(inner_HW, 1)

@@ -8,8 +8,8 @@
     });
     const detail = figure.querySelector(".detail");
     const entry = figure.querySelector(`.legend [data-cluster="${cluster}"]`);
-    const said = entry ? entry.dataset.said : detail.dataset.hint;
-    if (detail.textContent !== said) detail.textContent = said;
+    const text = entry ? entry.dataset.label : detail.dataset.hint;
+    if (detail.textContent !== text) detail.textContent = text;
   };
   const find = (event) => {
     const figure = event.target.closest?.("figure.clusters");
@@ -29,7 +29,7 @@
       if (found && !found[1].contains(event.relatedTarget)) show(pinned(found[1]), found[1]);
     });
   }
-  // A click keeps a cluster shown, which is what a finger needs; a second one lets it go.
+  // A click, as on a touch screen, keeps a cluster shown; a second one releases it.
   document.addEventListener("click", (event) => {
     const found = find(event);
     if (!found || !found[0]) return;

