@@ -248,27 +248,18 @@ def _single_letter(pattern: re.Pattern, answer: str) -> int | None:
     return LETTERS.index(letters.pop()) if len(letters) == 1 else None
 
 
-def _choices_inside(content: list[str], choices: Sequence[str]) -> list[int]:
+def _choices_inside(content: str, choices: Sequence[str]) -> list[int]:
     """The choices whose words occur in an answer."""
-    inside = [index for index, choice in enumerate(choices) if _contains(content, _content(choice))]
+    texts = [f" {_content(choice)} " for choice in choices]
+    inside = [index for index, text in enumerate(texts) if text.strip() and text in f" {content} "]
     # "tennis racket" contains "tennis": the longer choice counts.
-    parts = {
-        index
-        for index in inside
-        for other in inside
-        if _contains(_content(choices[other]), _content(choices[index])) and other != index
-    }
+    parts = {index for index in inside for other in inside if texts[index] in texts[other] and other != index}
     return [index for index in inside if index not in parts]
 
 
-def _content(text: str) -> list[str]:
-    return [word for word in words(text) if word not in ARTICLES]
-
-
-def _contains(sequence: list[str], part: list[str]) -> bool:
-    """Whether the words of `part` follow each other in the sequence."""
-    starts = range(len(sequence) - len(part) + 1)
-    return bool(part) and any(sequence[start : start + len(part)] == part for start in starts)
+def _content(text: str) -> str:
+    """The words of a text without articles, separated by spaces."""
+    return " ".join(word for word in words(text) if word not in ARTICLES)
 
 
 def _usable(references: Sequence[str]) -> list[str]:

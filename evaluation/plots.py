@@ -17,7 +17,7 @@ def draw_table(table, path: Path) -> list[Path]:
     Returns:
         the files; none if no column has a figure.
     """
-    names = list(dict.fromkeys((row.group, _entry_name(row)) for row in table.rows))
+    names = list(dict.fromkeys((row.group, row.name) for row in table.rows))
     columns = range(len(table.columns))
     shown = [column for column in columns if any(row.figures[column].value is not None for row in table.rows)]
     if not shown:
@@ -26,7 +26,7 @@ def draw_table(table, path: Path) -> list[Path]:
     panels = figure.subplots(1, len(shown), squeeze=False, sharey=True)[0]
     for axes, column in zip(panels, shown):
         for row in table.rows:
-            _draw_point(axes, names.index((row.group, _entry_name(row))), row.figures[column], row.paper)
+            _draw_point(axes, names.index((row.group, row.name)), row.figures[column], row.paper)
         axes.set_title(table.columns[column], fontsize=9)
         axes.grid(axis="x", alpha=0.3)
         axes.tick_params(labelsize=8)
@@ -53,8 +53,3 @@ def _draw_point(axes, height: float, figure, paper: bool):
         if figure.low is not None:
             axes.plot([figure.low, figure.high], [height, height], color=OURS, linewidth=1.5)
         axes.plot(figure.value, height, "o", color=OURS, markersize=4)
-
-
-def _entry_name(row) -> str:
-    """The entry of a table row: the paper's figures are drawn at the height of ours."""
-    return row.name.removesuffix(" (paper)") if row.paper else row.name

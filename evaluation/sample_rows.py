@@ -10,7 +10,7 @@ from random import Random
 
 from datasets import Dataset, DatasetDict
 
-from granulon.train.data.scenes import ANSWERS, Scene, make_questions, make_scene
+from granulon.train.data.scenes import ANSWERS, Question, make_questions, make_scene
 
 from .metrics import LETTERS
 
@@ -19,6 +19,16 @@ FIRST_SCENE = 9_000_000  # far from the scenes of all training data
 MAX_NEW_TOKENS = 16
 # The demo's model knows the questions alone, without an instruction.
 WITHOUT_INSTRUCTION = ("granulon_aokvqa_direct", "granulon_seedbench_recall", "gqa")
+# By task: the split that is evaluated.
+SPLITS = {
+    **dict.fromkeys(("granulon_aokvqa_direct", "granulon_aokvqa_choice"), "validation"),
+    **dict.fromkeys(("granulon_cc12m", "granulon_imagenet21k_recap", "granulon_flux_reason"), "test"),
+    **dict.fromkeys(("granulon_surgvlm_phase", "granulon_surgvlm_instrument"), "test"),
+    **dict.fromkeys(("granulon_seedbench_recall", "seedbench", "pope", "cv_bench", "coco_cap_chair"), "test"),
+    **dict.fromkeys(("mmvp", "amber_g"), "train"),
+    "gqa": "testdev",
+    "hallusion_bench_image": "image",
+}
 
 
 def write_rows(task: str, config: dict, output: Path) -> dict:
@@ -31,14 +41,13 @@ def write_rows(task: str, config: dict, output: Path) -> dict:
     Raises:
         ValueError: there are no sample rows for this task.
     """
-    if task not in MAKERS:
-        raise ValueError(f"there are no sample rows for {task}; use its data, or one of {', '.join(MAKERS)}")
-    split, make = MAKERS[task]
+    if task not in SPLITS:
+        raise ValueError(f"there are no sample rows for {task}; use its data, or one of {', '.join(SPLITS)}")
     folder = output / "rows" / task
     if not folder.exists():
-        rows = Dataset.from_list([make(number, make_scene(FIRST_SCENE + number)) for number in range(ROWS)])
+        rows = Dataset.from_list([_row(task, number) for number in range(ROWS)])
         draft = folder.with_name(f"{task}.{os.getpid()}.tmp")
-        DatasetDict({split: rows}).save_to_disk(draft)
+        DatasetDict({SPLITS[task]: rows}).save_to_disk(draft)
         try:
             draft.replace(folder)
         except OSError:  # another process was faster
@@ -56,140 +65,54 @@ def write_rows(task: str, config: dict, output: Path) -> dict:
     }
 
 
-def _question(number: int, scene: Scene, count: int = 4) -> dict:
-    """A question with image, answer, and `count` choices, from answers of its kind or, if too few, of other kinds."""
+def _row(task: str, number: int) -> dict:
+    """A row with the columns of all tasks, in the form of one task where they differ."""
+    pair = task == "mmvp"  # two questions each, with two choices
+    scene = make_scene(FIRST_SCENE + number)
     questions = make_questions(scene)
-    question, random = questions[number % len(questions)], Random(number)
+    question = questions[(number // 2 if pair else number) % len(questions)]
+    choices, correct = _choices(question, number, count=2 if pair else 4)
+    letter, image = LETTERS[correct], scene.draw()
+    caption = "A picture with " + ", ".join(f"{kind} {fact}" for kind, fact in scene.facts().items()) + "."
+    things = list(dict.fromkeys(scene.facts().values()))
+    row = {
+        "image": image, "question": question.text, "question_id": str(number), "answer": question.answer,
+        "choices": choices, "correct_choice_idx": correct, "caption_detail": caption, "recaption": caption,
+        "direct_answers": str([question.answer] * 7 + [choices[correct - 1]] * 3),
+        "gt_object": ["bird", "boat"][: 1 + number % 2], "truth": things, "hallu": ["tree", "person"],
+    }  # fmt: skip
+    if task == "granulon_cc12m":
+        row |= {"jpg": image, "txt": caption}
+    elif task in ("granulon_seedbench_recall", "seedbench"):
+        row |= {"image": [image], "answer": letter, "data_type": "image"}
+        row |= {f"choice_{name.lower()}": choice for name, choice in zip(LETTERS, choices)}
+    elif task in ("pope", "hallusion_bench_image"):
+        absent = [answer for answers in ANSWERS.values() for answer in answers if answer not in things]
+        thing = Random(number).choice(things if number % 2 else absent)
+        row |= {"question": f"Is there a {thing} in the image?", "answer": "yes" if number % 2 else "no"}
+        row |= {"category": "random", "subcategory": "", "gt_answer": str(number % 2), "gt_answer_details": caption}
+        if task == "hallusion_bench_image":
+            row |= {"set_id": str(number // 4), "figure_id": str(number % 2), "question_id": str(number // 2 % 2)}
+    elif task == "mmvp":
+        row |= {"Index": number + 1, "Question": question.text, "Correct Answer": f"({letter.lower()})"}
+        row["Options"] = _options(choices, LETTERS.lower(), " ")
+    elif task == "cv_bench":
+        row |= {"idx": number, "type": "2D", "task": question.kind, "source": ("ADE20K", "COCO")[number % 2]}
+        row["prompt"] = f"{question.text} Select from the following choices.\n{_options(choices, LETTERS)}"
+        row["answer"] = f"({letter})"
+    return row
+
+
+def _choices(question: Question, seed: int, count: int) -> tuple[list[str], int]:
+    """`count` choices, from answers of the question's kind or, if too few, of other kinds; the index of its answer."""
+    random = Random(seed)
     others = [answer for answer in ANSWERS[question.kind] if answer != question.answer]
     more = [answer for kind, answers in ANSWERS.items() if kind != question.kind for answer in answers]
     random.shuffle(others)
     choices = list(dict.fromkeys([question.answer, *others, *more]))[:count]
     random.shuffle(choices)
-    return {
-        "image": scene.draw(),
-        "question": question.text,
-        "answer": question.answer,
-        "choices": choices,
-        "correct": choices.index(question.answer),
-    }
+    return choices, choices.index(question.answer)
 
 
-def _options(choices: list[str], separator: str, letters: str = LETTERS) -> str:
+def _options(choices: list[str], letters: str, separator: str = "\n") -> str:
     return separator.join(f"({letter}) {choice}" for letter, choice in zip(letters, choices))
-
-
-def _things(scene: Scene) -> list[str]:
-    return list(dict.fromkeys(scene.facts().values()))
-
-
-def _caption(scene: Scene) -> str:
-    return "A picture with " + ", ".join(f"{kind} {fact}" for kind, fact in scene.facts().items()) + "."
-
-
-def _aokvqa(number: int, scene: Scene) -> dict:
-    row = _question(number, scene)
-    answers = [row["answer"]] * 7 + [row["choices"][row["correct"] - 1]] * 3
-    return row | {"correct_choice_idx": row["correct"], "direct_answers": str(answers)}
-
-
-def _seedbench(number: int, scene: Scene) -> dict:
-    row = _question(number, scene)
-    choices = {f"choice_{letter.lower()}": choice for letter, choice in zip(LETTERS, row["choices"])}
-    return choices | {
-        "image": [row["image"]],
-        "question": row["question"],
-        "question_id": str(number),
-        "data_type": "image",
-        "answer": LETTERS[row["correct"]],
-    }
-
-
-def _pope(number: int, scene: Scene) -> dict:
-    absent = [answer for answers in ANSWERS.values() for answer in answers if answer not in _things(scene)]
-    thing = Random(number).choice(_things(scene) if number % 2 else absent)
-    return {
-        "question_id": str(number),
-        "question": f"Is there a {thing} in the image?",
-        "answer": "yes" if number % 2 else "no",
-        "image": scene.draw(),
-        "category": "random",
-    }
-
-
-def _mmvp(number: int, scene: Scene) -> dict:
-    row = _question(number // 2, scene, count=2)
-    return {
-        "image": row["image"],
-        "Index": number + 1,
-        "Question": row["question"],
-        "Options": _options(row["choices"], " ", LETTERS.lower()),
-        "Correct Answer": f"({LETTERS[row['correct']].lower()})",
-    }
-
-
-def _cv_bench(number: int, scene: Scene) -> dict:
-    row = _question(number, scene)
-    return row | {
-        "idx": number,
-        "type": "2D",
-        "task": "Count",
-        "source": "COCO" if number % 2 else "ADE20K",
-        "answer": f"({LETTERS[row['correct']]})",
-        "prompt": f"{row['question']} Select from the following choices.\n" + _options(row["choices"], "\n"),
-    }
-
-
-def _hallusion(number: int, scene: Scene) -> dict:
-    row = _pope(number, scene)
-    return row | {
-        "category": "VD",
-        "subcategory": "figure",
-        "set_id": str(number // 4),
-        "figure_id": str(number % 2),
-        "question_id": str(number // 2 % 2),
-        "gt_answer": str(number % 2),
-        "gt_answer_details": _caption(scene),
-    }
-
-
-def _amber(number: int, scene: Scene) -> dict:
-    return {
-        "question_id": number,
-        "image": scene.draw(),
-        "task_type": "generative",
-        "truth": _things(scene),
-        "hallu": ["tree", "person"],
-        "text": "Describe this image",
-    }
-
-
-# By task: the split that is evaluated, and a function of number and scene that makes a row.
-MAKERS = {
-    "granulon_aokvqa_direct": ("validation", _aokvqa),
-    "granulon_aokvqa_choice": ("validation", _aokvqa),
-    "granulon_cc12m": ("test", lambda number, scene: {"jpg": scene.draw(), "txt": _caption(scene)}),
-    "granulon_imagenet21k_recap": (
-        "test",
-        lambda number, scene: {"image": scene.draw(), "recaption": _caption(scene)},
-    ),
-    "granulon_flux_reason": (
-        "test",
-        lambda number, scene: {"image": scene.draw(), "caption_detail": _caption(scene), "caption_composition": ""},
-    ),
-    "granulon_surgvlm_phase": ("test", _question),
-    "granulon_surgvlm_instrument": ("test", _question),
-    "granulon_seedbench_recall": ("test", _seedbench),
-    "seedbench": ("test", _seedbench),
-    "pope": ("test", _pope),
-    "gqa": ("testdev", _question),
-    "mmvp": ("train", _mmvp),
-    "cv_bench": ("test", _cv_bench),
-    "hallusion_bench_image": ("image", _hallusion),
-    "coco_cap_chair": (
-        "test",
-        lambda number, scene: {
-            "question_id": str(number), "image": scene.draw(), "gt_object": ["bird", "boat"][: 1 + number % 2]
-        },
-    ),
-    "amber_g": ("train", _amber),
-}  # fmt: skip

@@ -52,6 +52,8 @@ class Figure:
 
 @dataclass(frozen=True)
 class TableRow:
+    """Our figures of an entry, or the paper's."""
+
     group: str
     name: str
     figures: tuple[Figure, ...]
@@ -237,7 +239,7 @@ def markdown(table: Table) -> str:
     first = 1 + table.has_groups
     rows = []
     for row in table.rows:
-        names = [row.group, f"*{row.name}*" if row.paper else row.name][-first:]
+        names = [row.group, f"*{row.name} (paper)*" if row.paper else row.name][-first:]
         rows.append([*names, *(_emphasized(figure, row.paper, "**{}**", "*{}*") for figure in row.figures)])
     text = [
         f"# {table.title}",
@@ -266,7 +268,7 @@ def latex(table: Table) -> str:
     for row in table.rows:
         if row.group != group:
             text.append(r"\midrule")
-        name = rf"\textit{{{_latex(row.name)}}}" if row.paper else _latex(row.name)
+        name = rf"\textit{{{_latex(row.name)} (paper)}}" if row.paper else _latex(row.name)
         names = [_latex(row.group) if row.group != group else "", name][-first:]
         styles = r"\textbf{{{}}}", r"\textit{{{}}}", _latex
         figures = [_emphasized(figure, row.paper, *styles) for figure in row.figures]
@@ -319,7 +321,7 @@ def _mark_best(figures: list[list[Figure]], columns: list[dict]) -> list[tuple[F
 def _paper_row(group: str, name: str, values: dict, columns: list[dict]) -> TableRow:
     """The paper's figures for an entry; empty in columns that the paper does not have."""
     figures = tuple(Figure(values.get(column.get("paper"))) for column in columns)
-    return TableRow(group, f"{name} (paper)", figures, paper=True)
+    return TableRow(group, name, figures, paper=True)
 
 
 def _emphasized(figure: Figure, paper: bool, best: str, published: str, escape: Callable[[str], str] = str) -> str:

@@ -62,25 +62,15 @@ class JudgeArguments(ApiArguments):
 
 @dataclass(frozen=True)
 class Case:
-    """
-    An answer to judge.
+    """An answer to judge."""
 
-    Args:
-        folder, id: of the run and the sample.
-        key: of the call; None if there is none.
-        text: what the judge reads.
-        segments: of the answer.
-        unscored: the reason why the answer is not judged.
-        cut: whether answer or reference was cut.
-    """
-
-    folder: Path
-    id: int
-    key: str | None = None
-    text: str = ""
+    folder: Path  # of the run
+    id: int  # of the sample
+    key: str | None = None  # of the call, if one is needed
+    text: str = ""  # what the judge reads
     segments: tuple[str, ...] = ()
-    unscored: str | None = None
-    cut: bool = False
+    unscored: str | None = None  # why the answer is not judged
+    cut: bool = False  # whether answer or reference was too long
 
     @property
     def empty(self) -> bool:

@@ -22,7 +22,7 @@ from granulon.evaluation import lmms_model
 from granulon.evaluation.matrix import MATRICES, read_matrix, read_results, read_samples
 from granulon.evaluation.metrics import BERTSCORE_LAYERS
 from granulon.evaluation.run import main
-from granulon.evaluation.sample_rows import MAKERS, MAX_NEW_TOKENS
+from granulon.evaluation.sample_rows import MAX_NEW_TOKENS, SPLITS
 from granulon.hub.assemble import assemble_tiny
 from granulon.hub.inference import load_model
 
@@ -104,8 +104,8 @@ def scores(output):
 
 def test_every_task_has_sample_rows_and_every_task_of_the_matrix_is_one():
     matrix = yaml.safe_load((MATRICES / "matrix.yaml").read_text())
-    assert set(MAKERS) == set(FIGURES) == set(matrix["tasks"])
-    assert OWN < set(MAKERS)
+    assert set(SPLITS) == set(FIGURES) == set(matrix["tasks"])
+    assert OWN < set(SPLITS)
 
 
 def test_every_task_of_ours_runs_offline_and_keeps_what_a_rerun_needs(evaluate, answered, tmp_path, capsys):

@@ -22,7 +22,7 @@ from granulon.evaluation.matrix import (
 )
 from granulon.evaluation.metrics import METRICS
 from granulon.evaluation.run import main
-from granulon.evaluation.sample_rows import MAKERS
+from granulon.evaluation.sample_rows import SPLITS
 from granulon.evaluation.scoring import figures, metric_of
 from granulon.evaluation.tables import Results, write_tables
 from granulon.train import sft
@@ -129,7 +129,7 @@ def test_every_training_command_parses_and_writes_the_entrys_model(name):
 def test_every_column_names_a_task_of_the_matrix_and_a_known_figure(name):
     matrix = read_matrix(name)
     groups = {entry.group for entry in matrix.entries}
-    assert set(matrix.tasks) <= set(MAKERS)
+    assert set(matrix.tasks) <= set(SPLITS)
     for table in matrix.tables:
         assert set(table.get("groups", [])) <= groups
         names = {entry.name for entry in matrix.entries if entry.group in table.get("groups", groups)}
