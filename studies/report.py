@@ -160,22 +160,12 @@ def policies_table(result: Result) -> str:
     return markdown_table(header, rows)
 
 
-@dataclass
-class Comparison:
-    """Two sides on the same questions, `ours` and `theirs` (A,S,Q), both in the same order of seeds."""
+def comparisons(results: dict[str, Result]) -> list[tuple]:
+    """The planned comparisons: part, name, and right answers of both sides (A,S,Q) in the same order of seeds."""
 
-    part: str
-    name: str
-    ours: np.ndarray
-    theirs: np.ndarray
-
-
-def comparisons(results: dict[str, Result]) -> list[Comparison]:
-    """The comparisons that the protocol plans."""
-
-    def pair(part: str, ours: str, theirs: str, view: str | None = None) -> Comparison:
+    def pair(part: str, ours: str, theirs: str, view: str | None = None) -> tuple:
         name = f"{ours} - {theirs}" + (f", {view} view" if view else "")
-        return Comparison(part, name, results[ours].right(view), results[theirs].right(view))
+        return part, name, results[ours].right(view), results[theirs].right(view)
 
     beside = BESIDE_PIXELS.name
     others = [(k, source) for k in BUDGETS for source in (GRID, RANDOM, COLOUR)]
@@ -188,23 +178,21 @@ def comparisons(results: dict[str, Result]) -> list[Comparison]:
         pairs = ((template, fixed), (measured, fixed), (measured, template), (template, RANDOM), (measured, RANDOM))
         for names in pairs:
             sides = (at_levels(right_AGSQ, chosen[name]) for name in names)
-            planned.append(Comparison("c", f"{arm.name}: {' - '.join(names)}", *sides))
+            planned.append(("c", f"{arm.name}: {' - '.join(names)}", *sides))
     planned += [pair("d", JOINT_ARM.name, beside, view) for view in JOINT_ARM.views]
     return planned + [pair("g", arm.name, BASE.name) for arm in PART_ARMS]
 
 
-def comparisons_table(planned: list[Comparison]) -> str:
+def comparisons_table(planned: list[tuple]) -> str:
     """Differences in points with two-sided p from a paired bootstrap, and p after Holm's correction."""
-    tests = [
-        paired(mean_over_seeds, statistics(one.ours), statistics(one.theirs), resamples=RESAMPLES) for one in planned
-    ]
+    tests = [paired(mean_over_seeds, *map(statistics, sides), resamples=RESAMPLES) for _, _, *sides in planned]
     rows = []
-    for one, test, p in zip(planned, tests, holm([test["p"] for test in tests]), strict=True):
-        seed_A = (one.ours - one.theirs).sum((1, 2))
+    for (part, name, ours, theirs), test, p in zip(planned, tests, holm([test["p"] for test in tests]), strict=True):
+        seed_A = (ours - theirs).sum((1, 2))
         low, difference, high = (100 * test[key] for key in ("low", "difference", "high"))
         points = f"{difference:+.1f} [{low:+.1f}, {high:+.1f}]"
         seeds = f"{(seed_A > 0).sum()} / {(seed_A < 0).sum()} of {len(seed_A)}"
-        rows.append([one.part, one.name, points, f"{test['p']:.4f}", f"{p:.4f}", seeds, "yes" if p < 0.05 else "no"])
+        rows.append([part, name, points, f"{test['p']:.4f}", f"{p:.4f}", seeds, "yes" if p < 0.05 else "no"])
     header = ["part", "comparison", "points", "p", "p, Holm", "seeds above / below", "below 0.05"]
     note = f"{len(planned)} comparisons, corrected together; paired bootstrap with {RESAMPLES} resamples.\n\n"
     return note + markdown_table(header, rows, 2)

@@ -195,6 +195,7 @@ def _set_scales(axes, points: list[dict]):
         axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axes.xaxis.set_minor_locator(NullLocator())
         axes.xaxis.set_major_formatter(ScalarFormatter())
+    axes.margins(x=0.08)
     low, high = axes.get_ylim()
     margin = max(0, 5 - (high - low)) / 2
     axes.set_ylim(low - margin, high + margin)

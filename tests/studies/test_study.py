@@ -25,7 +25,7 @@ from studies.arms import (
     make_tokenizer,
 )
 from studies.encoders import as_pixels, encode, make_encoder
-from studies.report import Comparison, comparisons_table, mean_over_seeds, mean_with_interval, statistics
+from studies.report import comparisons_table, mean_over_seeds, mean_with_interval, statistics
 from studies.tokens import MODULES, SOURCES, ColourClusters, grid_shape
 from studies.training import TEXT_FIRST, Scale, cached, label_rows, predicted_levels, template_level
 
@@ -222,7 +222,7 @@ def test_comparisons_state_difference_interval_and_corrected_p():
     random = np.random.default_rng(0)
     theirs = (random.random((5, 200, 12)) < 0.6).astype(int)
     ours = np.maximum(theirs, random.random((5, 200, 12)) < 0.2)
-    text = comparisons_table([Comparison("a", "better", ours, theirs), Comparison("a", "same", theirs, theirs)])
+    text = comparisons_table([("a", "better", ours, theirs), ("a", "same", theirs, theirs)])
     better, same = (next(line for line in text.splitlines() if f"| {name} |" in line) for name in ("better", "same"))
     assert re.search(r"\+\d+\.\d \[\+\d+\.\d, \+\d+\.\d\]", better)
     assert "| 5 / 0 of 5 |" in better and "| yes |" in better
