@@ -371,9 +371,7 @@ def test_reliability_has_the_scores_of_level_scores_and_bins_that_make_up_its_er
     probs_BG = np.array([[0.95, 0.05], [0.95, 0.05], [0.35, 0.65], [0.35, 0.65]])
     level_B = np.array([0, 1, 1, 1])
     found = reliability(probs_BG, level_B, list("abcd"))
-    assert {name: found[name] for name in ("accuracy", "macro_f1", "ece", "confusion", "groups")} == scores(
-        probs_BG, level_B, list("abcd")
-    )
+    assert found.items() >= scores(probs_BG, level_B, list("abcd")).items()
     assert found["ece"][0] == pytest.approx(0.4)
     assert [(entry["rows"], entry["accuracy"][0]) for entry in found["bins"]] == [(2, 1.0), (2, 0.5)]
     gaps = [entry["rows"] / 4 * abs(entry["confidence"] - entry["accuracy"][0]) for entry in found["bins"]]
