@@ -112,11 +112,13 @@ def methods(features: Tensor, attention: Tensor, side: int) -> dict:
 
 
 def sum_columns(attention: Tensor, side: int) -> Tensor:
+    """Attention (I,N,N) summed over columns as the model gives it."""
     map_INHW = attention.unflatten(2, (side, side))  # (I,N,N) -> (I,N,H,W)
     return F.avg_pool2d(map_INHW, COLUMN_STRIDE, ceil_mode=True, divisor_override=1).flatten(2)
 
 
 def floor(features: Tensor, profiles: Tensor) -> tuple:
+    """The least that a clustering must compute: a read, a product, a mean over segments."""
     images, patches, width = features.shape
     segment = torch.arange(images * patches, device=features.device) * CLUSTERS // patches
     sums = torch.zeros(images * CLUSTERS, width, device=features.device)
@@ -137,6 +139,7 @@ class HostReads(TorchDispatchMode):
 
 
 def inertia(unit_IND: Tensor, label_IN: Tensor, clusters: int) -> Tensor:
+    """Sum of squared distances to the cluster means (I,)."""
     member_IKN = (label_IN[:, None] == torch.arange(clusters)[:, None]).float()
     centers_IKD = member_IKN @ unit_IND / member_IKN.sum(-1, keepdim=True).clamp_min(1)
     return (unit_IND - member_IKN.mT @ centers_IKD).square().sum((1, 2))
@@ -159,6 +162,7 @@ def quality(images: int, side: int, width: int) -> list[list]:
 
 
 def host_reads_and_graph_breaks() -> tuple[int, int]:
+    """Numbers of host reads and of graph breaks of AdaTA."""
     features = drawn_features(2, 14, 64)
     arguments = (features, cosine_attention(features), STRIDE, CLUSTERS, (14, 14), KEPT)
     aggregate = AdaptiveTokenAggregation()
@@ -169,15 +173,18 @@ def host_reads_and_graph_breaks() -> tuple[int, int]:
 
 
 def cosine_attention(features: Tensor) -> Tensor:
+    """The row-softmax of cosines (I,N,N)."""
     unit = F.normalize(features, dim=-1)
     return (10 * unit @ unit.mT).softmax(-1)
 
 
 def verdict(met: bool) -> str:
+    """Whether a goal is met, in Markdown."""
     return "met" if met else "**not met**"
 
 
 def speed_rows(results: dict[int, tuple[int, dict[str, float]]]) -> list[list]:
+    """Rows of the table of times against the authors' k-means."""
     rows = []
     for patches, (images, seconds) in results.items():
         eager, compiled = (seconds["authors"] / seconds[name] for name in ("AdaTA", "AdaTA compiled"))
@@ -202,6 +209,7 @@ def share_rows(results: dict[int, tuple[int, dict[str, float]]]) -> list[list]:
 
 
 def report(results: dict, memory: list[list], qualities: list[list], reads: int, breaks: int) -> str:
+    """All tables as Markdown."""
     sizes = [f"{patches} x {images}" for patches, (images, _) in results.items()]
     lines = [
         "## Against the authors' k-means\n",

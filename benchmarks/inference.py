@@ -163,6 +163,7 @@ def report(sizes: list[int], results: list[tuple[dict[str, float], dict[str, int
 
 
 def first_token_ratio(seconds: dict[str, float], view: str) -> float:
+    """How many times faster than the full view a view's first token comes."""
     return seconds["first token, full"] / seconds[f"first token, {view}"]
 
 

@@ -90,6 +90,7 @@ def stamps(half: str) -> list[Path]:
 
 @cache
 def photographs() -> list[np.ndarray]:
+    """The photographs of scikit-image, RGB."""
     import skimage
 
     folder = Path(skimage.__file__).parent / "data"
@@ -166,6 +167,7 @@ def see(half: str, side: int) -> Seen:
 
 
 def scenes(half: str, side: int) -> list[tuple[Image.Image, Tensor]]:
+    """The scenes of a half: pictures, and what each patch shows (N,)."""
     random = np.random.default_rng([side, half == "tuning"])
     drawn = (scene(random, side, stamps(half)) for _ in range(SCENES[side]))
     return [(picture, torch.from_numpy(patches).flatten()) for picture, patches in drawn]
@@ -173,6 +175,7 @@ def scenes(half: str, side: int) -> list[tuple[Image.Image, Tensor]]:
 
 @torch.no_grad()
 def encode(pictures: list[Image.Image], batch: int = 8) -> tuple[Tensor, Tensor]:
+    """Features (S,N,D) and attention (S,N,N) of pictures from DINOv2-small."""
     from transformers import AutoModel
 
     tower = AutoModel.from_pretrained(ENCODER).eval()
@@ -213,6 +216,7 @@ class Settings:
     arguments: tuple[tuple[str, object], ...] = ()
 
     def labels(self, seen: Seen, level: int, batch: int = 20) -> Tensor:
+        """The token of each patch (S,N) at a level."""
         aggregate = AdaptiveTokenAggregation(**dict(self.arguments))
         stride, clusters, kept = self.strides[level], self.clusters[level], KEPT[level]
         found = []
@@ -230,6 +234,7 @@ def sum_columns(attention: Tensor, grid: tuple[int, int], stride: int) -> Tensor
 
 
 def varied(**changes) -> Settings:
+    """Settings with some values changed."""
     own = {name: changes.pop(name) for name in ("strides", "clusters", "column_stride") if name in changes}
     return Settings(arguments=tuple(changes.items()), **own)
 
@@ -267,12 +272,14 @@ VARIATIONS = {
 
 
 def kmeans_on_patches(seen: Seen, tokens: int) -> Tensor:
+    """scikit-learn's k-means on features of unit length (S,N)."""
     unit_SND = F.normalize(seen.features, dim=-1).numpy()
     fits = (KMeans(tokens, n_init=4, random_state=0).fit(unit) for unit in tqdm(unit_SND, desc="k-means", leave=False))
     return torch.stack([torch.from_numpy(fit.labels_).long() for fit in fits])
 
 
 def all_methods(seen: Seen, level: int) -> dict[str, Tensor]:
+    """The token of each patch (S,N) by every method."""
     kept = KEPT[level]
     return {
         "AdaTA": VARIATIONS["the defaults"].labels(seen, level),
@@ -291,6 +298,7 @@ def bootstrap(value, sums: np.ndarray) -> str:
 
 
 def share(column: int):
+    """A column of sums over scenes, per thing."""
     return lambda sums_RS: sums_RS[:, column] / sums_RS[:, THERE]
 
 
@@ -320,6 +328,7 @@ def method_table(side: int, sums: dict[str, list[np.ndarray]]) -> str:
 
 
 def ratio_table(sums: dict[int, dict[str, list[np.ndarray]]]) -> str:
+    """AdaTA over k-means on patches, by level and image side."""
     rows = []
     for level, (name, goal) in enumerate(zip(LEVELS, GOALS, strict=True)):
         for side in (*sums, None):

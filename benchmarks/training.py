@@ -54,6 +54,7 @@ rounds.
 
 
 def make_rows(batch: int, size: int) -> list[dict]:
+    """Equal training rows with a random image."""
     image = Image.effect_noise((size, size), 80).convert("RGB")
     prompt = [{"type": "image"}, {"type": "text", "text": QUESTION}]
     row = {
@@ -65,6 +66,7 @@ def make_rows(batch: int, size: int) -> list[dict]:
 
 
 def make_trainer(head, size: int, batch: int, folder: str) -> GranulonTrainer:
+    """A trainer with its optimizer; nothing is written."""
     tokenizer = byte_tokenizer()
     processor = GranulonProcessor(
         ViTImageProcessorPil(size={"height": size, "width": size}, do_convert_rgb=True),

@@ -60,14 +60,17 @@ class Arm:
 
     @property
     def views(self) -> tuple[str, ...]:
+        """The views that a prompt of the arm can be read in."""
         return (FULL, PIXEL, SEMANTIC) if self.view == FULL else (self.view,)
 
     @property
     def slots(self) -> int:
+        """Semantic slots of an image."""
         return max((keep for *_, keep in self.levels), default=0)
 
 
 def one_level(tokens: int) -> tuple[tuple[int, int, int], ...]:
+    """A single level that keeps so many tokens."""
     return ((1, round(SPARE * tokens), tokens),)
 
 
@@ -114,6 +117,7 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def make_processor(tokenizer, arm: Arm) -> GranulonProcessor:
+    """The processor of an arm's model."""
     size = {"height": world.SIZE, "width": world.SIZE}
     image_processor = ViTImageProcessorPil(size=size, image_mean=[0.5] * 3, image_std=[0.5] * 3)
     return GranulonProcessor(image_processor, tokenizer, world.PATCH, arm.slots, IMAGE_TOKEN, CHAT_TEMPLATE)
@@ -154,6 +158,7 @@ class Questions:
 
     @classmethod
     def of(cls, scenes: list[world.Scene], tokenizer) -> "Questions":
+        """The questions about scenes, one of each kind."""
         questions = [question for scene in scenes for question in world.make_questions(scene)]
         shape = len(scenes), len(world.KINDS)
         encoded = tokenizer([q.text for q in questions], padding=True, padding_side="right", return_tensors="pt")

@@ -110,6 +110,7 @@ def by_level(values_ASQ: np.ndarray) -> list[str]:
 
 
 def arms_table(results: dict[str, Result], arms: tuple[Arm, ...], every_view: bool = False) -> str:
+    """Accuracy of arms, overall and by level, in their own or in every view."""
     header = ["arm", "view", "accuracy", *world.LEVELS, "other image", "image tokens", "training, s"]
     rows = []
     for result in (results[arm.name] for arm in arms):
@@ -147,6 +148,7 @@ def at_levels(values_AGSQ: np.ndarray, level_ASQ: np.ndarray) -> np.ndarray:
 
 
 def policies_table(result: Result) -> str:
+    """Accuracy, likelihood and tokens of one model under each policy."""
     right_AGSQ, nll_AGSQ = result.stack("right"), result.stack("nll")
     tokens_AG = np.array([seed["image_tokens"] for seed in result.seeds])
     rows = []

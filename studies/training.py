@@ -62,6 +62,7 @@ class Scale:
     batch: int = 16
 
     def scenes(self, split: str) -> list[world.Scene]:
+        """All scenes of a split."""
         return world.make_scenes(split, getattr(self, f"{split}_scenes"))
 
 
@@ -142,6 +143,7 @@ def pooled_sentences(model, tokenizer, texts: list[list[str]], random: Random) -
 
 
 def start_path(folder: Path, seed: int) -> Path:
+    """The file of a seed's start."""
     return folder / f"start-{seed}.pt"
 
 

@@ -119,6 +119,7 @@ class Question:
 
     @property
     def level(self) -> str:
+        """The level of its kind."""
         return KIND_LEVEL[self.kind]
 
 
