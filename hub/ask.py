@@ -8,7 +8,7 @@ import json
 import sys
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -16,6 +16,7 @@ from accelerate import PartialState
 from PIL import Image
 from tqdm import tqdm
 from transformers import HfArgumentParser, TextStreamer
+from transformers.hf_argparser import HfArg
 
 from modeling_granulon.image_tokens import VISUAL_VIEWS
 
@@ -29,27 +30,26 @@ SUFFIXES = {".avif", ".bmp", ".gif", ".jp2", ".jpeg", ".jpg", ".png", ".ppm", ".
 
 @dataclass
 class AskArguments:
-    model: str = field(metadata={"help": "a Granulon: a folder or a Hub id"})
-    image: str | None = field(default=None, metadata={"help": "image to ask about: a file or an http(s) address"})
-    batch: str | None = field(
-        default=None,
-        metadata={"help": "images to ask about: a folder, a JSON file of rows with image and question, or a data set"},
+    model: str = HfArg(help="a Granulon: a folder or a Hub id")
+    image: str | None = HfArg(default=None, help="image to ask about: a file or an http(s) address")
+    batch: str | None = HfArg(
+        default=None, help="images to ask about: a folder, a JSON file of rows with image and question, or a data set"
     )
-    output: str | None = field(
-        default=None, metadata={"help": ".jsonl file for the answers of --batch; rows that it has are not asked again"}
+    output: str | None = HfArg(
+        default=None, help=".jsonl file for the answers of --batch; rows that it has are not asked again"
     )
-    split: str = field(default="train", metadata={"help": "split of a data set in --batch"})
-    granularity: str | None = field(
-        default=None,
-        metadata={"help": "level by name or index; by default the controller chooses it for the question"},
+    split: str = HfArg(default="train", help="split of a data set in --batch")
+    granularity: str | None = HfArg(
+        default=None, help="level by name or index; by default the controller chooses it for the question"
     )
-    view: str = field(
+    view: str = HfArg(
         default="full",
-        metadata={"help": "image tokens that are read; auto is the view of the level", "choices": VISUAL_VIEWS},
+        help="image tokens that are read; auto is the view of the level",
+        metadata={"choices": VISUAL_VIEWS},
     )
-    max_new_tokens: int = field(default=256, metadata={"help": "maximal length of an answer"})
-    batch_size: int = field(default=8, metadata={"help": "rows of --batch that each process answers together"})
-    picture: str | None = field(default=None, metadata={"help": "file for a picture of --image with its clusters"})
+    max_new_tokens: int = HfArg(default=256, help="maximal length of an answer")
+    batch_size: int = HfArg(default=8, help="rows of --batch that each process answers together")
+    picture: str | None = HfArg(default=None, help="file for a picture of --image with its clusters")
 
 
 # ----- one image

@@ -5,7 +5,7 @@ import re
 import shutil
 import sys
 import tempfile
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from importlib.resources import files as package_files
 from pathlib import Path
 
@@ -28,6 +28,7 @@ from transformers import (
     Qwen2ForCausalLM,
     logging,
 )
+from transformers.hf_argparser import HfArg
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
 from modeling_granulon import GranulonConfig, GranulonForConditionalGeneration, GranulonProcessor
@@ -63,25 +64,21 @@ _KNOWN = ", ".join(KNOWN_PARTS)
 
 @dataclass
 class AssembleArguments:
-    output: str = field(metadata={"help": "folder to write; it must not exist yet"})
-    vision: str | None = field(
-        default=None, metadata={"help": f"encoder: a folder, a Hub id (ID or ID@REVISION), or a known part ({_KNOWN})"}
+    output: str = HfArg(help="folder to write; it must not exist yet")
+    vision: str | None = HfArg(
+        default=None, help=f"encoder: a folder, a Hub id (ID or ID@REVISION), or a known part ({_KNOWN})"
     )
-    text: str | None = field(
-        default=None, metadata={"help": "language model with a chat template: the same, or a GGUF file"}
+    text: str | None = HfArg(default=None, help="language model with a chat template: the same, or a GGUF file")
+    image_size: int | None = HfArg(
+        default=None, help="side of the square that images are resized to; by default the encoder's"
     )
-    image_size: int | None = field(
-        default=None, metadata={"help": "side of the square that images are resized to; by default the encoder's"}
-    )
-    trained: str | None = field(
+    trained: str | None = HfArg(
         default=None,
         metadata={
             "help": "folder or Hub id that granulon-publish --trainable_only wrote: projector, gains, controller"
         },
     )
-    tiny: bool = field(
-        default=False, metadata={"help": "write a small random model, offline, instead of --vision and --text"}
-    )
+    tiny: bool = HfArg(default=False, help="write a small random model, offline, instead of --vision and --text")
 
 
 @dataclass

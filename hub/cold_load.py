@@ -1,8 +1,8 @@
-"""Run by the publisher in a process of its own, which knows transformers and nothing of this package.
+"""Script of granulon-publish: load a model in a new process with transformers alone, without this package.
 
     python cold_load.py OUTPUT SOURCE [REVISION [ADAPTER [REVISION]]]
 
-Loads a model as a stranger does (pipeline, Auto classes, remote code), asks it about a drawn image, and writes logits
+Loads a model as any user does (pipeline, Auto classes, remote code), asks about a generated image, and writes logits
 and answer to OUTPUT. SOURCE and ADAPTER are repositories, each at its revision, or folders, whose revision is "".
 """
 

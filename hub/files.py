@@ -1,4 +1,4 @@
-"""Files that a crash cannot damage: written whole or not at all, and logs of JSON lines that runs append to."""
+"""Files that a crash cannot damage: atomic files and folders, and logs in JSON Lines that runs append to."""
 
 import fcntl
 import hashlib

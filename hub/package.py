@@ -142,21 +142,13 @@ def make_package(
         lines = [*own.splitlines(), *(line for line in terms.notices if line not in own), ""]
         files[NOTICE] = "\n".join(lines).encode()
     files[LICENCE] = licence_text(terms, [name for name in kept if name.startswith("licences/")]).encode()
-    files[CARD] = card(folder, kind, terms, repo_id, revision, base, _read_results(files)).encode()
+    names = {"name": repo_id.rpartition("/")[2], "repo_id": repo_id, "revision": revision}
+    files[CARD] = _card(folder, manifest, kind, terms, base, _read_results(files), **names).encode()
     return Package(kind, files, base)
 
 
-def card(
-    folder: Path,
-    kind: str,
-    terms: Terms,
-    repo_id: str,
-    revision: str,
-    base: tuple[str, str] | None,
-    results: list[EvalResultEntry],
-) -> str:
+def _card(folder: Path, manifest: dict, kind: str, terms: Terms, base, results: list[EvalResultEntry], **names) -> str:
     """The model card, from the manifest, the requirements of the licences and the evaluation results."""
-    manifest = read_manifest(folder)
     parts = [manifest[name] | {"name": name, "licence": terms.licences[name]} for name in ("vision", "text")]
     vision, text = ("{source}@{revision}".format(**part) for part in parts)
     config = json.loads((folder / "config.json").read_text()) if (folder / "config.json").is_file() else {}
@@ -172,9 +164,7 @@ def card(
         ModelCard.from_template(
             data,
             template_path=str(Path(__file__).with_name("model_card.md")),
-            name=repo_id.rpartition("/")[2],
-            repo_id=repo_id,
-            revision=revision,
+            **names,
             kind=kind,
             base=base,
             vision=vision,

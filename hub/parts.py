@@ -428,7 +428,10 @@ def convert_gguf(file: Path, folder: Path, model_types: Collection[str] = ("llam
         **source, dtype=torch.bfloat16, quantization_config=dense, output_loading_info=True
     )
     _check_loaded(file.name, report)
-    _without_quantization(model).save_pretrained(folder)
+    # transformers 5.17 takes the model for a quantised one still, which it does not save.
+    model.hf_quantizer = None
+    vars(model.config).pop("quantization_config", None)
+    model.to(torch.bfloat16).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return fields
 
@@ -442,18 +445,6 @@ def _gguf_header(file: Path) -> tuple[dict, int]:
         raise ValueError(f"{file} is not a complete GGUF file ({first_line(error)}); download it again") from error
     fields = {name: field.contents() for name, field in reader.fields.items() if len(field.data) == 1}
     return fields, sum(int(tensor.n_elements) for tensor in reader.tensors)
-
-
-def _without_quantization(model):
-    """The same weights in a model whose config has no quantisation: `save_pretrained` refuses others."""
-    settings = model.config.to_dict()
-    kept = {key: value for key, value in settings.items() if key not in ("quantization_config", "_name_or_path")}
-    with torch.device("meta"):
-        plain = type(model)(type(model.config).from_dict(kept))
-    plain.load_state_dict(model.state_dict(), assign=True)
-    plain.tie_weights()
-    plain.generation_config = model.generation_config
-    return plain.to(torch.bfloat16)
 
 
 def _check_loaded(name: str, report: dict):

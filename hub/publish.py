@@ -14,7 +14,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 
@@ -23,6 +23,7 @@ from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, Mo
 from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
 from safetensors import safe_open
 from transformers import HfArgumentParser
+from transformers.hf_argparser import HfArg
 
 from .licences import Terms, terms
 from .manifest import read_manifest
@@ -37,29 +38,27 @@ TIMEOUT = 3600  # seconds for a new process to download, load and answer
 
 @dataclass
 class PublishArguments:
-    folder: str = field(metadata={"help": "folder of a checkpoint or of a LoRA adapter"})
-    repo_id: str = field(metadata={"help": "repository on the Hub, OWNER/NAME"})
-    revision: str = field(default=f"v{version('granulon')}", metadata={"help": "tag to set; a tag never changes"})
-    private: bool = field(default=False, metadata={"help": "create new repositories as private ones"})
-    create_pr: bool = field(default=False, metadata={"help": "open a pull request and change nothing else"})
-    base_model: str | None = field(
-        default=None, metadata={"help": "model on the Hub that the adapter was trained on, OWNER/NAME@REVISION"}
+    folder: str = HfArg(help="folder of a checkpoint or of a LoRA adapter")
+    repo_id: str = HfArg(help="repository on the Hub, OWNER/NAME")
+    revision: str = HfArg(default=f"v{version('granulon')}", help="tag to set; a tag never changes")
+    private: bool = HfArg(default=False, help="create new repositories as private ones")
+    create_pr: bool = HfArg(default=False, help="open a pull request and change nothing else")
+    base_model: str | None = HfArg(
+        default=None, help="model on the Hub that the adapter was trained on, OWNER/NAME@REVISION"
     )
-    trainable_only: bool = field(
-        default=False, metadata={"help": "publish only projector, gains and controller, without the two models"}
+    trainable_only: bool = HfArg(
+        default=False, help="publish only projector, gains and controller, without the two models"
     )
-    space: str | None = field(default=None, metadata={"help": "also publish the demo for this model as this Space"})
-    results: str | None = field(
-        default=None, metadata={"help": "folder of granulon-evaluate whose results for this checkpoint go on the card"}
+    space: str | None = HfArg(default=None, help="also publish the demo for this model as this Space")
+    results: str | None = HfArg(
+        default=None, help="folder of granulon-evaluate whose results for this checkpoint go on the card"
     )
-    dry_run: bool = field(default=False, metadata={"help": "print what would be uploaded, and upload nothing"})
-    licences: list[str] = field(
+    dry_run: bool = HfArg(default=False, help="print what would be uploaded, and upload nothing")
+    licences: list[str] = HfArg(
         default_factory=list,
-        metadata={"help": "licences that no card declares: vision=..., text=..., or DATA=... for training data"},
+        help="licences that no card declares: vision=..., text=..., or DATA=... for training data",
     )
-    outputs_of: list[str] = field(
-        default_factory=list, metadata={"help": "models on whose outputs this one was trained"}
-    )
+    outputs_of: list[str] = HfArg(default_factory=list, help="models on whose outputs this one was trained")
 
     @property
     def kind(self) -> str:

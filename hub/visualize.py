@@ -8,8 +8,8 @@ import textwrap
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-# Okabe and Ito's colours, told apart with any colour vision; from the eighth cluster on they come back striped, then
-# checked. Numbers name the clusters all the same.
+# The palette of Okabe and Ito, for all kinds of colour vision; from the eighth cluster on they repeat striped, then
+# checked. Each cluster has a number too.
 COLOURS = np.array(
     [(230, 159, 0), (86, 180, 233), (0, 158, 115), (240, 228, 66), (0, 114, 178), (213, 94, 0), (204, 121, 167)]
 )
@@ -68,7 +68,7 @@ def overlay_clusters(image, cluster_map):
 
 
 def _tinted(pixels_hw3, map_hw, strength):
-    """Pixels in their cluster's colour: 1-7 evenly, 8-14 in stripes, 15-21 in checks, and again."""
+    """Pixels in the colour of their cluster: 1-7 plain, 8-14 striped, 15-21 checked, then from the start."""
     y_h1, x_w = np.arange(map_hw.shape[0])[:, None], np.arange(map_hw.shape[1])
     stripes_hw = 0.25 + 0.75 * ((x_w + y_h1) // 7 % 2)
     checks_hw = 1.0 * ((x_w // 6 + y_h1 // 6) % 2)
@@ -79,7 +79,7 @@ def _tinted(pixels_hw3, map_hw, strength):
 
 
 def _borders(map_hw):
-    """Pixels beside one of another cluster."""
+    """Pixels next to one of another cluster."""
     borders_hw = np.zeros(map_hw.shape, dtype=bool)
     across, down = map_hw[:, 1:] != map_hw[:, :-1], map_hw[1:] != map_hw[:-1]
     borders_hw[:, 1:] |= across
@@ -90,7 +90,7 @@ def _borders(map_hw):
 
 
 def _label_places(cluster_map):
-    """(cluster, row, column) for each region worth a number: the largest of a cluster, and others above 3 % of all."""
+    """(cluster, row, column) for a number in the largest region of a cluster and in others above 3 % of the image."""
     regions, free = {}, set(np.ndindex(cluster_map.shape))
     while free:
         region, edge = [], [free.pop()]

@@ -1,4 +1,4 @@
-"""An OpenAI-compatible endpoint in a thread, which fails as endpoints do, by a seeded plan."""
+"""An OpenAI-compatible endpoint in a thread, which fails at random calls, as real endpoints do."""
 
 import asyncio
 import hashlib
@@ -7,9 +7,9 @@ import random
 import threading
 from collections import Counter
 
-INPUT_TOKENS, OUTPUT_TOKENS = 900, 40  # of every call that it works on
+INPUT_TOKENS, OUTPUT_TOKENS = 900, 40  # of every call that is processed
 FAULTS = ("429", "500", "garbage", "half", "nothing", "late", "schema", "no usage", "text")
-FREE = ("429", "500", "503", "401", "400")  # nothing is charged for what is refused
+FREE = ("429", "500", "503", "401", "400")  # refused calls are not charged
 STATUS = (*FREE, "408", "504")
 
 
@@ -18,10 +18,10 @@ class FaultServer:
     Answers with probabilities that depend on the question alone; `fault_share` of the calls fail.
 
     Attributes:
-        asked: how often each question arrived; answered: how often a whole and right reply was sent.
-        calls_charged: how many calls it worked on, whether or not the reply arrived.
-        always: the fault that a question meets each time; `change` edits a whole reply before it is sent, `arrived` is
-            called at each call with their number so far.
+        asked: how often each question arrived; answered: how often a complete and correct reply was sent.
+        calls_charged: how many calls were processed, whether or not the reply arrived.
+        always: the fault that a question meets each time; `change` edits a complete reply before it is sent;
+            `arrived` is called with the number of calls so far.
     """
 
     def __init__(self, fault_share=0.0, seed=0, faults=FAULTS, levels=("coarse", "medium", "fine"), hold=0.0):

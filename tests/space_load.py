@@ -2,8 +2,8 @@
 
     python tests/space_load.py --model build/demo/checkpoint [--users 50] [--seconds 300]
 
-Prints the figures, and exits with 1 if the app exited, an upload was not answered as it should be, or memory did not
-come back within 10 % of what it was after warming up. All traffic goes to an app that is started here.
+Prints the figures, and exits with 1 if the app exited, an upload had a wrong outcome, or memory does not return to
+within 10 % of its size after warming up. All traffic goes to an app that is started here.
 """
 
 import argparse
@@ -78,7 +78,7 @@ def png_bomb(side=13000):
 
 
 def bad_files(good):
-    """Name and bytes of uploads that are no usable image; `good` are the bytes of a PNG."""
+    """Name and bytes of uploads that are not usable images; `good` are the bytes of a PNG."""
     return {
         "text.png": b"this is no image",
         "empty.png": b"",
@@ -97,7 +97,7 @@ def data_url(data):
 
 
 def bad_requests():
-    """What a client of a visitor's own writing may send as an image: nothing was uploaded for it."""
+    """Images that a custom client may send without an upload."""
     return [
         {"path": "x.png", "url": data_url(png_bomb())},
         {"path": "x.png", "url": "data:image/png;base64,@@@"},
@@ -108,7 +108,7 @@ def bad_requests():
 
 @contextmanager
 def peak_memory(process):
-    """Yields a function that tells the most memory the process has had since, in bytes."""
+    """Yields a function that returns the peak memory of the process since then, in bytes."""
     seen, over = [process.memory_info().rss], threading.Event()
 
     def watch():

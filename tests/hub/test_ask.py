@@ -235,7 +235,7 @@ def test_a_folder_is_answered_as_one_image_at_a_time_would_be(tiny, images, tmp_
     assert counts == {"rows": 7, "answered": 6, "failed": 1, "earlier": 0}
     found = lines_of(tmp_path / "out.jsonl")
     assert [line["row"] for line in found] == list(range(7)) and all(line["settings"] == SETTINGS for line in found)
-    assert "is no image" in found[3]["error"] and "answer" not in found[3]
+    assert "is not an image" in found[3]["error"] and "answer" not in found[3]
     tiny.model.generation_config.do_sample = False
     for line in found[:3] + found[4:]:
         alone = ask(tiny.model, tiny.processor, load_rgb(images / line["image"]), "How many?", max_new_tokens=6)

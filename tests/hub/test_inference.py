@@ -140,7 +140,7 @@ def test_an_address_gives_its_image(address, picture):
 
 @pytest.mark.parametrize(
     "path, message",
-    [("/missing", "404"), ("/page", "is no image"), ("/large", "larger than 2000 bytes"), ("/slow", "timed out")],
+    [("/missing", "404"), ("/page", "is not an image"), ("/large", "larger than 2000 bytes"), ("/slow", "timed out")],
 )
 def test_an_address_without_a_usable_image_is_refused(path, message, address, monkeypatch):
     monkeypatch.setattr(inference, "MAX_BYTES", 2000)

@@ -10,7 +10,7 @@ import huggingface_hub
 import pytest
 import torch
 from checkpoints import changed_manifest, contents, make_adapter, make_checkpoint, save_parts
-from hub_stand_in import HubStandIn
+from fake_hub import FakeHub
 from huggingface_hub import HfApi, ModelCard
 from safetensors.torch import load_file, save_file
 from transformers import AutoProcessor
@@ -45,7 +45,7 @@ def without_xet(monkeypatch):
 
 @pytest.fixture
 def hub(tmp_path):
-    with HubStandIn(tmp_path / "hub") as hub:
+    with FakeHub(tmp_path / "hub") as hub:
         yield hub
 
 
@@ -121,7 +121,7 @@ def test_a_second_publish_uploads_nothing(checkpoint, hub, unverified):
     assert hub.repos["model", REPO].refs == before
 
 
-def test_large_files_go_in_parts_and_arrive_whole(checkpoint, hub, unverified):
+def test_large_files_are_uploaded_in_parts(checkpoint, hub, unverified):
     publish(hub, checkpoint)
     parts = [path for method, path in hub.log if method == "PUT" and path.count("/") == 3]
     assert len(parts) > 2
@@ -145,9 +145,9 @@ def states(hub):
 FAULTS = ("cut", 400, "lost reply")
 
 
-def assert_whole_after_a_failure(checkpoint, newer, folder, fault, number):
+def assert_atomic_with_a_failure(checkpoint, newer, folder, fault, number):
     """The first state stays visible or the new one is; the same command then ends in the new one."""
-    with HubStandIn(folder) as hub:
+    with FakeHub(folder) as hub:
         publish(hub, checkpoint)
         old, new = hub.files(REPO), None
         hub.log.clear()
@@ -179,7 +179,7 @@ def assert_whole_after_a_failure(checkpoint, newer, folder, fault, number):
 @pytest.fixture
 def requests(checkpoint, newer, tmp_path, unverified):
     """How many it takes to publish a new state over an old one."""
-    with HubStandIn(tmp_path / "counted") as hub:
+    with FakeHub(tmp_path / "counted") as hub:
         publish(hub, checkpoint)
         hub.log.clear()
         publish(hub, newer, revision="v2")
@@ -199,7 +199,7 @@ def test_a_failure_in_the_middle_leaves_the_old_version_or_the_new(
 ):
     for number in range(0, requests, 5):
         fault = FAULTS[number // 5 % 3]
-        assert_whole_after_a_failure(checkpoint, newer, tmp_path / f"{number}", fault, number)
+        assert_atomic_with_a_failure(checkpoint, newer, tmp_path / f"{number}", fault, number)
 
 
 @pytest.mark.slow
@@ -208,7 +208,7 @@ def test_whichever_request_fails_readers_see_the_old_version_or_the_new(
     checkpoint, newer, tmp_path, requests, unverified, impatient, fault
 ):
     failed = [
-        assert_whole_after_a_failure(checkpoint, newer, tmp_path / f"{number}", fault, number)
+        assert_atomic_with_a_failure(checkpoint, newer, tmp_path / f"{number}", fault, number)
         for number in range(requests)
     ]
     assert {"GET", "POST", "PUT", "DELETE"} <= {method for method, _ in failed}
@@ -228,7 +228,7 @@ def test_a_branch_that_could_not_be_removed_is_removed_by_the_next_run(checkpoin
     assert set(repo.refs) == {"refs/heads/main", "refs/tags/v0.1.0"}
 
 
-def test_what_loads_as_another_model_never_reaches_main(checkpoint, newer, hub, monkeypatch):
+def test_a_different_model_never_reaches_main(checkpoint, newer, hub, monkeypatch):
     monkeypatch.setattr(module, "cold_load", lambda work, api, source, *more: (torch.zeros(1), source))
     with pytest.raises(PublishError, match="differs from .*main is unchanged"):
         publish(hub, checkpoint)
@@ -236,7 +236,7 @@ def test_what_loads_as_another_model_never_reaches_main(checkpoint, newer, hub, 
     assert "refs/tags/v0.1.0" not in hub.repos["model", REPO].refs
 
 
-def test_what_does_not_load_never_reaches_main(checkpoint, hub, tmp_path):
+def test_a_model_that_does_not_load_never_reaches_main(checkpoint, hub, tmp_path):
     folder = shutil.copytree(checkpoint, tmp_path / "broken")
     (folder / "tokenizer.json").write_text("{}")
     with pytest.raises(PublishError, match="does not load in a new process"):
@@ -317,7 +317,7 @@ def test_an_adapter_whose_base_is_gated_is_refused_before_anything_is_sent(adapt
 
 
 def test_an_unreachable_hub_is_explained(checkpoint, tmp_path, impatient):
-    with HubStandIn(tmp_path / "hub") as hub:
+    with FakeHub(tmp_path / "hub") as hub:
         pass
     with pytest.raises(PublishError, match="connection to the Hub broke"):
         publish(hub, checkpoint)

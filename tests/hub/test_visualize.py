@@ -1,4 +1,4 @@
-"""The picture: every cluster is named and told apart, whatever eyes look at it, and the image stays itself."""
+"""The picture of the clusters: distinct for all kinds of colour vision, with legend, at any image size."""
 
 import numpy as np
 import pytest
@@ -16,7 +16,7 @@ QUADRANTS = np.kron(np.array([[0, 1], [2, 3]]), np.ones((3, 3), dtype=int))
 
 
 @pytest.mark.parametrize("eyes", COLOUR_BLIND)
-def test_colours_differ_for_every_kind_of_eye(eyes):
+def test_colours_differ_for_every_kind_of_colour_vision(eyes):
     linear = ((COLOURS / 255 + 0.055) / 1.055) ** 2.4
     seen = np.clip(linear @ np.array(COLOUR_BLIND[eyes]).T, 0, 1) ** (1 / 2.4)
     distance = np.linalg.norm(seen[:, None] - seen[None], axis=-1) + np.eye(len(seen))
@@ -48,7 +48,7 @@ def test_each_cluster_has_its_colour():
 
 
 @pytest.mark.parametrize("size", [(60, 30), (30, 60), (2000, 10), (1, 1)])
-def test_images_of_any_shape_keep_theirs(size):
+def test_images_keep_their_shape(size):
     page, plain, overlaid = drawn(Image.new("RGB", size, (10, 120, 60)))
     assert plain.shape == overlaid.shape and max(plain.shape[:2]) == SIDE
 

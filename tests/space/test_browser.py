@@ -291,7 +291,7 @@ def test_a_bad_upload_is_told_and_the_page_goes_on(name, visit, picture, tmp_pat
     page.wait_for_timeout(1000)
     page.get_by_role("textbox", name="Question", exact=True).fill("What is it?")
     page.get_by_role("button", name="Ask", exact=True).click()
-    page.get_by_text(re.compile("This image (cannot be read|is no image|has 13000)")).first.wait_for()
+    page.get_by_text(re.compile("This image (cannot be read|is not an image|has 13000)")).first.wait_for()
     page.reload()
     page.get_by_role("button", name="Ask", exact=True).wait_for()
     upload(page, picture)

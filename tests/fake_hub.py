@@ -1,10 +1,10 @@
-"""A Hub in a thread, for the real `huggingface_hub` client: repositories with branches, tags, pull requests and LFS.
+"""A fake Hub in a thread for the real `huggingface_hub` client: repositories, branches, tags, pull requests and LFS.
 
-    with HubStandIn(folder) as hub:
+    with FakeHub(folder) as hub:
         subprocess.run(..., env=hub.environment(token, home))
 
-It keeps what it is sent under its hash, and every request in `log`. `fail_at` makes one request fail: with a status,
-or with the connection cut in the middle of the body. A commit is whole or does not happen, as on the Hub.
+It stores contents by their hash, and every request in `log`. `fail_at` makes one request fail: with a status, or with
+the connection cut in the middle of the body. A commit is atomic, as on the Hub.
 """
 
 import base64
@@ -21,7 +21,7 @@ from urllib.parse import parse_qs, unquote, urlsplit
 
 import yaml
 
-PART = 200_000  # bytes of one part of an LFS upload; larger files come in several
+PART = 200_000  # bytes of one part of an LFS upload
 LFS_FROM = 10_000  # bytes; as the Hub does, weights are LFS at any size
 WEIGHTS = (".safetensors", ".bin", ".pt", ".png")
 USERS = {"hf_owner": "jinlab", "hf_stranger": "stranger"}  # token to name
@@ -73,7 +73,7 @@ class Refused(Exception):
         self.status, self.code, self.more = status, code, more
 
 
-class HubStandIn:
+class FakeHub:
     """Attributes: repos by (kind, name); log, (method, path) of all requests; uploaded, the hashes of LFS contents."""
 
     def __init__(self, folder: Path):
@@ -111,16 +111,16 @@ class HubStandIn:
         self.server.server_close()
 
     def environment(self, token: str | None, home: Path) -> dict:
-        """For a process that takes this for the Hub, with nothing cached in `home` yet."""
+        """Environment of a process that uses this Hub, with an empty cache in `home`."""
         kept = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "HUGGING"))}
-        mine = {
+        own = {
             "HF_ENDPOINT": self.endpoint, "HF_HOME": str(home), "HF_HUB_DISABLE_XET": "1", "NO_PROXY": "127.0.0.1",
             "no_proxy": "127.0.0.1", "HF_HUB_DISABLE_TELEMETRY": "1", "OMP_NUM_THREADS": "1",
         }  # fmt: skip
-        return {**kept, **mine, **({"HF_TOKEN": token} if token else {})}
+        return {**kept, **own, **({"HF_TOKEN": token} if token else {})}
 
     def files(self, name: str, revision: str = "main", kind: str = "model") -> dict[str, bytes]:
-        """What a reader sees at a revision."""
+        """The files of a revision."""
         commit = self.repos[kind, name].resolve(revision)
         return {path: (self.blobs / sha).read_bytes() for path, sha in commit.files.items()}
 
@@ -148,7 +148,7 @@ class HubStandIn:
         fault = self.fault if number == self.fail_at else None
         if fault is not None:
             self.failed = (request.command, path.path)
-        if fault == "cut":  # half the body is read, then nothing more is heard of us
+        if fault == "cut":  # half the body is read, then the connection is closed
             request.rfile.read(length // 2)
             request.close_connection = True
             request.connection.close()
@@ -196,7 +196,7 @@ class HubStandIn:
                 if isinstance(found, tuple):
                     return found
                 return 200, {}, json.dumps({} if found is None else found).encode()
-        raise Refused(404, f"the stand-in has no {method} {path}")
+        raise Refused(404, f"the fake Hub has no {method} {path}")
 
     def _user(self, headers) -> str | None:
         token = (headers.get("Authorization") or "").removeprefix("Bearer ")
@@ -231,9 +231,9 @@ class HubStandIn:
         return {"name": user, "type": "user", "orgs": [], "auth": {"accessToken": {"role": "write"}}}
 
     def create(self, user, query, body):
-        asked = json.loads(body)
-        owner, kind = asked.get("organization") or user, asked.get("type", "model")
-        name = f"{owner}/{asked['name']}"
+        request = json.loads(body)
+        owner, kind = request.get("organization") or user, request.get("type", "model")
+        name = f"{owner}/{request['name']}"
         if user is None:
             raise Refused(401, "Unauthorized")
         url = f"{self.endpoint}/{'' if kind == 'model' else kind + 's/'}{name}"
@@ -241,7 +241,7 @@ class HubStandIn:
             raise Refused(409, "You already created this model repo", url=url)
         if owner != user:
             raise Refused(403, f"You don't have the rights to create a {kind} under the namespace {owner!r}")
-        self.make_repo(name, kind, private=asked.get("visibility") == "private" or bool(asked.get("private")))
+        self.make_repo(name, kind, private=request.get("visibility") == "private" or bool(request.get("private")))
         return {"url": url, "name": name}
 
     def info(self, user, query, body, kind, name, revision="main"):
@@ -270,8 +270,8 @@ class HubStandIn:
 
     def paths_info(self, user, query, body, kind, name, revision):
         commit = self._commit(self._repo(kind, name, user), revision)
-        asked = json.loads(body)["paths"] if body[:1] == b"{" else parse_qs(body.decode())["paths"]
-        return [self._entry(path, commit.files[path]) for path in asked if path in commit.files]
+        request = json.loads(body)["paths"] if body[:1] == b"{" else parse_qs(body.decode())["paths"]
+        return [self._entry(path, commit.files[path]) for path in request if path in commit.files]
 
     def _entry(self, path: str, sha: str) -> dict:
         content = (self.blobs / sha).read_bytes()
@@ -327,9 +327,9 @@ class HubStandIn:
         self.uploaded.append(sha)
 
     def lfs_verify(self, user, query, body):
-        asked = json.loads(body)
-        file = self.blobs / asked["oid"]
-        if not file.exists() or file.stat().st_size != asked["size"]:
+        request = json.loads(body)
+        file = self.blobs / request["oid"]
+        if not file.exists() or file.stat().st_size != request["size"]:
             raise Refused(404, "no such object")
 
     def make_commit(self, user, query, body, kind, name, revision):
@@ -388,9 +388,9 @@ class HubStandIn:
         return {"errors": [], "warnings": []}
 
     def set_variable(self, user, query, body, name):
-        asked = json.loads(body)
+        request = json.loads(body)
         repo = self._repo("spaces", name, user, write=True)
-        repo.variables[asked["key"]] = asked["value"]
+        repo.variables[request["key"]] = request["value"]
         return {key: {"value": value} for key, value in repo.variables.items()}
 
     def drop_variable(self, user, query, body, name):
@@ -427,27 +427,27 @@ def is_lfs(path: str, size: int) -> bool:
 
 KIND, NAME, REST = "(models|datasets|spaces)", "([^/]+/[^/]+)", "(.+)"
 ROUTES = [
-    ("GET", "/api/whoami-v2", HubStandIn.whoami),
-    ("POST", "/api/repos/create", HubStandIn.create),
-    ("POST", "/api/validate-yaml", HubStandIn.validate),
-    ("GET", f"/api/{KIND}/{NAME}", HubStandIn.info),
-    ("GET", f"/api/{KIND}/{NAME}/revision/([^/]+)", HubStandIn.info),
-    ("GET", f"/api/{KIND}/{NAME}/auth-check", HubStandIn.auth_check),
-    ("GET", f"/api/{KIND}/{NAME}/refs", HubStandIn.refs),
-    ("GET", f"/api/{KIND}/{NAME}/tree/([^/]+)", HubStandIn.tree),
-    ("POST", f"/api/{KIND}/{NAME}/paths-info/([^/]+)", HubStandIn.paths_info),
-    ("POST", f"/api/{KIND}/{NAME}/preupload/([^/]+)", HubStandIn.preupload),
-    ("POST", f"/api/{KIND}/{NAME}/commit/([^/]+)", HubStandIn.make_commit),
-    ("POST", f"/api/{KIND}/{NAME}/branch/([^/]+)", HubStandIn.make_branch),
-    ("DELETE", f"/api/{KIND}/{NAME}/branch/([^/]+)", HubStandIn.drop_branch),
-    ("POST", f"/api/{KIND}/{NAME}/tag/([^/]+)", HubStandIn.make_tag),
-    ("GET", f"/api/spaces/{NAME}/variables", HubStandIn.get_variables),
-    ("POST", f"/api/spaces/{NAME}/variables", HubStandIn.set_variable),
-    ("DELETE", f"/api/spaces/{NAME}/variables", HubStandIn.drop_variable),
-    ("POST", r"/(?:datasets/|spaces/)?([^/]+/[^/]+)\.git/info/lfs/objects/batch", HubStandIn.lfs_batch),
-    ("POST", "/lfs/verify", HubStandIn.lfs_verify),
-    ("POST", "/lfs/([0-9a-f]{64})/complete", HubStandIn.lfs_complete),
-    ("PUT", "/lfs/([0-9a-f]{64})/([0-9]+)", HubStandIn.lfs_part),
-    ("PUT", "/lfs/([0-9a-f]{64})", HubStandIn.lfs_put),
-    ("GET HEAD", r"/((?:datasets/|spaces/)?[^/]+/[^/]+)/resolve/([^/]+)/(.+)", HubStandIn.resolve),
+    ("GET", "/api/whoami-v2", FakeHub.whoami),
+    ("POST", "/api/repos/create", FakeHub.create),
+    ("POST", "/api/validate-yaml", FakeHub.validate),
+    ("GET", f"/api/{KIND}/{NAME}", FakeHub.info),
+    ("GET", f"/api/{KIND}/{NAME}/revision/([^/]+)", FakeHub.info),
+    ("GET", f"/api/{KIND}/{NAME}/auth-check", FakeHub.auth_check),
+    ("GET", f"/api/{KIND}/{NAME}/refs", FakeHub.refs),
+    ("GET", f"/api/{KIND}/{NAME}/tree/([^/]+)", FakeHub.tree),
+    ("POST", f"/api/{KIND}/{NAME}/paths-info/([^/]+)", FakeHub.paths_info),
+    ("POST", f"/api/{KIND}/{NAME}/preupload/([^/]+)", FakeHub.preupload),
+    ("POST", f"/api/{KIND}/{NAME}/commit/([^/]+)", FakeHub.make_commit),
+    ("POST", f"/api/{KIND}/{NAME}/branch/([^/]+)", FakeHub.make_branch),
+    ("DELETE", f"/api/{KIND}/{NAME}/branch/([^/]+)", FakeHub.drop_branch),
+    ("POST", f"/api/{KIND}/{NAME}/tag/([^/]+)", FakeHub.make_tag),
+    ("GET", f"/api/spaces/{NAME}/variables", FakeHub.get_variables),
+    ("POST", f"/api/spaces/{NAME}/variables", FakeHub.set_variable),
+    ("DELETE", f"/api/spaces/{NAME}/variables", FakeHub.drop_variable),
+    ("POST", r"/(?:datasets/|spaces/)?([^/]+/[^/]+)\.git/info/lfs/objects/batch", FakeHub.lfs_batch),
+    ("POST", "/lfs/verify", FakeHub.lfs_verify),
+    ("POST", "/lfs/([0-9a-f]{64})/complete", FakeHub.lfs_complete),
+    ("PUT", "/lfs/([0-9a-f]{64})/([0-9]+)", FakeHub.lfs_part),
+    ("PUT", "/lfs/([0-9a-f]{64})", FakeHub.lfs_put),
+    ("GET HEAD", r"/((?:datasets/|spaces/)?[^/]+/[^/]+)/resolve/([^/]+)/(.+)", FakeHub.resolve),
 ]

@@ -1,4 +1,4 @@
-"""What runs on other people's machines opens no door: the remote code and the Space, read off the source with ast."""
+"""Security of code that runs on other machines: remote code and Space use no network, eval or environment (by ast)."""
 
 import ast
 import sys
@@ -30,7 +30,7 @@ LOADERS = {("torch", "load"), ("np", "load"), ("numpy", "load"), ("torch", "hub"
 
 
 def violations(source, may_read=frozenset()):
-    """What a source does that code from the Hub must not do, one line each."""
+    """Descriptions of what a source does that code from the Hub must not do."""
     found, allowed = [], set()
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, (ast.Import, ast.ImportFrom)):
@@ -43,7 +43,7 @@ def violations(source, may_read=frozenset()):
             if called in CALLS:
                 found.append(f"calls {called}")
             if called == "getattr" and node.args and ast.unparse(node.args[0]) == "os":
-                found.append("reaches into os by name")
+                found.append("accesses os by name")
             if called == "os.environ.get" and isinstance(node.args[0], ast.Constant):
                 if node.args[0].value in may_read:
                     allowed.add(id(node.func.value))
@@ -79,7 +79,7 @@ def test_code_from_the_hub_calls_no_network_runs_no_text_and_reads_no_environmen
         "import os; os.posix_spawn('ls', [], {})",
     ],
 )  # fmt: skip
-def test_the_check_sees(line):
+def test_the_check_finds(line):
     assert violations(line, {"MODEL_ID"})
     assert not violations("import os\nname = os.environ.get('MODEL_ID', 'x')\nmodel.eval()", {"MODEL_ID"})
 
