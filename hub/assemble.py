@@ -121,6 +121,7 @@ class Source:
         return cls(folder, origin.get("repo_id") or name, origin.get("revision"))
 
     def config(self) -> PretrainedConfig:
+        """The configuration; raises `ValueError` if there is none."""
         if not (self.folder / "config.json").is_file():
             raise ValueError(f"{self.name} has no config.json: it is not a transformers model")
         return AutoConfig.from_pretrained(self.folder)

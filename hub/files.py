@@ -131,6 +131,7 @@ class JsonlLog:
         self.close()
 
     def close(self):
+        """Close the file, which other processes may then open."""
         os.close(self.file)
 
     def append(self, *rows: dict):

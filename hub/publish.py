@@ -62,6 +62,7 @@ class PublishArguments:
 
     @property
     def kind(self) -> str:
+        """A folder with an adapter and no model is published as an adapter."""
         folder = Path(self.folder)
         if (folder / ADAPTER_CONFIG).exists() and not (folder / "config.json").exists():
             return ADAPTER
