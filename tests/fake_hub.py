@@ -24,7 +24,7 @@ import yaml
 PART = 200_000  # bytes of one part of an LFS upload
 LFS_FROM = 10_000  # bytes; as the Hub does, weights are LFS at any size
 WEIGHTS = (".safetensors", ".bin", ".pt", ".png")
-USERS = {"hf_owner": "jinlab", "hf_stranger": "stranger"}  # token to name
+USERS = {"hf_owner": "jinlab", "hf_other": "other"}  # token to name
 DATE = "2026-01-01T00:00:00.000Z"
 
 

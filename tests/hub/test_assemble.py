@@ -90,7 +90,7 @@ def test_weights_equal_their_sources_and_the_model_answers(name, family, visions
     assert model(**inputs).logits.isfinite().all()
 
 
-STRANGER = """
+USER_CODE = """
 import json, sys, warnings
 from transformers import (AutoConfig, AutoModel, AutoModelForImageTextToText, AutoProcessor, pipeline)
 
@@ -126,7 +126,7 @@ def test_a_new_process_in_another_folder_loads_everything_twice(name, family, vi
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
     run = subprocess.run(
-        [sys.executable, "-c", STRANGER, folder, tmp_path / "image.png"],
+        [sys.executable, "-c", USER_CODE, folder, tmp_path / "image.png"],
         cwd=elsewhere,
         env={"HF_MODULES_CACHE": str(tmp_path / "modules"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
         capture_output=True,

@@ -296,23 +296,23 @@ def test_a_wrong_token_is_explained(checkpoint, hub, token):
 
 def test_a_repository_of_another_account_is_refused(checkpoint, hub):
     with pytest.raises(PublishError, match="403.*choose a name of your own, or open a pull request with --create_pr"):
-        publish(hub, checkpoint, token="hf_stranger")
+        publish(hub, checkpoint, token="hf_other")
     hub.make_repo(REPO, files={"README.md": b"theirs"})
     with pytest.raises(PublishError, match="403.*choose a name of your own"):
-        publish(hub, checkpoint, token="hf_stranger")
+        publish(hub, checkpoint, token="hf_other")
     assert hub.files(REPO)["README.md"] == b"theirs" and "model.safetensors" not in hub.files(REPO)
 
 
 def test_a_repository_that_is_gated_is_explained(checkpoint, hub):
     hub.make_repo(REPO, gated=True)
     with pytest.raises(PublishError, match="gated: accept its conditions"):
-        publish(hub, checkpoint, token="hf_stranger")
+        publish(hub, checkpoint, token="hf_other")
 
 
 def test_an_adapter_whose_base_is_gated_is_refused_before_anything_is_sent(adapter, hub):
-    hub.make_repo("stranger/base", gated=True)
-    with pytest.raises(PublishError, match="refuses stranger/base .*gated: accept its conditions"):
-        publish(hub, adapter, base_model="stranger/base@abc", repo_id="jinlab/adapter")
+    hub.make_repo("other/base", gated=True)
+    with pytest.raises(PublishError, match="refuses other/base .*gated: accept its conditions"):
+        publish(hub, adapter, base_model="other/base@abc", repo_id="jinlab/adapter")
     assert ("model", "jinlab/adapter") not in hub.repos
 
 
@@ -326,7 +326,7 @@ def test_an_unreachable_hub_is_explained(checkpoint, tmp_path, impatient):
 def test_a_pull_request_changes_neither_main_nor_tags_and_is_opened_once(checkpoint, hub, unverified, capsys):
     hub.make_repo(REPO)
     for _ in range(2):
-        publish(hub, checkpoint, token="hf_stranger", create_pr=True)
+        publish(hub, checkpoint, token="hf_other", create_pr=True)
     repo = hub.repos["model", REPO]
     assert set(repo.refs) == {"refs/heads/main", "refs/pr/1"} and set(hub.files(REPO)) == {".gitattributes"}
     assert "model.safetensors" in hub.files(REPO, "refs/pr/1")
@@ -448,9 +448,9 @@ def test_the_space_shows_the_line_of_llama_while_it_shows_a_llama(checkpoint, hu
 
 
 def test_a_space_of_another_account_is_refused_with_a_remedy(checkpoint, hub, unverified):
-    hub.make_repo("stranger/granulon", kind="space")
+    hub.make_repo("other/granulon", kind="space")
     with pytest.raises(PublishError, match="403.*choose a Space of your own with --space"):
-        publish(hub, checkpoint, space="stranger/granulon")
+        publish(hub, checkpoint, space="other/granulon")
 
 
 def trainable_of(checkpoint, folder, hub):

@@ -283,7 +283,7 @@ def test_a_link_carries_question_and_settings(visit):
 
 
 @pytest.mark.parametrize("name", ["text.png", "cut.png", "bomb.png"])
-def test_a_bad_upload_is_told_and_the_page_goes_on(name, visit, picture, tmp_path):
+def test_a_bad_upload_shows_an_error_and_the_page_keeps_working(name, visit, picture, tmp_path):
     path = tmp_path / name
     path.write_bytes(bad_files(good_picture())[name])
     page = visit()
