@@ -80,7 +80,9 @@ def _raise_value_errors(name):
     try:
         yield
     except UnidentifiedImageError as error:
-        raise ValueError(f"{name} is not an image in one of the formats {', '.join(FORMATS)}; convert it first") from error
+        raise ValueError(
+            f"{name} is not an image in one of the formats {', '.join(FORMATS)}; convert it first"
+        ) from error
     except Exception as error:
         raise ValueError(f"{name} cannot be read: {str(error) or type(error).__name__}") from error
 

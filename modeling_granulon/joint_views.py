@@ -98,3 +98,13 @@ def _view_copy(role_BT: torch.Tensor, view: PartialView):
     copied_BT = seen_BT & (after_BT | (token_T == lead_B.unsqueeze(-1))) & after_BT.any(-1, keepdim=True)
     index_BC, valid_BC = compact(copied_BT)
     return index_BC, valid_BC, take(positions(seen_BT), index_BC), lead_B.clamp_min(0)
+
+
+def answer_tokens(labels_BT: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Places and ids of the tokens to be predicted, row by row: (B,L) each, the ids -100 beyond a row's last."""
+    scored_BT = labels_BT != -100
+    scored_BT[:, 0] = False  # no token precedes it
+    index_BL, valid_BL = compact(scored_BT)
+    if not index_BL.shape[1]:  # no answer in the batch: one place that does not count
+        return labels_BT.new_ones(len(labels_BT), 1), labels_BT.new_full((len(labels_BT), 1), -100)
+    return index_BL, take(labels_BT, index_BL).masked_fill(~valid_BL, -100)

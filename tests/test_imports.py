@@ -21,8 +21,8 @@ MAY_IMPORT = {
     "hub": {"modeling_granulon"},
     "train": {"modeling_granulon", "granulon.train.controller", "granulon.train.data"}
     | {f"granulon.hub.{module}" for module in ("assemble", "files", "inference", "manifest", "text", "visualize")},
-    "train/controller": {"modeling_granulon", "granulon.train"}
-    | {f"granulon.hub.{module}" for module in ("files", "licences", "text")},
+    "train/controller": {"modeling_granulon", "granulon.train.data"}
+    | {f"granulon.hub.{module}" for module in ("files", "inference", "licences", "manifest", "text")},
     "train/data": {"modeling_granulon"},
     "evaluation": {"modeling_granulon", "granulon.hub", "granulon.train"},
     "evaluation/analyses": {"modeling_granulon", "granulon.hub", "granulon.train", "granulon.evaluation"},

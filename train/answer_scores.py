@@ -11,7 +11,8 @@ import torch
 from transformers.utils import ModelOutput
 from trl.trainer.utils import FusedCausalLMOutput
 
-from modeling_granulon.image_tokens import SEMANTIC, compact, take
+from modeling_granulon.image_tokens import SEMANTIC
+from modeling_granulon.joint_views import answer_tokens
 
 
 @dataclass
@@ -111,13 +112,3 @@ def score_views(
         correct={view: output.is_top1 for view, output in zip(views, outputs, strict=True)},
         **({} if visual is None else {name: getattr(visual, name) for name in chosen}),
     )
-
-
-def answer_tokens(labels_BT: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Places and ids of the tokens to be predicted, row by row: (B,L) each, the ids -100 beyond a row's last."""
-    scored_BT = labels_BT != -100
-    scored_BT[:, 0] = False  # no token precedes it
-    index_BL, valid_BL = compact(scored_BT)
-    if not index_BL.shape[1]:  # no answer in the batch: one place that does not count
-        return labels_BT.new_ones(len(labels_BT), 1), labels_BT.new_full((len(labels_BT), 1), -100)
-    return index_BL, take(labels_BT, index_BL).masked_fill(~valid_BL, -100)

@@ -1,4 +1,4 @@
-"""`granulon-annotate`: every row is labelled or told why not, nothing is paid twice, a corpus comes out."""
+"""`granulon-annotate`: every row is labelled or quarantined, no call is paid twice, and a corpus is written."""
 
 import json
 import os
@@ -8,7 +8,6 @@ import subprocess
 import sys
 import time
 from dataclasses import fields
-from pathlib import Path
 
 import datasets
 import numpy as np
@@ -20,7 +19,7 @@ from pydantic import ValidationError
 from sklearn.metrics import cohen_kappa_score
 
 from granulon.train.controller import annotate as module
-from granulon.train.controller import corpus_card
+from granulon.train.controller import corpus, journal
 from granulon.train.controller.annotate import AnnotateArguments, agreement, label_schema, main
 from granulon.train.controller.corpus import check_rows, read_corpus
 from granulon.train.controller.journal import Journal
@@ -28,7 +27,7 @@ from granulon.train.controller.questions import image_key, read_questions
 from granulon.train.data import DataSource
 
 LEVELS = ["coarse", "medium", "fine"]
-PRICES = {"--input_price": 1.0, "--output_price": 4.0}
+PRICES = ["1", "4"]
 
 
 def write_rows(path, rows):
@@ -55,13 +54,18 @@ def command(tmp_path, monkeypatch, server):
     monkeypatch.setenv("OPENAI_API_KEY", "secret-key")
     write_rows(tmp_path / "questions.jsonl", make_rows())
 
-    def run(*more, **settings):
+    def run(*more, twice=0.05, **settings):
+        monkeypatch.setattr(module, "REPEATED_SHARE", twice)
+        monkeypatch.setattr(journal, "FIRST_WAIT", 0.0)
         values = {
             "--data": tmp_path / "questions.jsonl", "--output": tmp_path / "corpus", "--model": "m",
-            "--base_url": server.base_url, "--max_cost": 5.0, "--first_wait": 0.0, **PRICES,
+            "--base_url": server.base_url, "--max_cost": 5.0, "--prices": PRICES,
         }  # fmt: skip
         values |= {f"--{name}": value for name, value in settings.items()}
-        flat = [str(part) for name, value in values.items() if value is not None for part in (name, value)]
+        given = {
+            name: value if isinstance(value, list) else [value] for name, value in values.items() if value is not None
+        }
+        flat = [str(part) for name, value in given.items() for part in (name, *value)]
         monkeypatch.setattr(sys, "argv", ["granulon-annotate", *flat, *more])
         main()
         return tmp_path / "corpus"
@@ -167,7 +171,7 @@ def test_rows_without_a_usable_question_or_reply_are_told_and_none_is_lost(comma
     assert [entry["reason"][:20] for entry in quarantined[:5]] == [
         f"row {n} has no question"[:20] for n in range(6, 11)
     ]
-    assert quarantined[5]["question"] == "What is 3?" and "not what was asked for" in quarantined[5]["reason"]
+    assert quarantined[5]["question"] == "What is 3?" and "did not fit the schema" in quarantined[5]["reason"]
     asked = server.asked["What is 3?"]
     command(data=path, twice=0)
     assert server.asked["What is 3?"] == asked
@@ -202,7 +206,7 @@ def test_interrupted_it_says_how_to_go_on_and_a_rerun_repeats_no_journalled_call
     server.hold = 0.01
     server.arrived = lambda count: os.kill(os.getpid(), number) if count == 20 else None
     before = signal.getsignal(number)
-    with pytest.raises(SystemExit, match="stopped; the same command goes on from here"):
+    with pytest.raises(SystemExit, match="stopped; the same command continues from here"):
         command(twice=0, concurrency=4)
     assert signal.getsignal(number) == before
     with Journal(tmp_path / "corpus" / "run" / "calls.jsonl") as journal:
@@ -217,7 +221,8 @@ def test_interrupted_it_says_how_to_go_on_and_a_rerun_repeats_no_journalled_call
 def test_killed_at_random_moments_a_rerun_repeats_no_journalled_call(server, tmp_path, kills):
     server.fault_share, server.faults = 0.2, ("429", "500", "half", "schema")
     write_rows(tmp_path / "questions.jsonl", make_rows(300))
-    line = [sys.executable, "-m", "granulon.train.controller.annotate"]
+    code = "from granulon.train.controller import annotate, journal; journal.FIRST_WAIT = annotate.REPEATED_SHARE = 0"
+    line = [sys.executable, "-c", f"{code}; annotate.main()"]
     line += ["--data", tmp_path / "questions.jsonl", "--output"]
     line += [
         tmp_path / "corpus",
@@ -227,11 +232,9 @@ def test_killed_at_random_moments_a_rerun_repeats_no_journalled_call(server, tmp
         server.base_url,
         "--max_cost",
         "5",
-        "--first_wait",
-        "0",
     ]
-    line += ["--input_price", "1", "--output_price", "4", "--twice", "0", "--concurrency", "4"]
-    moments, journal = random.Random(0), tmp_path / "corpus" / "run" / "calls.jsonl"
+    line += ["--prices", "1", "4", "--concurrency", "4"]
+    moments, calls = random.Random(0), tmp_path / "corpus" / "run" / "calls.jsonl"
     for _ in range(kills):
         sent = sum(server.asked.values())
         process = subprocess.Popen(list(map(str, line)), stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
@@ -242,7 +245,7 @@ def test_killed_at_random_moments_a_rerun_repeats_no_journalled_call(server, tmp
     done = subprocess.run(list(map(str, line)), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     assert report_of(tmp_path / "corpus")["labelled_rows"] == 300
-    answered = [json.loads(entry)["key"] for entry in journal.read_text().splitlines() if '"answered"' in entry]
+    answered = [json.loads(entry)["key"] for entry in calls.read_text().splitlines() if '"answered"' in entry]
     assert len(answered) == len(set(answered)) == 270
     again = {question: count for question, count in server.answered.items() if count > 1}
     assert len(again) <= kills * 4, "only calls under way when the process died are made again"
@@ -269,8 +272,8 @@ def test_the_upload_holds_the_corpus_and_nothing_of_the_run(command, monkeypatch
             calls.append(kwargs)
             return "https://hub/datasets/me/corpus"
 
-    monkeypatch.setattr(corpus_card, "HfApi", Api)
-    folder = command("--private", push_to_hub="me/corpus")
+    monkeypatch.setattr(corpus, "HfApi", Api)
+    folder = command(push_to_hub="me/corpus")
     (repo, kwargs), upload = calls
     assert repo == "me/corpus" and kwargs == {"repo_type": "dataset", "private": True, "exist_ok": True}
     from huggingface_hub.utils import filter_repo_objects
@@ -291,10 +294,10 @@ def test_the_upload_holds_the_corpus_and_nothing_of_the_run(command, monkeypatch
 
 
 def test_what_is_not_whole_is_not_uploaded(command, monkeypatch, capsys):
-    monkeypatch.setattr(corpus_card, "HfApi", lambda: pytest.fail("the upload began"))
+    monkeypatch.setattr(corpus, "HfApi", lambda: pytest.fail("the upload began"))
     with pytest.raises(SystemExit, match="higher --max_cost"):
         command(max_cost=0.02, twice=0, push_to_hub="me/corpus")
-    assert "not uploaded to me/corpus: rows wait for a reply" in capsys.readouterr().out
+    assert "not uploaded to me/corpus: some rows have no reply yet" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("share", ["NaN", "Infinity", "-0.5", "1.5"])
@@ -318,15 +321,16 @@ def test_questions_come_from_conversations_and_columns_and_parquet(tmp_path):
     image = {"bytes": b"png", "path": None}
     table = datasets.Dataset.from_list([{"q": "a?", "picture": image}, {"q": "b?", "picture": image}])
     table.to_parquet(tmp_path / "table.parquet")
-    asked, _, total = read_questions(DataSource(str(tmp_path / "table.parquet")), "q", "picture")
-    assert total == 2 and [entry.question for entry in asked] == ["a?", "b?"] and asked[0].group == asked[1].group
+    columns = {"question": "q", "images": "picture"}
+    asked, _, total = read_questions(DataSource(str(tmp_path / "table.parquet"), columns=columns))
+    assert total == 2 and [entry.text for entry in asked] == ["a?", "b?"] and asked[0].group == asked[1].group
     talk = [
         {"from": "human", "value": "<image>\nWhat is it?"}, {"from": "gpt", "value": "A dog."},
         {"from": "human", "value": "Which colour?"}, {"from": "gpt", "value": "Brown."},
     ]  # fmt: skip
     (tmp_path / "llava.json").write_text(json.dumps([{"id": "1", "image": "x.png", "conversations": talk}]))
     asked, _, total = read_questions(DataSource(str(tmp_path / "llava.json")))
-    assert [entry.question for entry in asked] == ["What is it?", "Which colour?"] and asked[0].group == asked[1].group
+    assert [entry.text for entry in asked] == ["What is it?", "Which colour?"] and asked[0].group == asked[1].group
 
 
 def test_an_image_is_known_by_its_bytes_else_by_its_name():
@@ -337,22 +341,18 @@ def test_an_image_is_known_by_its_bytes_else_by_its_name():
 @pytest.mark.parametrize(
     "settings, message",
     [
-        ({"model": None}, "name the annotating model"),
-        ({"--input_price": None}, None),
-        ({"question_column": "query"}, "name the one with the questions by --question_column"),
+        ({"model": None}, "no model is given"),
+        ({"prices": None}, "--prices has 0 numbers"),
+        ({"data": '{"columns": {"question": "query"}}'}, "expected 'path'"),
         ({"levels": "huge"}, r"does not define the levels \['huge'\]"),
         ({"data": "absent.jsonl"}, "there is no file absent.jsonl"),
-        ({"twice": 2}, "--twice is a share from 0 to 1"),
         ({"concurrency": 0}, "expected 1 or more"),
         ({"max_tokens": 0}, "expected 1 or more"),
-        ({"max_cost": "nan"}, "--max_cost are 0 or more"),
-        ({"input_price": "inf"}, "prices and --max_cost"),
+        ({"max_cost": "nan"}, "and --max_cost nan; expected 0 or more"),
+        ({"prices": ["inf", "1"]}, "expected 0 or more"),
     ],
 )
-def test_what_cannot_be_done_is_refused_in_a_sentence(command, server, settings, message, monkeypatch):
-    if "--input_price" in settings:
-        monkeypatch.setitem(PRICES, "--input_price", None)
-        settings, message = {}, "say what the model costs"
+def test_invalid_arguments_are_refused_with_the_remedy(command, server, settings, message):
     with pytest.raises(SystemExit, match=message):
         command(**settings)
     assert not server.asked
@@ -370,7 +370,7 @@ def measured(tmp_path, monkeypatch):
     monkeypatch.setattr(module, "PART_ROWS", 5)
 
     def run(*more):
-        values = ["--measured", "--checkpoint", tmp_path / "model", "--data", tmp_path / "rows.json"]
+        values = ["--checkpoint", tmp_path / "model", "--data", tmp_path / "rows.json"]
         arguments = [*values, "--output", tmp_path / "corpus", *more]
         monkeypatch.setattr(sys, "argv", ["granulon-annotate", *map(str, arguments)])
         main()
@@ -391,14 +391,14 @@ def test_measured_labels_make_a_corpus_of_the_same_form(measured):
 def test_a_measurement_that_was_cut_off_goes_on_after_the_last_finished_part(measured, monkeypatch, tmp_path):
     measure, done = module.measure_rows, []
 
-    def counted(model, processor, rows, *settings):
+    def counted(model, processor, rows, **settings):
         if len(done) == 2:
             raise KeyboardInterrupt
         done.append(len(rows))
-        return measure(model, processor, rows, *settings)
+        return measure(model, processor, rows, **settings)
 
     monkeypatch.setattr(module, "measure_rows", counted)
-    with pytest.raises(SystemExit, match="the same command goes on"):
+    with pytest.raises(SystemExit, match="the same command continues"):
         measured()
     assert done == [5, 5]
     done.append(None)
@@ -410,12 +410,12 @@ def test_a_measurement_that_was_cut_off_goes_on_after_the_last_finished_part(mea
 def test_what_was_measured_on_other_rows_or_by_other_weights_is_not_taken_up(measured, monkeypatch, tmp_path):
     measure, done = module.measure_rows, []
 
-    def counted(model, processor, rows, *settings):
+    def counted(model, processor, rows, **settings):
         if len(done) in (1, 3):
             done.append("cut off")
             raise KeyboardInterrupt
         done.append(len(rows))
-        return measure(model, processor, rows, *settings)
+        return measure(model, processor, rows, **settings)
 
     monkeypatch.setattr(module, "measure_rows", counted)
     with pytest.raises(SystemExit):
@@ -428,12 +428,3 @@ def test_what_was_measured_on_other_rows_or_by_other_weights_is_not_taken_up(mea
     measured()
     assert done == [5, "cut off", 5, "cut off", 5, 5, 2]
     assert len(read_corpus(tmp_path / "corpus")) == 12
-
-
-def test_measuring_needs_a_checkpoint(monkeypatch, tmp_path):
-    monkeypatch.setattr(
-        sys, "argv", ["granulon-annotate", "--measured", "--data", "x.json", "--output", str(tmp_path)]
-    )
-    with pytest.raises(SystemExit, match="--measured needs --checkpoint"):
-        main()
-    assert Path(tmp_path).exists()

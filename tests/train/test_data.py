@@ -260,14 +260,14 @@ BAD_ROWS = {
     "empty answer": (llava("<image>A?", " "), "without text"),
     "answer without question": (
         {"conversations": [{"from": "gpt", "value": "a"}]},
-        "turn 0 is an answer, but the turn before it is no question",
+        "turn 0 is an answer, but the turn before it is not a question",
     ),
     "half a surrogate pair": (llava("A?", "\ud800", image=None), "cannot be rendered"),
-    "stranger": ({"conversations": [{"from": "robot", "value": "a"}]}, "by 'robot'"),
+    "stranger": ({"conversations": [{"from": "robot", "value": "a"}]}, "role 'robot'"),
     "too few images": (llava("<image><image>A?", "a"), "2 places for images but 1 images"),
     "too many images": (llava("<image>A?", "a", image=["0.png", "1.png"]), "1 places for images but 2 images"),
     "missing image": (llava("<image>A?", "a", image="none.png"), "none.png cannot be read"),
-    "text as image": (llava("<image>A?", "a", image="text.png"), "is no image"),
+    "text as image": (llava("<image>A?", "a", image="text.png"), "is not an image"),
     "truncated image": (llava("<image>A?", "a", image="half.png"), "half.png cannot be read"),
     "bomb": (llava("<image>A?", "a", image="bomb.png"), "bomb.png has 8000 x 8000 pixels"),
     "address": (llava("<image>A?", "a", image="http://example.org/a.png"), "download it"),
@@ -328,7 +328,9 @@ def test_too_many_bad_rows_stop_the_run_and_say_why(streaming, load, pictures, t
     rows = [llava("A?", "a", image=None)] * 150 + [llava("A?", image=None)] * 3
     path = lines(pictures / "rows.jsonl", rows)
     assert len(list(load(path, streaming=streaming, max_bad_share=0.03))) == 150
-    with pytest.raises(ValueError, match=r"rows.jsonl:train cannot be used, more than a share of 0.01") as failure:
+    with pytest.raises(
+        ValueError, match=r"rows.jsonl:train cannot be used, more than max_bad_share = 0.01"
+    ) as failure:
         list(load(path, streaming=streaming, max_bad_share=0.01))
     assert str(tmp_path / "bad.jsonl") in str(failure.value) and "does not end with an answer" in str(failure.value)
 
@@ -349,7 +351,7 @@ def test_sources_that_give_nothing_are_refused_with_what_was_found(streaming, lo
             load(str(pictures / name), streaming=streaming)
     with pytest.raises(ValueError, match="no file .*nowhere.json"):
         load(str(pictures / "nowhere.json"), streaming=streaming)
-    with pytest.raises(ValueError, match="can be used|cannot be used"):
+    with pytest.raises(ValueError, match="has no usable row|cannot be used"):
         load(lines(pictures / "bad.jsonl", [llava("A?")]), streaming=streaming)
     with pytest.raises(ValueError, match=r"columns \['id', 'text'\]; expected \['conversations'\] \(llava\) or"):
         load(lines(pictures / "other.jsonl", [{"id": 1, "text": "A"}]), streaming=streaming)
@@ -446,7 +448,7 @@ def test_weights_are_given_to_all_sources_or_none(load, pictures):
     path = lines(pictures / "rows.jsonl", [llava("A?", "a", image=None)])
     with pytest.raises(ValueError, match="2 data sources, 1 with a weight"):
         load({"path": path, "weight": 1}, path)
-    with pytest.raises(ValueError, match="give each a weight"):
+    with pytest.raises(ValueError, match="several streams need a weight each"):
         load(path, path, streaming=True)
     with pytest.raises(ValueError, match="0 data sources"):
         load()
@@ -554,7 +556,7 @@ def test_a_repaired_image_comes_back_and_a_lost_one_is_named(load, pictures, qua
     (pictures / "1.png").unlink()
     rows = load(path)
     assert len(rows) == 4 and quarantined() == []
-    with pytest.raises(ValueError, match="row 1 of .*rows.jsonl:train was whole when it was checked: .*1.png"):
+    with pytest.raises(ValueError, match="row 1 of .*rows.jsonl:train was valid when it was checked: .*1.png"):
         rows[1]
 
 

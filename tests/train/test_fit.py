@@ -184,7 +184,7 @@ def test_measured_rows_also_tell_what_the_answers_lose():
     assert loss["oracle"][0] <= loss["chosen"][0]
     assert loss["rows"] == 4
     shown = tables(report)
-    assert "chosen by the controller" in shown and f"chosen less best fixed ({loss['best_fixed']})" in shown
+    assert "chosen by the controller" in shown and f"chosen minus best fixed ({loss['best_fixed']})" in shown
 
 
 def test_the_command_leaves_the_checkpoint_with_another_controller_and_nothing_else_changed(command, checkpoint):
@@ -247,7 +247,7 @@ def test_an_existing_output_is_not_overwritten(command, tmp_path):
 
 @pytest.mark.parametrize("overrides", [{"controller": "random"}, {"granularities": []}])
 def test_a_model_without_a_controller_that_learns_is_refused(overrides):
-    with pytest.raises(ValueError, match="no controller that learns"):
+    with pytest.raises(ValueError, match="no learned controller"):
         train_controller(make_model(**overrides), make_processor(), make_corpus())
 
 

@@ -146,7 +146,10 @@ def test_rows_that_cannot_be_used_are_named(rows, message):
         check_rows(rows, list(LEVELS))
 
 
-@pytest.mark.parametrize("line, message", [("{", "corpus.jsonl:2 is not JSON"), ("[1]", "corpus.jsonl:2 holds list")])
+@pytest.mark.parametrize(
+    "line, message",
+    [("{", "corpus.jsonl:2: the line is not JSON"), ("[1]", "corpus.jsonl:2: the line is a JSON list")],
+)
 def test_a_broken_line_is_named(tmp_path, line, message):
     (tmp_path / "corpus.jsonl").write_text(json.dumps(ROWS[0]) + "\n" + line)
     with pytest.raises(ValueError, match=message):
@@ -155,5 +158,5 @@ def test_a_broken_line_is_named(tmp_path, line, message):
 
 def test_a_corpus_that_is_not_there_is_refused(tmp_path):
     for path in (tmp_path, tmp_path / "absent.jsonl"):
-        with pytest.raises(ValueError, match="is no corpus"):
+        with pytest.raises(ValueError, match="is not a corpus"):
             read_corpus(path)

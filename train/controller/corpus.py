@@ -1,8 +1,8 @@
-"""The granularity corpus: questions with the level each should be read at, one JSON object a line.
+"""The granularity corpus: questions with the level each should be read at, as a dataset folder of JSON Lines.
 
 A row holds `id`, `question`, `level` (a name), `level_probs` (name to probability), `confidence` (that of the level),
 `source` ("template", "annotated" or "measured"), `annotator` and `usage` (of a paid call, else null) and
-`created_at`; beside these whatever its source knows, of which training reads `split`, `kind` and `phrasing`.
+`created_at`; further columns depend on the source; training reads `split`, `kind` and `phrasing`.
 
 Splits are "train", "validation", and any number of others whose names begin with "test".
 """
@@ -10,14 +10,46 @@ Splits are "train", "validation", and any number of others whose names begin wit
 import hashlib
 import json
 import math
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 
+from huggingface_hub import DatasetCardData, HfApi
+
+from granulon.hub.files import write_atomically
+from granulon.hub.text import markdown_table
+from granulon.train.data.formats import BadRow, parse_json_object
+
 TRAIN, VALIDATION, TEST = "train", "validation", "test"
 TEMPLATE, ANNOTATED, MEASURED = "template", "annotated", "measured"  # where labels come from
-SHARES = {VALIDATION: 0.1, TEST: 0.1}  # of rows that bring no split along; the rest is for training
+SPLIT_SHARES = {VALIDATION: 0.1, TEST: 0.1}  # of rows without a split; the rest is for training
 SUM_TOLERANCE = 1e-3
+CARD, REPORT = "README.md", "report.json"
+CARD_TEXT = """\
+---
+{metadata}
+---
+
+# Granularity corpus
+
+Questions about images, each with the granularity at which an image should be read to answer it, for the controller of
+[Granulon](https://arxiv.org/abs/2603.08800).
+
+{origin}
+
+The questions come from `{data}`: {questions} of {rows} rows. Questions about one image are in one split.
+
+{table}
+
+Columns: `id`, `question`, `level`, `level_probs`, `confidence`, `source`, `annotator`, `usage`, `created_at`, `split`.
+
+```sh
+granulon-train-controller --model CHECKPOINT --corpus FOLDER --output TRAINED
+```
+
+The questions keep the licence of their source, which the program does not know and therefore does not state here.
+"""
 
 
 def corpus_row(
@@ -26,23 +58,22 @@ def corpus_row(
     source: str,
     *,
     key: str = "",
-    level: str | None = None,
     annotator: dict | None = None,
     usage: dict | None = None,
     created_at: str | None = None,
     **more,
 ) -> dict:
     """
-    A row in the corpus's form.
+    A row in the corpus's form; its level is the most probable one.
 
     Args:
-        question, source: see the module.
+        question, source, annotator, usage: columns, see the module.
         level_probs: the probability of each level, from coarse to fine.
-        key: what tells rows of one question apart, such as a hash of image and answer; part of the id.
-        level: the most probable one by default.
+        key: part of the id that distinguishes rows with the same question, such as a hash of image and answer.
+        created_at: now by default.
         more: further columns.
     """
-    level = level or max(level_probs, key=level_probs.get)
+    level = max(level_probs, key=level_probs.get)
     return {
         "id": hashlib.sha256(f"{source}\n{key}\n{question}".encode()).hexdigest()[:16],
         "question": question,
@@ -58,46 +89,46 @@ def corpus_row(
 
 
 def split_of(key: str) -> str:
-    """A split that depends on the key alone, so that rows of one image (or question) stay together."""
-    draw = draw_of(f"split\n{key}")
-    for split, share in SHARES.items():
+    """A split that depends on the key alone, so that rows about one image (or question) stay together."""
+    draw = hash_fraction(f"split\n{key}")
+    for split, share in SPLIT_SHARES.items():
         if draw < share:
             return split
         draw -= share
     return TRAIN
 
 
-def draw_of(key: str) -> float:
+def hash_fraction(key: str) -> float:
     """A number from 0 to 1 that depends on the key alone."""
     return int(hashlib.sha256(key.encode()).hexdigest()[:8], 16) / 16**8
 
 
 def read_corpus(path: str | Path) -> list[dict]:
     """
-    Rows of a JSONL file, or of the JSONL files of a folder, whose names then tell the split of rows without one.
+    Rows of a JSON Lines file, or of those of a folder; there a file's name is the split of rows without one.
 
     Raises:
-        ValueError: nothing there, or a line that is no JSON object.
+        ValueError: no file there, or a line that is not a JSON object.
     """
     path = Path(path)
     files = sorted(path.glob("*.jsonl")) if path.is_dir() else [path]
     if not files or not all(file.is_file() for file in files):
-        raise ValueError(f"{path} is no corpus: give a JSONL file, or a folder with JSONL files")
+        raise ValueError(f"{path} is not a corpus: give a JSON Lines file, or a folder with such files")
     rows = []
     for file in files:
         split = {"split": file.stem} if path.is_dir() and _is_split(file.stem) else {}
-        with file.open(encoding="utf-8") as lines:
-            rows += [split | _parse(line, f"{file}:{number}") for number, line in enumerate(lines, 1) if line.strip()]
+        for number, line in enumerate(file.read_text(encoding="utf-8").split("\n"), 1):
+            if line.strip():
+                try:
+                    rows.append(split | parse_json_object(line))
+                except BadRow as error:
+                    raise ValueError(f"{file}:{number}: {error}; repair or remove the line") from error
     return rows
 
 
 def write_corpus(rows: Iterable[dict], path: str | Path):
-    """Write rows as JSONL; the file appears when it is complete."""
-    path = Path(path)
-    draft = path.with_name(f".{path.name}.draft")
-    with draft.open("w", encoding="utf-8") as file:
-        file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    draft.replace(path)
+    """Write rows as JSON Lines; the file appears when it is complete."""
+    write_atomically(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
 def check_rows(rows: Iterable[dict], levels: list[str]) -> list[dict]:
@@ -105,10 +136,10 @@ def check_rows(rows: Iterable[dict], levels: list[str]) -> list[dict]:
     Rows with question, level, complete level_probs and split, in new dictionaries.
 
     A row needs `question` and `level` or `level_probs`; the other follows. A level that level_probs leaves out has
-    probability 0. Rows without a split are divided by their question.
+    probability 0. Rows without a split get one from their question.
 
     Raises:
-        ValueError: no rows, or one that lacks a column, names another level, or whose probabilities are none.
+        ValueError: no rows, or a row without these columns, with another level, or with invalid probabilities.
     """
     rows = [_checked(number, row, levels) for number, row in enumerate(rows)]
     if not rows:
@@ -130,10 +161,8 @@ def _checked(number: int, row: dict, levels: list[str]) -> dict:
     unknown = sorted({name for name in (level, *(probs or {})) if name is not None and name not in levels}, key=str)
     if unknown:
         raise ValueError(f"{where} names the levels {unknown}; the model has {levels}")
-    if not probs:
-        probs = {level: 1.0}
-    values = [probs.get(name) or 0.0 for name in levels]
-    if not all(_is_share(value) for value in values) or abs(sum(values) - 1) > SUM_TOLERANCE:
+    values = [(probs or {level: 1.0}).get(name) or 0.0 for name in levels]
+    if not all(map(_is_probability, values)) or abs(sum(values) - 1) > SUM_TOLERANCE:
         raise ValueError(f"{where} has level_probs {dict(probs)}; expected numbers from 0 to 1 whose sum is 1")
     complete = {name: value / sum(values) for name, value in zip(levels, values, strict=True)}
     level = level if level is not None else max(complete, key=complete.get)
@@ -143,7 +172,7 @@ def _checked(number: int, row: dict, levels: list[str]) -> dict:
     return row | {"level": level, "level_probs": complete, "split": split}
 
 
-def _is_share(value) -> bool:
+def _is_probability(value) -> bool:
     return isinstance(value, (int, float)) and math.isfinite(value) and 0 <= value <= 1
 
 
@@ -151,11 +180,62 @@ def _is_split(name) -> bool:
     return isinstance(name, str) and (name in (TRAIN, VALIDATION) or name.startswith(TEST))
 
 
-def _parse(line: str, where: str) -> dict:
-    try:
-        row = json.loads(line)
-    except ValueError as error:
-        raise ValueError(f"{where} is not JSON ({error}); expected one object a line") from error
-    if not isinstance(row, dict):
-        raise ValueError(f"{where} holds {type(row).__name__}; expected one JSON object a line")
-    return row
+def write_folder(output: Path, rows: list[dict], report: dict, origin: str, data: str) -> dict:
+    """
+    Write a corpus as a folder that `datasets` loads: a file per split, report.json, and the card.
+
+    Args:
+        output: an existing folder.
+        rows: each with its split.
+        report: content of report.json; `rows` and `questions` among it.
+        origin: a paragraph for the card on where the labels come from.
+        data: name or path of the data that the questions come from.
+
+    Returns:
+        dict: the report, with the number of rows of each level in each split.
+    """
+    splits = sorted({row["split"] for row in rows})
+    for split in splits:
+        write_corpus((row for row in rows if row["split"] == split), output / f"{split}.jsonl")
+    for split in {TRAIN, VALIDATION, TEST}.difference(splits):  # of an earlier run that found rows for it
+        (output / f"{split}.jsonl").unlink(missing_ok=True)
+    counts = Counter((row["split"], row["level"]) for row in rows)
+    names = list(rows[0]["level_probs"]) if rows else []
+    report = report | {"levels": {split: {name: counts[split, name] for name in names} for split in splits}}
+    write_atomically(output / REPORT, json.dumps(report, indent=1) + "\n")
+    write_atomically(output / CARD, card(report, origin, data))
+    return report
+
+
+def card(report: dict, origin: str, data: str) -> str:
+    """The dataset card in Markdown, with the metadata that the Hub reads; arguments as of `write_folder`."""
+    levels = report["levels"]
+    metadata = DatasetCardData(
+        pretty_name="Granularity corpus",
+        task_categories=["text-classification"],
+        tags=["granulon", "granularity"],
+        configs=[{"config_name": "default", "data_files": [{"split": s, "path": f"{s}.jsonl"} for s in levels]}],
+    )
+    names = list(next(iter(levels.values()), {}))
+    return CARD_TEXT.format(
+        metadata=metadata.to_yaml(),
+        origin=origin,
+        data=Path(data).name if Path(data).exists() else data,
+        rows=report["rows"],
+        questions=report["questions"],
+        table=markdown_table(["split", *names], [[split, *counts.values()] for split, counts in levels.items()]),
+    )
+
+
+def upload_corpus(output: Path, repo_id: str) -> str:
+    """Upload a corpus folder without its run/ folder to a dataset repository, made private if new; its address."""
+    api = HfApi()
+    api.create_repo(repo_id, repo_type="dataset", private=True, exist_ok=True)
+    return api.upload_folder(
+        folder_path=output,
+        repo_id=repo_id,
+        repo_type="dataset",
+        allow_patterns=["*.jsonl", "*.md", REPORT],
+        ignore_patterns=["*/*"],
+        commit_message="Granularity corpus",
+    )

@@ -1,9 +1,8 @@
-"""`granulon-train-controller`: the controller learns the levels of a granularity corpus, all else frozen.
+"""`granulon-train-controller`: train the controller on a granularity corpus; everything else is frozen.
 
 The controller reads the mean of a question's states in the language model (Eq. 2). The language model is frozen, so
-that mean is computed once per distinct question and kept on the CPU, one fp32 vector each; an epoch then costs next to
-nothing. Every score stands beside chance, the commonest level, and logistic regression on a bag of words, which has
-never seen a language model, on each test split of the corpus.
+the mean is computed once per distinct question and kept on the CPU as an fp32 vector. On each test split of the
+corpus, scores are reported beside chance, the most frequent level, and logistic regression on a bag of words.
 
 Shapes: B rows, Q distinct questions, T question tokens, E text width, G levels.
 """
@@ -28,10 +27,11 @@ from torch import nn
 from tqdm import tqdm
 from transformers import HfArgumentParser
 
-from granulon.hub.assemble import complete_or_absent
+from granulon.hub.files import atomic_folder, write_atomically
+from granulon.hub.inference import load_model, load_processor
 from granulon.hub.licences import public_name
-from granulon.train.checkpoints import tell_training
-from granulon.train.stages import load_model, load_processor
+from granulon.hub.manifest import append_training_record
+from granulon.hub.text import markdown_table, with_interval
 from modeling_granulon import GranulonForConditionalGeneration, GranulonProcessor
 from modeling_granulon.granularity_controller import GranularityController
 from modeling_granulon.granularity_controller import question_states as read_questions
@@ -44,26 +44,29 @@ from .replay import SEED_CORPUS, annotators_of, load_corpus
 REPORT, PICTURE = "controller_report.json", "controller_confusion.png"
 PREFIX = "model.granularity_controller."
 # Files of a training checkpoint that belong to the run and are not copied.
+LIBRARIES = ("granulon", "transformers", "torch", "scikit-learn")
 TRAINING_STATE_FILES = ("*.pt", "*.pth", "*.bin", "trainer_state.json", "complete.json")
-# The column that names what is new in a test split; the bootstrap draws whole groups of it.
+# The column by which a test split is held out; the bootstrap draws whole groups of it.
 GROUP_OF_SPLIT = {"test_kinds": "kind"}
-MOST_WORDS = 5000
-INVERSE_L2 = (0.1, 1.0, 10.0)  # C of the bag of words' regression; the validation split chooses
+MAX_WORDS = 5000
+INVERSE_L2 = (0.1, 1.0, 10.0)  # C of the regression on the bag of words, chosen on the validation split
 
 
 @dataclass
 class ControllerArguments:
-    model: str = field(metadata={"help": "checkpoint: a folder, or a repository of the Hub"})
-    output: str = field(metadata={"help": "folder to write the checkpoint to; must not exist yet"})
+    model: str = field(metadata={"help": "checkpoint: a folder or a Hub repository"})
+    output: str = field(metadata={"help": "new folder for the checkpoint"})
     corpus: str = field(
         default=SEED_CORPUS,
-        metadata={"help": "JSONL file or folder of such; 'seed' is the corpus made from templates"},
+        metadata={"help": "JSON Lines file or folder, or 'seed' for the corpus from templates"},
     )
-    hard: bool = field(default=False, metadata={"help": "learn the level alone, not the probabilities of all levels"})
-    epochs: int = field(default=100, metadata={"help": "at most; training stops when validation no longer improves"})
-    learning_rate: float = field(default=3e-4, metadata={"help": "of AdamW"})
+    hard: bool = field(
+        default=False, metadata={"help": "train on the level instead of the probabilities of all levels"}
+    )
+    epochs: int = field(default=100, metadata={"help": "maximum; training stops when validation no longer improves"})
+    learning_rate: float = field(default=3e-4, metadata={"help": "learning rate of AdamW"})
     batch_size: int = field(default=64, metadata={"help": "questions per step"})
-    seed: int = field(default=0, metadata={"help": "of the controller's first weights and of the order of rows"})
+    seed: int = field(default=0, metadata={"help": "seed of the initial weights and of the order of rows"})
 
 
 @dataclass
@@ -91,6 +94,7 @@ class Labelled:
         )
 
     def places(self, split: str) -> torch.Tensor:
+        """Indices of the rows of a split, (B,) long."""
         return torch.tensor([place for place, row in enumerate(self.rows) if row["split"] == split], dtype=torch.long)
 
 
@@ -107,28 +111,28 @@ def train_controller(
     patience: int = 10,
 ) -> dict:
     """
-    Teach the model's controller the levels of a corpus; no other weight changes.
+    Train the model's controller on a corpus; no other weight changes.
 
-    The controller starts anew, from the seed. After each epoch the validation split's cross-entropy is measured; the
-    best weights stay, and training stops after `patience` epochs without a better one. Without validation rows all
-    epochs run. The global random state is left alone.
+    The controller is initialised from the seed. The weights with the lowest cross-entropy on the validation split are
+    kept, and training stops after `patience` epochs without improvement. Without validation rows all epochs run. The
+    global random state does not change.
 
     Args:
         rows: of the corpus, see corpus.py.
-        soft: learn `level_probs`; else the level alone.
+        soft: train on `level_probs` instead of the level.
 
     Returns:
-        dict: what was trained and, for each test split, the scores of the controller and of the baselines.
+        dict: settings and history of the training and, for each test split, scores of controller and baselines.
 
     Raises:
-        ValueError: the model has no controller that learns, or rows that cannot be used.
-        FloatingPointError: a loss that is not finite; the model is as it was.
+        ValueError: the model has no learned controller, or invalid rows.
+        FloatingPointError: a loss that is not finite; the model is unchanged.
     """
     levels = model.config.granularity_names
     if model.model.granularity_controller is None:
         raise ValueError(
-            f"the model has no controller that learns (controller is {model.config.controller!r}, levels {levels}); "
-            "take a checkpoint with controller='learned' and at least two levels"
+            f"the model has no learned controller (controller is {model.config.controller!r}, levels {levels}); use a "
+            "checkpoint with controller='learned' and at least two levels"
         )
     data = Labelled.of(check_rows(rows, levels), levels, soft)
     if not len(data.places(TRAIN)):
@@ -145,7 +149,7 @@ def train_controller(
         for split in sorted(_split_sizes(data))
         if split.startswith(TEST)
     }
-    # Whose outputs these were decides under which name and licence the model may be published.
+    # The licences of the annotators restrict the name and licence of the published model.
     annotators = annotators_of(rows)
     sizes = dict(_split_sizes(data))
     return {"levels": levels, "rows": sizes, "annotators": annotators, **training, "splits": splits}
@@ -153,11 +157,11 @@ def train_controller(
 
 @torch.no_grad()
 def question_states(model, processor, questions: list[str], batch_size: int = 64) -> torch.Tensor:
-    """What the controller reads of each question: the standardised mean of its states (Eq. 2), (Q,E) fp32, CPU."""
+    """The controller's input for each question: the standardised mean of its states (Eq. 2), (Q,E) fp32 on the CPU."""
     base = model.model
     pooled = []
     for start in tqdm(range(0, len(questions), batch_size), desc="questions", leave=False, disable=None):
-        texts = [as_asked(processor, question) for question in questions[start : start + batch_size]]
+        texts = [as_rendered(processor, question) for question in questions[start : start + batch_size]]
         inputs = processor.tokenizer(
             texts, padding=True, padding_side="right", add_special_tokens=False, return_tensors="pt"
         ).to(base.device)
@@ -167,8 +171,8 @@ def question_states(model, processor, questions: list[str], batch_size: int = 64
     return torch.cat(pooled)
 
 
-def as_asked(processor: GranulonProcessor, question: str) -> str:
-    """The text that the controller reads when the question is asked through the chat template."""
+def as_rendered(processor: GranulonProcessor, question: str) -> str:
+    """The question as the controller reads it after the chat template."""
     message = [{"role": "user", "content": [{"type": "text", "text": question}]}]
     return processor.question(processor.apply_chat_template(message, add_generation_prompt=True))
 
@@ -179,7 +183,7 @@ def controller_logits(controller: GranularityController, states_BE: torch.Tensor
 
 
 def fit(controller, states_QE, data: Labelled, epochs=100, lr=3e-4, batch_size=64, seed=0, patience=10) -> dict:
-    """Train a controller in fp32 (bf16 would lose the steps of the optimizer) and return settings and history."""
+    """Train a controller in fp32 (bf16 is too coarse for the optimizer's steps); returns settings and history."""
     optimizer = torch.optim.AdamW(controller.parameters(), lr=lr)
     order = torch.Generator().manual_seed(seed)
     train_B, validation_B = data.places(TRAIN), data.places(VALIDATION)
@@ -200,7 +204,7 @@ def fit(controller, states_QE, data: Labelled, epochs=100, lr=3e-4, batch_size=6
             loss.backward()
             optimizer.step()
         with torch.no_grad():
-            watched = loss_of(validation_B).item() if len(validation_B) else -epoch
+            watched = loss_of(validation_B).item() if len(validation_B) else -epoch  # without validation: the last
         history.append(
             {"epoch": epoch, "loss": loss.item(), "validation_loss": watched if len(validation_B) else None}
         )
@@ -230,11 +234,11 @@ def _fresh_controller(model, seed: int) -> GranularityController:
 def bag_of_words(data: Labelled) -> torch.Tensor:
     """The baseline: multinomial logistic regression on counts of the training words, (Q,G) probabilities."""
     train_B, validation_B = data.places(TRAIN), data.places(VALIDATION)
-    watched_B = validation_B if len(validation_B) else train_B
-    words = CountVectorizer(max_features=MOST_WORDS, token_pattern=r"(?u)\w+")
+    selection_B = validation_B if len(validation_B) else train_B
+    words = CountVectorizer(max_features=MAX_WORDS, token_pattern=r"(?u)\w+")
     words.fit([data.rows[place]["question"] for place in train_B.tolist()])
     counts_QV = words.transform(data.questions)
-    # Labels are probabilities: every row stands there once per level, weighted by the level's probability.
+    # Soft labels: every row occurs once per level, weighted by the probability of the level.
     levels = data.target_BG.shape[1]
     rows_V = vstack([counts_QV[data.question_B[train_B].numpy()]] * levels)
     label = np.repeat(np.arange(levels), len(train_B))
@@ -243,13 +247,13 @@ def bag_of_words(data: Labelled) -> torch.Tensor:
     for inverse_l2 in INVERSE_L2:
         regression = LogisticRegression(C=inverse_l2, max_iter=1000).fit(rows_V, label, sample_weight=weight)
         logs_QG = torch.from_numpy(regression.predict_log_proba(counts_QV)).float()
-        loss = nn.functional.cross_entropy(logs_QG[data.question_B[watched_B]], data.target_BG[watched_B])
+        loss = nn.functional.cross_entropy(logs_QG[data.question_B[selection_B]], data.target_BG[selection_B])
         losses[loss.item()] = logs_QG.exp()
     return losses[min(losses)]
 
 
 def _split_report(data: Labelled, split: str, predictions: dict[str, torch.Tensor], seed: int) -> dict:
-    """Scores of each prediction on one split, beside those of a blind guess and of the commonest training level."""
+    """Scores of each prediction on one split, beside chance and the most frequent training level."""
     places_B = data.places(split)
     level_B = data.level_B[places_B].numpy()
     groups = [bootstrap_group(data.rows[place], split) for place in places_B.tolist()]
@@ -267,7 +271,7 @@ def _split_report(data: Labelled, split: str, predictions: dict[str, torch.Tenso
 
 
 def _answer_loss(data: Labelled, places_B: torch.Tensor, probs_QG: torch.Tensor) -> dict:
-    """Where a split's labels were measured, what the answers lose at the chosen levels."""
+    """For measured labels, the answers' loss at the chosen levels."""
     rows = [data.rows[place] for place in places_B.tolist()]
     if not all("answer_nll" in row for row in rows):
         return {}
@@ -278,7 +282,7 @@ def _answer_loss(data: Labelled, places_B: torch.Tensor, probs_QG: torch.Tensor)
 
 
 def bootstrap_group(row: dict, split: str) -> str:
-    """What the bootstrap draws as one: a kind where kinds are held out, else a template, else a question."""
+    """The bootstrap's group of a row: its kind where kinds are held out, else its template, else its question."""
     return str(row.get(GROUP_OF_SPLIT.get(split, "phrasing")) or row["question"])
 
 
@@ -287,44 +291,45 @@ def _split_sizes(data: Labelled) -> Counter:
 
 
 def tables(report: dict) -> str:
-    """The report's scores as Markdown, each with its 95% interval; where labels were measured, the answers' loss."""
-    lines = ["| split | rows (groups) | model | accuracy | macro-F1 | ECE |", "|---|--:|---|--:|--:|--:|"]
+    """The report's scores in Markdown with 95% intervals; for measured labels also the answers' loss."""
+    rows, losses = [], []
     for split, part in report["splits"].items():
         for name in ("controller", "bag_of_words"):
-            cells = " | ".join(_interval(part[name][measure]) for measure in ("accuracy", "macro_f1", "ece"))
-            lines.append(f"| {split} | {part['rows']} ({part[name]['groups']}) | {name.replace('_', ' ')} | {cells} |")
-        for name in ("chance", "commonest"):
-            lines.append(f"| {split} | {part['rows']} | {name} | {part[name]:.3f} | | |")
-    measured = {split: part["answer_loss"] for split, part in report["splits"].items() if "answer_loss" in part}
-    if measured:
-        lines += ["", "| split | levels | nats per answer | image tokens |", "|---|---|--:|--:|"]
-    for split, loss in measured.items():
-        fixed = {f"{name}, fixed": (value, loss["image_tokens"][name]) for name, value in loss["fixed"].items()}
-        chosen = {"chosen by the controller": (loss["chosen"], loss["image_tokens"]["chosen"])}
-        for name, (value, tokens) in (fixed | chosen).items():
-            lines.append(f"| {split} | {name} | {_interval(value)} | {tokens:.1f} |")
-        difference = _interval(loss["chosen_minus_best_fixed"])
-        lines.append(f"| {split} | best of each row (oracle) | {_interval(loss['oracle'])} | |")
-        lines.append(f"| {split} | chosen less best fixed ({loss['best_fixed']}) | {difference} | |")
-    return "\n".join(lines)
+            measures = [with_interval(*part[name][measure], digits=3) for measure in ("accuracy", "macro_f1", "ece")]
+            rows.append([split, f"{part['rows']} ({part[name]['groups']})", name.replace("_", " "), *measures])
+        rows += [[split, part["rows"], name, f"{part[name]:.3f}", "", ""] for name in ("chance", "commonest")]
+        if "answer_loss" in part:
+            losses += _loss_rows(split, part["answer_loss"])
+    text = markdown_table(["split", "rows (groups)", "model", "accuracy", "macro-F1", "ECE"], rows)
+    if losses:
+        text += "\n\n" + markdown_table(["split", "levels", "nats per answer", "image tokens"], losses, text_columns=2)
+    return text
 
 
-def _interval(value: tuple[float, float, float]) -> str:
-    return "{:.3f} [{:.3f}, {:.3f}]".format(*value)
+def _loss_rows(split: str, loss: dict) -> list[list]:
+    tokens = loss["image_tokens"]
+    named = {f"{name}, fixed": (value, tokens[name]) for name, value in loss["fixed"].items()}
+    named["chosen by the controller"] = loss["chosen"], tokens["chosen"]
+    difference = f"chosen minus best fixed ({loss['best_fixed']})", loss["chosen_minus_best_fixed"]
+    return [
+        *([split, name, with_interval(*value, digits=3), f"{count:.1f}"] for name, (value, count) in named.items()),
+        [split, "best of each row (oracle)", with_interval(*loss["oracle"], digits=3), ""],
+        [split, difference[0], with_interval(*difference[1], digits=3), ""],
+    ]
 
 
 def save_with_controller(source: Path, controller: GranularityController, report: dict, output: Path):
     """
-    The checkpoint again, with another controller; every other weight is copied bit for bit.
+    Copy a checkpoint with another controller; every other weight stays the same, bit for bit.
 
-    The files are copied, since loading and saving would bring parts that are stored in several dtypes into one. The
-    folder appears when it is complete.
+    Files are copied because loading and saving would convert parts with different dtypes to one. The folder appears
+    when it is complete.
 
     Raises:
         ValueError: the checkpoint has no safetensors file with the controller's weights.
     """
     new = {PREFIX + name: weight.detach().cpu() for name, weight in controller.state_dict().items()}
-    with complete_or_absent(output) as folder:
+    with atomic_folder(output) as folder:
         shutil.copytree(source, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns(*TRAINING_STATE_FILES))
         for file in sorted(folder.glob("*.safetensors")):
             with safe_open(file, "pt") as stored:
@@ -338,7 +343,7 @@ def save_with_controller(source: Path, controller: GranularityController, report
                 f"{source} has no {', '.join(sorted(new)[:2])} in a safetensors file; save the model with "
                 "save_pretrained first"
             )
-        (folder / REPORT).write_text(json.dumps(report, indent=1) + "\n")
+        write_atomically(folder / REPORT, json.dumps(report, indent=1) + "\n")
         _add_training_record(folder, report)
         if report["splits"]:
             confusions = {split: part["controller"]["confusion"] for split, part in report["splits"].items()}
@@ -346,10 +351,11 @@ def save_with_controller(source: Path, controller: GranularityController, report
 
 
 def _add_training_record(folder: Path, report: dict):
-    """Write into the manifest, which later stages keep, what the controller was trained on and who labelled it."""
+    """Record corpus and annotators in the manifest, which later stages keep."""
     corpus = report.get("corpus")
-    tell_training(
+    append_training_record(
         folder,
+        LIBRARIES,
         stage="controller",
         recipe=corpus and public_name(corpus),
         settings={"data": [corpus] if corpus not in (None, SEED_CORPUS) else []},
@@ -362,10 +368,10 @@ def _add_training_record(folder: Path, report: dict):
 
 
 def run(arguments: ControllerArguments) -> dict:
-    """Train, save and report as the command line says; raises ValueError for what cannot be used."""
+    """Train and save; returns the report. Raises `ValueError` for invalid arguments or data."""
     output = Path(arguments.output)
     if output.exists():
-        raise ValueError(f"{output} exists already; name a folder that does not")
+        raise ValueError(f"{output} exists already; choose a new folder")
     rows = load_corpus(arguments.corpus)
     source = Path(arguments.model)
     if not source.is_dir():

@@ -1,15 +1,14 @@
-"""Paid calls of a language model, each made once: a journal that survives any crash, a cost cap, retries.
+"""Paid calls of a language model: each made once and logged, under a cost cap, with retries.
 
-A call is written down before it is sent, with the most it can cost, and again when its reply is there, with what it
-did cost. Whatever happens in between, a later run knows both what it has and what it may have paid for: a reply that
-is in the journal is not asked for again, and a call whose end is not known counts in full, so that the cap holds over
-all runs together.
+A call is written to the journal before it is sent, with the most it can cost, and again when it ends, with its actual
+cost. After a crash at any point a later run therefore knows which replies it has and what it may have paid for:
+logged replies are not requested again, and a call without a logged end counts in full, so that the cap holds over all
+runs together.
 
-Retries are made here and not by the openai client, whose own would be sent without being written down.
+The openai client's own retries are turned off: they would be sent without being logged.
 """
 
 import asyncio
-import fcntl
 import hashlib
 import json
 import os
@@ -18,26 +17,65 @@ import signal
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from functools import partial
 from pathlib import Path
 
 import openai
 from pydantic import BaseModel, ValidationError
 from tqdm import tqdm
 
+from granulon.hub.files import JsonlLog
+
 SENT, ANSWERED, FAILED, REJECTED = "sent", "answered", "failed", "rejected"
-TRY_AGAIN = (408, 409, 425, 429)  # and all from 500 on
-OF_THE_CONTENT = (400, 413, 422)  # one content may be at fault, unless nothing was ever answered
-NO_QUOTA = "insufficient_quota"  # comes as 429, and no waiting helps
-GATEWAY_GAVE_UP = (408, 504, 524)  # while the model may have worked, for money
-NEVER_SENT = ("ConnectError", "ConnectTimeout", "PoolTimeout", "UnsupportedProtocol")  # of httpx, and of httpx2
-LONGEST_WAIT = 60.0  # seconds, of our own
-LONGEST_ASKED = 600.0  # seconds; who asks for more is asked again by another run
-SHORTEST_KEY = 8  # letters; what endpoints of one's own take for a key may be any word
-TEMPLATE_TOKENS = 64  # what a chat template may add to the text of a call
+TEMPORARY_STATUS = (408, 409, 425, 429)  # and all from 500 on: worth a retry
+CONTENT_STATUS = (400, 413, 422)  # this content may be at fault, unless no call was ever answered
+GATEWAY_TIMEOUT_STATUS = (408, 504, 524)  # the model may have worked, and the call may be charged
+QUOTA_EXHAUSTED = "insufficient_quota"  # error code that comes with status 429, and that no waiting helps
+CONNECTION_FAILED = ("ConnectError", "ConnectTimeout", "PoolTimeout", "UnsupportedProtocol")  # of httpx: nothing sent
 FIRST_WAIT = 1.0  # seconds before the second attempt, doubled for each further one
+LONGEST_WAIT = 60.0  # seconds, of the exponential backoff
+LONGEST_RETRY_AFTER = 600.0  # seconds; an endpoint that asks for more ends the run
 TIMEOUT = 300.0  # seconds to wait for a reply; a model that reasons takes long
+SHORTEST_KEY = 8  # characters; a shorter API key of a local endpoint may be any word
+TEMPLATE_TOKENS = 64  # the most that a chat template adds to the text of a call
 CHARACTERS_PER_TOKEN = 4  # of English, for the estimate; the cap counts a token for each byte
+
+
+class StopRun(Exception):
+    """No further call makes sense; the message says why and what to do. All replies so far are in the journal."""
+
+
+class BudgetExceeded(StopRun):
+    """The next call might cost more than is left."""
+
+
+class SchemaMismatch(Exception):
+    """A reply that was paid for and does not fit the schema."""
+
+
+@dataclass(frozen=True)
+class Prices:
+    """In USD per million tokens."""
+
+    input: float
+    output: float
+
+    def of(self, input_tokens: int, output_tokens: int) -> float:
+        """The cost in USD."""
+        return (input_tokens * self.input + output_tokens * self.output) / 1e6
+
+
+@dataclass
+class Request:
+    """A call to make: `messages` as the endpoint takes them; `key` identifies it, see `call_key`."""
+
+    key: str
+    messages: list[dict]
+
+
+def call_key(content, model: str, prompt_sha: str, variant: str = "") -> str:
+    """The identity of a call: content (JSON), model, hash of the prompt, and a name for repeated calls."""
+    identity = json.dumps([content, model, prompt_sha, variant], sort_keys=True, ensure_ascii=True)
+    return hashlib.sha256(identity.encode()).hexdigest()
 
 
 @dataclass(kw_only=True)
@@ -89,67 +127,32 @@ class ApiArguments:
         )
 
 
-class StopRun(Exception):
-    """No further call makes sense; the message says why and what to do. What was answered is in the journal."""
-
-
-class BudgetExceeded(StopRun):
-    """The next call might cost more than is left."""
-
-
-class Rejected(Exception):
-    """This content gets no usable reply; the message is the reason."""
-
-
-@dataclass(frozen=True)
-class Prices:
-    """In USD per million tokens."""
-
-    input: float
-    output: float
-
-    def of(self, input_tokens: int, output_tokens: int) -> float:
-        return (input_tokens * self.input + output_tokens * self.output) / 1e6
-
-
-@dataclass
-class Request:
-    """Something to be asked: `messages` as the endpoint takes them; `key` names content, model and prompt."""
-
-    key: str
-    messages: list[dict]
-
-
-def call_key(content, model: str, prompt_sha: str, variant: str = "") -> str:
-    """What makes two calls the same: content (JSON), model, the hash of the prompt, and which of several askings."""
-    identity = json.dumps([content, model, prompt_sha, variant], sort_keys=True, ensure_ascii=True)
-    return hashlib.sha256(identity.encode()).hexdigest()
-
-
 class Journal:
     """
-    An append-only file of calls, open in one process at a time.
+    The log of all calls, open in one process at a time.
+
+    Attributes:
+        answers: by key, the entry with `answer`, `usage`, `cost` and `at`.
+        rejected: by key, the reason why a content gets no usable reply.
 
     Args:
-        path: the file; made if it does not exist. A last line that a crash cut short is removed.
-        max_cost: the cap in USD over everything in the file; None is none.
+        path: the file (JSON Lines); made if it does not exist.
+        max_cost: the cap in USD over everything in the file; None for no cap.
 
     Raises:
-        ValueError: the file is open elsewhere, or holds a line that no journal wrote; a cap that is no number.
+        ValueError: the file is open in another process or has an unknown entry; a cap below 0.
     """
 
     def __init__(self, path: str | Path, max_cost: float | None = None):
         if max_cost is not None and not max_cost >= 0:
             raise ValueError(f"the cap is {max_cost} USD; expected 0 or more")
-        self.path, self.max_cost = Path(path), max_cost
-        self.answers, self.rejected = {}, {}  # by key: the entry, the reason
-        self.open_calls, self.settled = {}, 0.0  # most that each may cost; cost of all whose end is known
+        self.max_cost = max_cost
+        self.answers, self.rejected = {}, {}
+        self.open_calls, self.settled = {}, 0.0  # most that each open call may cost; cost of all that ended
         self.calls = 0
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        self.file = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
+        self.log = JsonlLog(path)
         try:
-            self._lock()
-            self._read()
+            self._load()
         except ValueError:
             self.close()
             raise
@@ -161,15 +164,16 @@ class Journal:
         self.close()
 
     def close(self):
-        os.close(self.file)
+        """Release the file."""
+        self.log.close()
 
     @property
     def spent(self) -> float:
-        """USD, calls whose end is not known in full."""
+        """USD; calls without a logged end count in full."""
         return self.settled + sum(self.open_calls.values())
 
     def reserve(self, key: str, most: float) -> int:
-        """Write down that a call is about to be sent; its number. Raises `BudgetExceeded`."""
+        """Log that a call is about to be sent and costs at most so many USD; its number. Raises `BudgetExceeded`."""
         if self.max_cost is not None and self.spent + most > self.max_cost:
             raise BudgetExceeded(
                 f"{self.spent:.4f} USD of {self.max_cost:g} are spent, and the next call may cost {most:.4f}: run the "
@@ -179,27 +183,34 @@ class Journal:
         return self.calls
 
     def settle(self, call: int, key: str, cost: float, answer: dict | None = None, **more):
-        """Write down how a call ended: with an answer, or without."""
+        """Log how a call ended: with an answer, or without."""
         event = FAILED if answer is None else ANSWERED
         self._write({"event": event, "call": call, "key": key, "cost": cost, "answer": answer, **more})
 
     def reject(self, key: str, reason: str):
-        """Write down that a content gets no usable reply."""
+        """Log that a content gets no usable reply, so that it is not sent again."""
         self._write({"event": REJECTED, "key": key, "reason": reason})
 
     def _write(self, entry: dict):
-        line = json.dumps(entry, allow_nan=False).encode() + b"\n"
         try:
-            written = os.write(self.file, line)
-            if written < len(line):  # a full disk: no half line may stand before another
-                os.ftruncate(self.file, os.fstat(self.file).st_size - written)
-                raise OSError(f"{written} of {len(line)} bytes were written")
-            self._take(entry)  # the line stands there from now on, whether or not it reaches the disk
-            os.fsync(self.file)
+            self.log.append(entry)
         except OSError as error:
-            raise StopRun(f"{self.path} cannot be written ({error}); make room and run the same command") from error
+            raise StopRun(
+                f"{self.log.path} cannot be written ({error}); make room and run the same command"
+            ) from error
+        self._apply(entry)
 
-    def _take(self, entry: dict):
+    def _load(self):
+        for number, entry in enumerate(self.log.read(), 1):
+            try:
+                self._apply(entry)
+            except (KeyError, TypeError) as error:
+                raise ValueError(
+                    f"{self.log.path}:{number} is not a journal entry ({str(entry)[:60]}); restore the file, or move "
+                    "it away and pay again"
+                ) from error
+
+    def _apply(self, entry: dict):
         if entry["event"] == REJECTED:
             self.rejected[entry["key"]] = entry["reason"]
             return
@@ -213,43 +224,24 @@ class Journal:
             self.answers[entry["key"]] = entry
             self.rejected.pop(entry["key"], None)
 
-    def _lock(self):
-        try:
-            fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise ValueError(
-                f"{self.path} is in use by another process; wait for it, or name another output"
-            ) from error
-
-    def _read(self):
-        content = self.path.read_bytes()
-        whole = content.rfind(b"\n") + 1
-        for number, line in enumerate(content[:whole].splitlines(), 1):
-            try:
-                self._take(json.loads(line))
-            except (ValueError, KeyError, TypeError) as error:
-                raise ValueError(
-                    f"{self.path}:{number} is no line of a journal ({line[:60]!r}); restore the file, or move it away "
-                    "and pay again"
-                ) from error
-        os.ftruncate(self.file, whole)
-
 
 @dataclass
 class Endpoint:
     """
-    An OpenAI-compatible endpoint that answers in the form of a schema, through a journal.
+    An OpenAI-compatible endpoint with structured outputs, called through a journal.
 
     Args:
         client: with `max_retries=0`.
-        model: the name the endpoint knows.
-        journal: where calls are written down.
+        model: its name at the endpoint.
+        journal: where calls are logged.
         schema: pydantic model of the reply; with `extra="forbid"` and without defaults, as strict schemas must be.
         prices: of the model.
-        max_tokens: the most that a reply may have.
+        max_tokens: of a reply.
         attempts: how often a content is sent before it is left for another run.
         schema_attempts: how many replies may miss the schema before the content is rejected.
-        options: further arguments of the call, such as `temperature`.
+
+    Raises:
+        ValueError: the client retries by itself.
     """
 
     client: openai.AsyncOpenAI
@@ -260,213 +252,196 @@ class Endpoint:
     max_tokens: int = 512
     attempts: int = 6
     schema_attempts: int = 3
-    options: dict = field(default_factory=dict)
 
     def __post_init__(self):
         if self.client.max_retries:
             raise ValueError(f"the client retries {self.client.max_retries} times by itself; pass max_retries=0")
         schema = {"name": "reply", "strict": True, "schema": self.schema.model_json_schema()}
         self.response_format = {"type": "json_schema", "json_schema": schema}
-        self.settled = asyncio.Condition()
-        self.under_way, self.in_vain = 0, 0  # calls; contents without a reply since the last reply
+        self.call_ended = asyncio.Condition()
+        self.calls_in_flight, self.failures_in_a_row = 0, 0
         self.stop: StopRun | None = None
 
     def most_cost(self, messages: list[dict]) -> float:
-        """What a call can cost at most: no tokenizer makes more tokens of a text than it has bytes."""
+        """The most a call can cost in USD: a token for each byte, since no tokenizer makes more."""
         text = json.dumps([messages, self.response_format], ensure_ascii=False)
         return self.prices.of(len(text.encode()) + TEMPLATE_TOKENS, self.max_tokens)
 
     async def ask_all(
-        self, requests: Iterable[Request], concurrency: int = 16, done: Callable[[Request], None] = lambda _: None
+        self, requests: Iterable[Request], concurrency: int = 16, on_done: Callable[[], None] = lambda: None
     ) -> StopRun | None:
         """
-        Ask for what the journal does not hold yet; the answers are in the journal.
+        Send the requests that the journal has no reply for; the answers are in the journal.
 
         Args:
-            requests: at most `concurrency` of them are under way at once; those of one key are one.
-            done: called after each, whatever came of it.
+            requests: at most `concurrency` of them are in flight at once; a key that comes twice is sent once.
+            on_done: called after each request, whatever its outcome.
 
         Returns:
             why it stopped before the end, if it did.
         """
-        waiting, taken, patience = iter(requests), set(), max(10, 2 * concurrency)
+        pending, started, most_failures = iter(requests), set(), max(10, 2 * concurrency)
 
-        async def work():
-            for request in waiting:
+        async def worker():
+            for request in pending:
                 if self.stop:
                     return
-                if request.key not in taken and request.key not in self.journal.rejected:
-                    taken.add(request.key)
+                if request.key not in started and request.key not in self.journal.rejected:
+                    started.add(request.key)
                     try:
-                        self._note(await self._ask_or_reason(request), patience)
+                        await self.ask(request)
+                        self._count_failures(request.key, most_failures)
                     except StopRun as stop:
                         self.stop = self.stop or stop
                         return
-                done(request)
+                on_done()
 
         async with asyncio.TaskGroup() as group:
             for _ in range(concurrency):
-                group.create_task(work())
+                group.create_task(worker())
         return self.stop
 
-    async def _ask_or_reason(self, request: Request) -> dict | str | None:
-        try:
-            return await self.ask(request)
-        except Rejected as reason:
-            return str(reason)
-
-    def _note(self, outcome: dict | str | None, patience: int):
-        """Raises `StopRun` after too many contents in a row without a reply (None) or without a usable one (why)."""
-        self.in_vain = 0 if isinstance(outcome, dict) else self.in_vain + 1
-        if self.in_vain < patience:
+    def _count_failures(self, key: str, most: int):
+        """Raises `StopRun` after so many contents in a row without a usable reply."""
+        self.failures_in_a_row = 0 if key in self.journal.answers else self.failures_in_a_row + 1
+        if self.failures_in_a_row < most:
             return
-        if outcome is None:
+        if key not in self.journal.rejected:
             raise StopRun(
-                f"{self.client.base_url} gave no reply for the last {self.in_vain} contents: run the same command "
-                "again when it is back"
+                f"{self.client.base_url} gave no reply for the last {self.failures_in_a_row} contents: run the same "
+                "command again when it is back"
             )
         raise StopRun(
-            f"{self.in_vain} contents in a row got no usable reply from {self.model}, so that no more are paid for: "
-            f"{outcome}; change what is at fault and add --retry_quarantined"
+            f"{self.failures_in_a_row} contents in a row got no usable reply from {self.model}, so that no more are "
+            f"paid for: {self.journal.rejected[key]}; fix the cause and add --retry_quarantined"
         )
 
     async def ask(self, request: Request) -> dict | None:
         """
-        The journal's entry with the reply (`answer`, `usage`, `cost`, `at`); None if all attempts failed.
+        The journal's entry with the reply; None if the content was rejected or all attempts failed.
 
         Raises:
-            Rejected: the content gets no usable reply, now or in an earlier run.
-            StopRun: no other content would get one either.
+            StopRun: no other content would get a reply either.
         """
-        key, missed = request.key, 0
+        key, mismatches = request.key, 0
         for attempt in range(self.attempts):
-            if key in self.journal.answers or self.stop:
+            if key in self.journal.answers or key in self.journal.rejected or self.stop:
                 break
-            if key in self.journal.rejected:
-                raise Rejected(self.journal.rejected[key])
-            outcome = await self._call(request)
-            if isinstance(outcome, _Missed):
-                missed += 1
-                if missed == self.schema_attempts:
-                    self.journal.reject(key, f"{missed} replies were not what was asked for, the last: {outcome}")
-            elif isinstance(outcome, openai.APIStatusError):
-                self._judge(outcome, key)
-            if outcome is not None:
-                await self._wait(outcome, attempt)
-        if key in self.journal.rejected:
-            raise Rejected(self.journal.rejected[key])
+            error = await self._call(request)
+            if isinstance(error, SchemaMismatch):
+                mismatches += 1
+                if mismatches == self.schema_attempts:
+                    self.journal.reject(key, f"{mismatches} replies did not fit the schema, the last: {error}")
+                    break
+            elif isinstance(error, openai.APIStatusError):
+                self._reject_unless_temporary(error, key)
+            if error is not None:
+                await self._wait(error, attempt)
         return self.journal.answers.get(key)
 
     async def _call(self, request: Request) -> Exception | None:
-        """One call, written down before and after; what went wrong, if anything."""
+        """One call, logged before and after; its error, if it failed."""
         call = await self._reserve(request)
-        settle, most = partial(self.journal.settle, call, request.key), self.journal.open_calls[call]
+        try:
+            return await self._send(request, call)
+        finally:
+            async with self.call_ended:
+                self.calls_in_flight -= 1
+                self.call_ended.notify_all()
+
+    async def _send(self, request: Request, call: int) -> Exception | None:
+        cost = most = self.journal.open_calls[call]
+        answer = error = None
         try:
             reply = await self.client.chat.completions.create(
                 model=self.model,
                 messages=request.messages,
                 response_format=self.response_format,
                 max_completion_tokens=self.max_tokens,
-                **self.options,
             )
             usage, cost = self._usage(reply, most)
             answer = self.schema.model_validate_json(reply.choices[0].message.content or "").model_dump()
-            settle(cost, answer, usage=usage, at=datetime.now(UTC).isoformat(timespec="seconds"))
-            self._check_bound(cost, most)
-            return None
-        except openai.APIStatusError as error:
-            # A call that is refused is not paid for.
-            settle(most if error.status_code in GATEWAY_GAVE_UP else 0.0, reason=self._told(error))
-            return error
-        except ValidationError as error:
-            missed = _Missed(self._why_missed(reply.choices[0]) or str(error).replace("\n", " "))
-            settle(cost, reason=str(missed))
-            self._check_bound(cost, most)
-            return missed
-        except (openai.APIError, ValueError, AttributeError, LookupError, TypeError, RecursionError) as error:
-            # Broken off, too late, or not what an endpoint says: it may have been paid for, if it was sent.
-            settle(0.0 if type(error.__cause__).__name__ in NEVER_SENT else most, reason=self._told(repr(error)))
-            return error
-        finally:
-            async with self.settled:
-                self.under_way -= 1
-                self.settled.notify_all()
+            logged = {"usage": usage, "at": datetime.now(UTC).isoformat(timespec="seconds")}
+        except ValidationError as mismatch:
+            error = SchemaMismatch(self._mismatch_reason(reply.choices[0]) or str(mismatch).replace("\n", " "))
+        except openai.APIStatusError as refusal:  # is not charged
+            error, cost = refusal, most if refusal.status_code in GATEWAY_TIMEOUT_STATUS else 0.0
+        except (openai.APIError, ValueError, AttributeError, LookupError, TypeError, RecursionError) as failure:
+            # The connection broke, a timeout, or a malformed reply: charged, unless nothing was sent.
+            error, cost = failure, 0.0 if type(failure.__cause__).__name__ in CONNECTION_FAILED else most
+        if error is not None:
+            logged = {"reason": self._without_key(f"{type(error).__name__}: {error}")}
+        self.journal.settle(call, request.key, cost, answer, **logged)
+        if self.journal.max_cost is not None and cost > most:
+            raise StopRun(
+                f"a call to {self.client.base_url} cost {cost:.4f} USD, and at most {most:.4f} was expected: the "
+                f"endpoint ignores the limit of {self.max_tokens} tokens a reply, so that no cap would hold; raise "
+                "--max_tokens to what it writes"
+            )
+        return error
 
     async def _reserve(self, request: Request) -> int:
-        """Calls under way hold more of the budget than they will need: what does not fit yet waits for them."""
+        """Reserve the most a call can cost; while calls in flight hold too much of the budget, wait for their end."""
         most = self.most_cost(request.messages)
-        async with self.settled:
+        async with self.call_ended:
             while True:
                 if self.stop:
                     raise self.stop
                 try:
                     call = self.journal.reserve(request.key, most)
                 except BudgetExceeded:
-                    if not self.under_way:
+                    if not self.calls_in_flight:
                         raise
-                    await self.settled.wait()
+                    await self.call_ended.wait()
                 else:
-                    self.under_way += 1
+                    self.calls_in_flight += 1
                     return call
 
     def _usage(self, reply, most: float) -> tuple[dict | None, float]:
-        """Tokens and USD of a reply; without a count, the most it can have cost."""
+        """Tokens and USD of a reply; without a valid token count, the most it can have cost."""
         counts = [getattr(reply.usage, name, None) for name in ("prompt_tokens", "completion_tokens")]
         if not all(isinstance(count, int) and count >= 0 for count in counts):
             return None, most
         return dict(zip(("input_tokens", "output_tokens"), counts, strict=True)), self.prices.of(*counts)
 
-    def _check_bound(self, cost: float, most: float):
-        """No cap holds where a call can cost more than was set aside for it."""
-        if self.journal.max_cost is not None and cost > most:
-            raise StopRun(
-                f"a call to {self.client.base_url} cost {cost:.4f} USD, of which at most {most:.4f} was expected: it "
-                f"does not keep to {self.max_tokens} tokens a reply, so that no cap would hold; raise --max_tokens to "
-                "what it writes"
-            )
-
-    def _why_missed(self, choice) -> str | None:
+    def _mismatch_reason(self, choice) -> str | None:
         """What the endpoint itself says of a reply that does not fit."""
         if choice.finish_reason == "length":
             return f"the reply was cut off after {self.max_tokens} tokens; raise --max_tokens"
         if choice.finish_reason == "content_filter":
             return "the endpoint's filter cut the reply off"
         refusal = getattr(choice.message, "refusal", None)
-        return f"the model refuses: {self._told(refusal)}" if refusal else None
+        return f"the model refuses: {self._without_key(refusal)}" if refusal else None
 
-    def _told(self, error) -> str:
-        """What an endpoint says, without the key, which some of them repeat."""
+    def _without_key(self, error) -> str:
+        """An endpoint's message without the API key, which some of them repeat."""
         key = self.client.api_key
         return str(error).replace(key, "<key>") if len(key) >= SHORTEST_KEY else str(error)
 
-    def _judge(self, error: openai.APIStatusError, key: str):
-        """Nothing where trying again may help; else rejects the content or raises `StopRun`."""
+    def _reject_unless_temporary(self, error: openai.APIStatusError, key: str):
+        """Return where a retry may help; else reject the content, or raise `StopRun` if all calls would fail."""
         status = error.status_code
-        if (status in TRY_AGAIN or status >= 500) and error.code != NO_QUOTA:
+        if (status in TEMPORARY_STATUS or status >= 500) and error.code != QUOTA_EXHAUSTED:
             return
-        if status in OF_THE_CONTENT and self.journal.answers:
-            self.journal.reject(key, self._told(error))
+        if status in CONTENT_STATUS and self.journal.answers:
+            self.journal.reject(key, self._without_key(error))
             return
         raise StopRun(
-            f"{self.client.base_url} refused the call: {self._told(error)}; look at the key (OPENAI_API_KEY), the "
-            f"name of the model ({self.model}), the account, and whether it takes structured outputs"
+            f"{self.client.base_url} refused the call: {self._without_key(error)}; check the key (OPENAI_API_KEY), "
+            f"the name of the model ({self.model}), the account, and whether the endpoint supports structured outputs"
         ) from error
 
     async def _wait(self, error: Exception, attempt: int):
-        """Longer after each attempt, with jitter; never shorter than the endpoint asks for, in seconds."""
+        """Exponential backoff with jitter, at least the seconds of a Retry-After header."""
         wait = min(FIRST_WAIT * 2**attempt, LONGEST_WAIT) * random.uniform(0.5, 1.0)
         if isinstance(error, openai.APIStatusError):
             try:
                 wait = max(wait, float(error.response.headers.get("retry-after", 0)))
-            except ValueError:  # a date: the back-off must do
+            except ValueError:  # a date instead of seconds
                 pass
-        if wait > LONGEST_ASKED:
+        if wait > LONGEST_RETRY_AFTER:
             raise StopRun(f"{self.client.base_url} asks to wait for {wait:.0f} seconds: run the same command then")
         await asyncio.sleep(wait)
-
-
-class _Missed(Exception):
-    """A reply that was paid for and misses the schema."""
 
 
 def ask_with_bar(
@@ -475,12 +450,18 @@ def ask_with_bar(
     make_endpoint: Callable[[openai.AsyncOpenAI], Endpoint],
     *,
     base_url: str | None,
-    timeout: float = TIMEOUT,
     concurrency: int,
+    timeout: float = TIMEOUT,
 ) -> StopRun | None:
     """
-    `Endpoint.ask_all` for a command line: with a client, a progress bar that shows the cost, and a SIGTERM that ends
-    it like Ctrl-C. The key is OPENAI_API_KEY; endpoints of one's own ask for none.
+    `Endpoint.ask_all` for a command: with a client, a progress bar that shows the cost, and SIGTERM handled as Ctrl-C.
+
+    Args:
+        requests, total: the calls and how many they are.
+        make_endpoint: builds the endpoint from the client, whose key is OPENAI_API_KEY; local endpoints need none.
+
+    Returns:
+        why it stopped before the end, if it did.
     """
 
     async def ask() -> StopRun | None:
@@ -489,11 +470,11 @@ def ask_with_bar(
             endpoint = make_endpoint(client)
             with tqdm(total=total, unit="call", disable=None) as bar:
 
-                def done(_):
+                def on_done():
                     bar.update()
                     bar.set_postfix(usd=f"{endpoint.journal.spent:.4f}", refresh=False)
 
-                return await endpoint.ask_all(requests, concurrency, done)
+                return await endpoint.ask_all(requests, concurrency, on_done)
 
     previous = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:

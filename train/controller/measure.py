@@ -1,12 +1,11 @@
-"""Measured labels: how likely a checkpoint finds the right answer when it reads the image at each level.
+"""Measured labels: how likely a model finds the right answer at each level.
 
-A person's label says what sounds coarse; the answer's likelihood says what helps. For a question, an answer and
-images, p(g) ∝ exp(−NLL_g / τ − cost · tokens_g), where NLL_g is that of the whole answer with level g forced, and
-tokens_g the image tokens that the language model then reads, so that a cost lets the cheapest level win that suffices.
+For a question, an answer and images, p(g) ∝ exp(−NLL_g / τ − cost · tokens_g), where NLL_g is the negative
+log-likelihood of the whole answer at level g, and tokens_g the number of image tokens that the language model reads.
+A cost above 0 prefers cheaper levels that answer as well.
 
-Measured is the semantic view by default: there levels differ, and its NLL_g are those of the training objective
-(Eq. 10), from one packed pass over all levels. The tower, which costs most, then runs once per image, also where
-several rows of a batch show the same one.
+The semantic view is measured by default: it is where levels differ, and its NLL_g are those of the training objective
+(Eq. 10), from one packed pass over all levels. The tower runs once per distinct image of a batch.
 
 Shapes: B rows, T prompt tokens, L answer tokens of the row with the most, I images, G levels.
 """
@@ -19,10 +18,11 @@ from itertools import islice
 import numpy as np
 import torch
 from tqdm import tqdm
+from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
 
-from granulon.train.trainer import GranulonCollator, answer_tokens
 from modeling_granulon import GranulonForConditionalGeneration, GranulonProcessor
 from modeling_granulon.image_tokens import FULL, SEMANTIC
+from modeling_granulon.joint_views import answer_tokens
 from modeling_granulon.visual_output import GranulonVisualOutput
 
 from .corpus import MEASURED, corpus_row, split_of
@@ -30,7 +30,7 @@ from .level_scores import mean_interval
 
 COLUMNS = ("prompt", "completion", "images")
 MEASURED_VIEWS = SEMANTIC, FULL
-PASSED_ON = ("split", "kind", "phrasing")
+COPIED_COLUMNS = ("split", "kind", "phrasing")
 
 logger = logging.getLogger(__name__)
 
@@ -49,15 +49,15 @@ def measure_rows(
 
     Args:
         rows: training rows (`prompt`, `completion`, `images`, as `load_rows` yields them) whose latest user turn is
-            the question. Rows without images are left out: no level changes their answer.
+            the question. Rows without images are skipped: no level changes their answer.
         batch_size: rows at a time.
-        temperature: τ, above 0; the larger, the softer the labels.
-        cost_per_token: in nats of the answer's likelihood, for every image token that a level shows.
+        temperature: τ, above 0; higher is softer.
+        cost_per_token: nats for every image token of a level.
         view: image tokens that are read, "semantic" or "full"; for "full" the tower runs once per level.
 
     Yields:
         dict: a row of corpus.py with `answer_nll` (nats) and `visual_tokens` by level, and `answer_tokens`; `split`,
-        `kind` and `phrasing` are the row's own, the split else that of its images.
+        `kind` and `phrasing` are copied from the row; without a split it follows from the images.
 
     Raises:
         ValueError: no level to choose, a temperature that is not above 0, an unknown view, no rows, or a row without
@@ -77,7 +77,7 @@ def measure_rows(
 
 
 def _measure_all(model, processor, rows, batch_size, settings: dict) -> Iterator[dict]:
-    collator = GranulonCollator(processor, completion_only_loss=True)
+    collator = DataCollatorForVisionLanguageModeling(processor, completion_only_loss=True)
     numbered, read, without = enumerate(tqdm(rows, desc="measuring", leave=False, disable=None)), 0, 0
     while taken := list(islice(numbered, batch_size)):
         for number, row in taken:
@@ -91,8 +91,8 @@ def _measure_all(model, processor, rows, batch_size, settings: dict) -> Iterator
         nll_BG, answer_B, visual_BG = answer_nll(model, inputs, settings["view"])
         if not nll_BG.isfinite().all():
             raise FloatingPointError(
-                f"an answer's likelihood is not finite in rows {taken[0][0]} to {taken[-1][0]}: look at their images, "
-                "and use bfloat16 instead of float16"
+                f"the likelihood of an answer in rows {taken[0][0]} to {taken[-1][0]} is not finite: check their "
+                "images, and use bfloat16 instead of float16"
             )
         probs_BG = (-nll_BG / settings["temperature"] - settings["cost_per_token"] * visual_BG).softmax(-1)
         for row, *measured in zip(batch, probs_BG, nll_BG, answer_B, visual_BG, strict=True):
@@ -100,7 +100,7 @@ def _measure_all(model, processor, rows, batch_size, settings: dict) -> Iterator
     if not read:
         raise ValueError("there are no rows to measure; expected rows with prompt, completion and images")
     if without:
-        logger.warning(f"{without} of {read} rows have no image and were left out: no level changes their answer")
+        logger.warning(f"{without} of {read} rows have no image and were skipped: no level changes their answer")
 
 
 @torch.no_grad()
@@ -152,7 +152,7 @@ def _encode(model, inputs: dict, **levels) -> GranulonVisualOutput:
 
 
 def _distinct(pixel_values: torch.Tensor) -> tuple[list[int], list[int]]:
-    """Places of the distinct images, and for each image the number of the distinct one that it equals."""
+    """Indices of the distinct images, and for each image the number of the distinct one that it equals."""
     places, copies = {}, []
     for place, image in enumerate(pixel_values):
         copies.append(places.setdefault(image.cpu().numpy().tobytes(), (len(places), place))[0])
@@ -161,36 +161,36 @@ def _distinct(pixel_values: torch.Tensor) -> tuple[list[int], list[int]]:
 
 def compare_levels(rows: Sequence[dict], chosen: Sequence[str], groups: Sequence[str] | None = None) -> dict:
     """
-    The answer loss that chosen levels reach, against the best fixed level and the best level of every single row.
+    The answers' loss at chosen levels, beside every fixed level and the best level of each row (the oracle).
 
     Args:
         rows: measured rows, from `measure_rows`.
         chosen: the level of each row, such as a controller's.
-        groups: the unit of the bootstrap for each row, such as its image; by default each row is one.
+        groups: the bootstrap's group of each row, such as its image; by default every row is one.
 
     Returns:
-        dict: mean NLL per answer (value, low, high) of `chosen`, of each level in `fixed`, of `oracle`; `best_fixed`,
-        the level that is best in hindsight on these very rows, which favours it; `chosen_minus_best_fixed`, paired;
-        `image_tokens`, the mean number shown by the chosen levels and by each fixed one; `shares` of the chosen and of
-        the oracle's levels.
+        dict: mean NLL per answer (value, low, high) of `chosen`, of each level in `fixed`, and of `oracle`;
+        `best_fixed`, the best level on these rows (chosen in hindsight, which favours it); `chosen_minus_best_fixed`,
+        paired; `image_tokens`, the mean number at the chosen levels and at each fixed one; `shares` of the levels
+        among the chosen ones and the oracle's.
 
     Raises:
-        ValueError: no rows, rows that were not measured, or levels that they do not know.
+        ValueError: no rows, rows that were not measured, or unknown levels.
     """
     if not rows or len(rows) != len(chosen):
-        raise ValueError(f"{len(rows)} measured rows and {len(chosen)} chosen levels; expected as many, and some")
+        raise ValueError(f"{len(rows)} measured rows and {len(chosen)} chosen levels; expected equal numbers above 0")
     if not all("answer_nll" in row for row in rows):
         raise ValueError("a row has no answer_nll; expected rows from measure_rows")
     levels = list(rows[0]["answer_nll"])
     unknown = sorted(set(chosen) - set(levels))
     if unknown:
-        raise ValueError(f"the chosen levels hold {unknown}; the rows were measured at {levels}")
+        raise ValueError(f"the chosen levels include {unknown}; the rows were measured at {levels}")
     groups = groups or [str(number) for number in range(len(rows))]
     nll_BG = np.array([[row["answer_nll"][name] for name in levels] for row in rows])
     shown_BG = np.array([[row["visual_tokens"][name] for name in levels] for row in rows])
-    chosen_B, every_B = np.array([levels.index(name) for name in chosen]), np.arange(len(rows))
+    chosen_B, row_B = np.array([levels.index(name) for name in chosen]), np.arange(len(rows))
     best_fixed, best_B = int(nll_BG.mean(0).argmin()), nll_BG.argmin(1)
-    chosen_nll_B = nll_BG[every_B, chosen_B]
+    chosen_nll_B = nll_BG[row_B, chosen_B]
     return {
         "rows": len(rows),
         "chosen": mean_interval(chosen_nll_B, groups),
@@ -199,12 +199,12 @@ def compare_levels(rows: Sequence[dict], chosen: Sequence[str], groups: Sequence
         "oracle": mean_interval(nll_BG.min(1), groups),
         "chosen_minus_best_fixed": mean_interval(chosen_nll_B - nll_BG[:, best_fixed], groups),
         "image_tokens": {
-            "chosen": float(shown_BG[every_B, chosen_B].mean()),
+            "chosen": float(shown_BG[row_B, chosen_B].mean()),
             **{name: float(shown_BG[:, level].mean()) for level, name in enumerate(levels)},
         },
         "shares": {
-            who: {name: float((index_B == level).mean()) for level, name in enumerate(levels)}
-            for who, index_B in (("chosen", chosen_B), ("oracle", best_B))
+            policy: {name: float((index_B == level).mean()) for level, name in enumerate(levels)}
+            for policy, index_B in (("chosen", chosen_B), ("oracle", best_B))
         },
     }
 
@@ -222,7 +222,7 @@ def _corpus_row(model, processor, row, probs_G, nll_G, answer, visual_G, setting
         answer_tokens=int(answer),
         visual_tokens=dict(zip(names, visual_G.tolist(), strict=True)),
         image_sha=image_key[:16],
-        **{"split": split_of(image_key)} | {name: row[name] for name in PASSED_ON if row.get(name)},
+        **{"split": split_of(image_key)} | {name: row[name] for name in COPIED_COLUMNS if row.get(name)},
     )
 
 
@@ -237,7 +237,7 @@ def _text(message: dict) -> str:
 
 
 def _pixels(image) -> bytes:
-    """What tells images apart: size and pixels."""
+    """Size and pixels, which identify an image."""
     return repr(image.size).encode() + image.convert("RGB").tobytes()
 
 
@@ -245,7 +245,7 @@ def _check_columns(number: int, row: dict):
     missing = [name for name in COLUMNS if row.get(name) is None]
     if missing:
         raise ValueError(
-            f"row {number} to be measured has no {missing}, only {sorted(row)}; see data/rows.py for the form"
+            f"row {number} has no {', '.join(missing)}, only {sorted(row)}; expected rows as load_rows returns them"
         )
     if not row["completion"] or not _text(row["completion"][-1]).strip():
-        raise ValueError(f"row {number} to be measured has no answer; its likelihood says nothing")
+        raise ValueError(f"row {number} has no answer whose likelihood could be measured")

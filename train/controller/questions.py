@@ -1,4 +1,4 @@
-"""The questions of a data set, each once, with what keeps those of one image together."""
+"""The distinct questions of a data set, each with the group (its image) that keeps its split together."""
 
 import hashlib
 from collections.abc import Iterator
@@ -6,70 +6,68 @@ from dataclasses import dataclass
 
 from datasets import Dataset
 
-from granulon.train.data.formats import BadRow, parsed
-from granulon.train.data.quarantine import FEWEST_ROWS
+from granulon.train.data.formats import BadRow, parse_row
+from granulon.train.data.quarantine import MIN_ROWS
 from granulon.train.data.sources import DataSource, load_source, open_source
 
 
 @dataclass
-class Asked:
-    """A distinct question: in how many rows it stands, and what keeps its image's questions in one split."""
+class DistinctQuestion:
+    """A question, the group whose questions share a split (its image), and the number of rows it occurs in."""
 
-    question: str
+    text: str
     group: str
     rows: int = 1
 
 
-def read_questions(
-    source: DataSource, column: str = "question", image_column: str = "image"
-) -> tuple[list[Asked], list[dict], int]:
+def read_questions(source: DataSource) -> tuple[list[DistinctQuestion], list[dict], int]:
     """
-    The distinct questions of a source, the rows that hold none (question, rows, reason), and how many rows there are.
+    The distinct questions of a source, the rows without a question (question, rows, reason), and the number of rows.
 
-    Args:
-        column: holds the questions. Where it is absent, conversations, messages and prompts are read: every user turn
-            that is answered asks, and counts as a row.
-        image_column: tells which rows are of one image; may be absent.
+    Questions are read from the column "question" and images from "image" or "images", or from those that
+    `source.columns` maps to `question` and `images`. Sources without such a column may hold conversations, messages
+    or prompts: every user turn with an answer is then a question, and counts as a row.
 
     Raises:
-        ValueError: a source that cannot be loaded, is empty or holds no question.
+        ValueError: a source that cannot be loaded, is empty or has no question.
     """
-    asked, unusable, total = {}, [], 0
-    for question, image in _all_questions(source, column, image_column):
+    questions, unusable, total = {}, [], 0
+    for question, image in _all_questions(source):
         total += 1
         text = _text(question)
         if not text:
             shown = ascii(question) if isinstance(question, str) and question.strip() else question
             unusable.append({"question": shown, "rows": 1, "reason": f"row {total - 1} has no question that is text"})
-        elif text in asked:
-            asked[text].rows += 1
+        elif text in questions:
+            questions[text].rows += 1
         else:
-            asked[text] = Asked(text, group=image or text)
-    if not asked:
+            questions[text] = DistinctQuestion(text, group=image or text)
+    if not questions:
         raise ValueError(f"{source} has no question in its {total} rows")
-    return list(asked.values()), unusable, total
+    return list(questions.values()), unusable, total
 
 
 def _text(question) -> str:
-    """The question, empty where there is none; half of a pair of surrogates is no text, and no file can hold it."""
+    """The question; "" where it is not text, or holds half of a surrogate pair, which no file can hold."""
     text = question.strip() if isinstance(question, str) else ""
-    return text if text.isascii() or text == text.encode(errors="ignore").decode() else ""
+    return text if text == text.encode(errors="ignore").decode() else ""
 
 
-def _all_questions(source: DataSource, column: str, image_column: str) -> Iterator[tuple[str | None, str | None]]:
-    """(question, what tells its image from others) of every row, or of every turn of a conversation."""
+def _all_questions(source: DataSource) -> Iterator[tuple[str | None, str | None]]:
+    """(question, key of its image) of every row, or of every turn of a conversation."""
     raw, is_lines = load_source(source)
-    columns = set().union(*(row for row, _ in zip(_rows(raw, is_lines), range(FEWEST_ROWS))))
-    if column in columns:
+    columns = set().union(*(row for row, _ in zip(_rows(raw, is_lines), range(MIN_ROWS))))
+    mapped = source.columns or {}
+    if (column := mapped.get("question", "question")) in columns:
         for row in _rows(raw, is_lines):
-            yield row.get(column), image_key(row.get(image_column))
+            yield row.get(column), image_key(row.get(mapped.get("images", "image"), row.get("images")))
         return
     try:
         raw, reader = open_source(source)
     except ValueError as error:
         raise ValueError(
-            f"{source} has the columns {sorted(columns)} and no conversations; name the one with the questions by "
-            "--question_column"
+            f"{source} has the columns {sorted(columns)} and no conversations; name the column with the questions: "
+            '--data \'{"path": ..., "columns": {"question": NAME}}\''
         ) from error
     for stored in _stored(raw):
         try:
@@ -82,16 +80,16 @@ def _all_questions(source: DataSource, column: str, image_column: str) -> Iterat
 
 
 def _stored(raw: Dataset) -> Iterator[dict]:
-    """The rows as they lie there, no image decoded."""
+    """The rows as stored, images undecoded."""
     for table in raw.with_format("arrow").iter(batch_size=1000):
         yield from table.to_pylist()
 
 
 def _rows(raw: Dataset, is_lines: bool) -> Iterator[dict]:
-    """The rows by column; a line that is no JSON object has none, and an empty one is no row."""
+    """The rows by column; {} for a line that is not a JSON object; empty lines are skipped."""
     for stored in _stored(raw):
         try:
-            row = parsed(stored, is_lines, raw.features)
+            row = parse_row(stored, is_lines, raw.features)
         except BadRow:
             row = {}
         if row is not None:
@@ -104,7 +102,7 @@ def _latest_question(prompt: list[dict]) -> str:
 
 
 def image_key(image) -> str | None:
-    """What tells an image from others: a hash of its bytes, or else its name."""
+    """A key that identifies an image: the hash of its bytes, or its file name; None without an image."""
     if isinstance(image, (list, tuple)):
         image = image[0] if image else None
     if isinstance(image, dict):

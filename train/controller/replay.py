@@ -1,7 +1,7 @@
-"""Questions with known levels that the controller goes on learning while the language model changes under it.
+"""Labelled questions that the controller keeps training on while the language model changes.
 
-The controller reads the language model's own first layers. Fine-tuning moves these layers, and a controller that has
-learned a corpus of questions forgets it; a few of its questions in every batch prevent that.
+The controller reads the first layers of the language model. Fine-tuning changes these layers, and the controller
+forgets the corpus it was trained on; replaying some of its questions in every batch prevents that.
 
 Shapes: Q questions of a batch, T question tokens, G levels.
 """
@@ -17,38 +17,38 @@ SEED_CORPUS = "seed"  # the name of the corpus that ships with the package
 
 
 def load_corpus(name: str) -> list[dict]:
-    """The rows of a granularity corpus: of a JSONL file, a folder of such, or "seed", the one made from templates."""
+    """The rows of a granularity corpus: a JSON Lines file, a folder of such, or "seed", the one from templates."""
     return seed_corpus() if name == SEED_CORPUS else read_corpus(name)
 
 
 def annotators_of(rows: list[dict]) -> list[str]:
-    """The models that labelled rows; their licences decide under which name what learned from them is published."""
+    """The models that labelled rows; their licences restrict the name of models trained on these."""
     return sorted({row["annotator"]["model"] for row in rows if row.get("source") == ANNOTATED})
 
 
 class QuestionReplay:
-    """Draws questions and level probabilities of a granularity corpus, the same ones for the same step.
+    """Samples questions and level probabilities of a granularity corpus, the same ones for the same seed.
 
     Args:
-        rows: of a corpus (see corpus.py); those of its train split are used.
+        rows: of a corpus (see corpus.py); only those of its train split are used.
         levels: names of the model's levels.
         batch_size: questions of a batch.
 
     Raises:
-        ValueError: rows that cannot be used, or none in the train split.
+        ValueError: invalid rows, or none in the train split.
     """
 
     def __init__(self, rows: list[dict], processor: GranulonProcessor, levels: list[str], batch_size: int = 64):
         self.annotators = annotators_of(rows)
         rows = [row for row in check_rows(rows, levels) if row["split"] == TRAIN]
         if not rows:
-            raise ValueError(f"the corpus has no rows of the split {TRAIN!r}; the controller could not replay any")
+            raise ValueError(f"the corpus has no rows of the split {TRAIN!r}, so that the controller can replay none")
         self.tokenizer, self.batch_size = processor.tokenizer, batch_size
         self.questions = [row["question"] for row in rows]
         self.target = torch.tensor([[row["level_probs"][name] for name in levels] for row in rows])
 
     def sample(self, seed: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Ids (Q,T) long, mask (Q,T) and probabilities (Q,G) of the questions that belong to a seed."""
+        """Ids (Q,T) long, mask (Q,T) and probabilities (Q,G) of the questions drawn with a seed."""
         random = torch.Generator().manual_seed(seed)
         index_Q = torch.randint(len(self.questions), (self.batch_size,), generator=random)
         tokens = self.tokenizer(

@@ -1,7 +1,7 @@
-"""One stored row, in any of the formats that people use, to the answers it holds.
+"""Parse a stored row of any supported format into its answers.
 
-Every answer of a conversation becomes a `Turn` of its own, with what came before as its prompt: the controller reads
-the latest question, so that each answer needs an image read for its own question.
+Every answer of a conversation becomes a separate `Turn` with the preceding messages as its prompt: the controller
+reads the latest question, so each answer needs the image at the level of its own question.
 """
 
 import base64
@@ -14,7 +14,7 @@ from datasets import Features, Json, List
 
 from modeling_granulon.image_io import load_rgb
 
-# What a row of each format must hold.
+# Required columns of each format.
 FORMATS = {
     "llava": ("conversations",),
     "messages": ("messages",),
@@ -27,12 +27,12 @@ IMAGE_MARK = "<image>"
 
 
 class BadRow(ValueError):
-    """A row that cannot be trained on; the message says why."""
+    """A row that cannot be used for training; the message gives the reason."""
 
 
 @dataclass
 class Turn:
-    """One answer and what it needs; `images` are mappings with `bytes` or `path`, in the order of the prompt."""
+    """One answer with its prompt; `images` are mappings with `bytes` or `path`, in the order of the prompt."""
 
     prompt: list[dict]
     completion: list[dict]
@@ -42,7 +42,7 @@ class Turn:
 
 @dataclass
 class Reader:
-    """Reads the rows of one source, as stored, into `Turn`s."""
+    """Parses the stored rows of one source into `Turn`s."""
 
     label: str
     format: str
@@ -54,10 +54,10 @@ class Reader:
 
     def row(self, stored: dict) -> dict | None:
         """A stored row as plain Python; None for an empty line."""
-        return parsed(stored, self.is_lines, self.features)
+        return parse_row(stored, self.is_lines, self.features)
 
-    def shown(self, stored: dict) -> dict:
-        """A stored row as the quarantine shows it: without the bytes of images."""
+    def for_quarantine(self, stored: dict) -> dict:
+        """A stored row without the bytes of images."""
         try:
             row = self.row(stored)
         except Exception:  # as in turns
@@ -70,7 +70,7 @@ class Reader:
             return self._turns(stored)
         except BadRow:
             raise
-        except Exception as error:  # rows are written by strangers, who are more inventive than any check
+        except Exception as error:  # rows may be malformed in any way
             raise BadRow(f"it cannot be read: {type(error).__name__}: {error}") from error
 
     def _turns(self, stored: dict) -> list[Turn]:
@@ -82,7 +82,7 @@ class Reader:
             given["question"] = self.question
         missing = [self.columns.get(name, name) for name in FORMATS[self.format] if given.get(name) is None]
         if self.format == "question-answer" and "images" in self.columns and given["images"] is None:
-            missing.append(self.columns["images"])  # an empty list says that there is none on purpose
+            missing.append(self.columns["images"])  # an empty list means no image on purpose
         if missing:
             raise BadRow(f"it has no {' and no '.join(missing)}")
         images = [self._image(image) for image in _as_list(given.get("images"))]
@@ -106,7 +106,7 @@ class Reader:
         return [_message(turn.get("role"), turn.get("content")) for turn in prompt + completion], len(prompt)
 
     def _image(self, image) -> dict:
-        """Where an image is: bytes, or a path that opens from here."""
+        """An image as bytes or a path, relative ones joined to `image_folder`."""
         if isinstance(image, dict) and "url" in image:
             image = image["url"]
         if isinstance(image, dict) and (image.get("bytes") is not None or image.get("path")):
@@ -116,7 +116,7 @@ class Reader:
         elif isinstance(image, str) and image.startswith("data:"):
             content, path = _base64_bytes(image), None
         elif isinstance(image, str) and "://" in image:
-            raise BadRow(f"image {image} is an address; download it and give the file")
+            raise BadRow(f"image {image} is a URL; download it and give the file")
         elif isinstance(image, str) and image:
             content, path = None, image
         else:
@@ -135,20 +135,22 @@ def open_image(image: dict):
     try:
         with fsspec.open(image["path"], "rb") as file:
             content = file.read()
-    except Exception as error:  # each of fsspec's file systems has exceptions of its own
+    except Exception as error:  # every file system of fsspec has its own exceptions
         raise ValueError(f"image {image['path']} cannot be read: {error}") from error
     return load_rgb(content)
 
 
-def parsed(stored: dict, is_lines: bool, features: Features | None) -> dict | None:
-    """A stored row as plain Python; None for an empty line; raises `BadRow` for a line that is no JSON object."""
+def parse_row(stored: dict, is_lines: bool, features: Features | None) -> dict | None:
+    """A stored row as plain Python; None for an empty line; raises `BadRow` for a line that is not a JSON object."""
     if not is_lines:
         row = _decode_json(stored, features)
         inner = row.get("json") if "__key__" in row else None  # WebDataset: a sample's texts are in its .json
         return {**inner, **{k: v for k, v in row.items() if k != "json"}} if isinstance(inner, dict) else row
-    line = stored["text"]
-    if not line.strip():
-        return None
+    return parse_json_object(stored["text"]) if stored["text"].strip() else None
+
+
+def parse_json_object(line: str) -> dict:
+    """The JSON object of a line; raises `BadRow` for anything else."""
     if "\ufffd" in line:
         raise BadRow("the line is not UTF-8")
     try:
@@ -156,12 +158,12 @@ def parsed(stored: dict, is_lines: bool, features: Features | None) -> dict | No
     except ValueError as error:
         raise BadRow(f"the line is not JSON: {error}") from error
     if not isinstance(row, dict):
-        raise BadRow(f"the line holds a JSON {type(row).__name__}, expected an object")
+        raise BadRow(f"the line is a JSON {type(row).__name__}, expected an object")
     return row
 
 
 def _decode_json(value, feature):
-    """`datasets` stores what has no fixed type as JSON text."""
+    """Decode columns of mixed types, which `datasets` stores as JSON text."""
     if value is None or feature is None:
         return value
     if isinstance(feature, Json):
@@ -196,7 +198,7 @@ def _text(value) -> str:
 
 
 def _from_json(value):
-    """What was stored as JSON text, as `datasets` does where the entries of a list differ in form."""
+    """Decode JSON text, as which `datasets` stores list entries of different types."""
     try:
         return json.loads(value) if isinstance(value, str) and value[:1] in ("{", "[") else value
     except ValueError:
@@ -213,7 +215,7 @@ def _base64_bytes(address: str) -> bytes:
 def _message(role, content) -> dict:
     """A message whose content is a list of parts: `{"type": "text", "text"}` and `{"type": "image"[, "image"]}`."""
     if role not in ROLES:
-        raise BadRow(f"a turn is by {role!r}, expected one of {tuple(ROLES)}")
+        raise BadRow(f"a turn has the role {role!r}, expected one of {tuple(ROLES)}")
     role = ROLES[role]
     if content is None:
         return {"role": role, "content": []}
@@ -240,9 +242,9 @@ def _part(part, role: str) -> dict:
     if kind == "text" and isinstance(part.get("text"), str):
         return {"type": "text", "text": part["text"]}
     if kind not in ("image", "image_url"):
-        raise BadRow(f"a turn holds a part of type {kind!r}, expected text or image")
+        raise BadRow(f"a turn has a part of type {kind!r}, expected text or image")
     if role == "assistant":
-        raise BadRow("an answer holds an image")
+        raise BadRow("an answer contains an image")
     given = [part[key] for key in ("image", "image_url", "path", "url", "bytes") if part.get(key) is not None]
     return {"type": "image", "image": given[0]} if given else {"type": "image"}
 
@@ -257,8 +259,8 @@ def _with_images(messages: list[dict], images: list[dict], locate) -> tuple[list
         return messages, images
     if bare != len(images):
         raise BadRow(f"it has {bare} places for images but {len(images)} images")
-    waiting = iter(images)
-    images = [locate(part.pop("image")) if "image" in part else next(waiting) for part in parts]
+    unplaced = iter(images)
+    images = [locate(part.pop("image")) if "image" in part else next(unplaced) for part in parts]
     return messages, images
 
 
@@ -267,7 +269,7 @@ def _split_turns(messages: list[dict], first_target: int, images: list[dict], gr
     roles = [message["role"] for message in messages]
     for index, role in enumerate(roles):
         if role == "assistant" and roles[index - 1 : index] != ["user"]:
-            raise BadRow(f"turn {index} is an answer, but the turn before it is no question")
+            raise BadRow(f"turn {index} is an answer, but the turn before it is not a question")
     if not roles or roles[-1] != "assistant" or first_target >= len(roles):
         raise BadRow("it does not end with an answer")
     targets = [index for index, role in enumerate(roles) if role == "assistant" and index >= first_target]
@@ -293,7 +295,7 @@ def _level(name) -> str | None:
 
 
 def without_bytes(value):
-    """The same with a note in place of all bytes."""
+    """The value with the bytes replaced by their number."""
     if isinstance(value, (bytes, bytearray)):
         return f"<{len(value)} bytes>"
     if isinstance(value, dict):

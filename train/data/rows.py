@@ -1,17 +1,16 @@
-"""Training rows from whatever holds them, and nothing lost silently on the way.
+"""Load training rows from all supported formats; invalid rows go to a quarantine file.
 
 LLaVA JSON, messages with images, prompts with completions, or columns of questions and answers, from files, folders,
 the Hub, WebDataset shards or memory, become rows for TRL's collator:
 
     {"prompt": [messages], "completion": [one answer], "images": [RGB pictures], "granularity": a level's name or None}
 
-Every answer of a conversation is the completion of a row of its own, with what came before as its prompt: the
-controller reads the latest question, so that each answer needs an image read for its own question.
+Every answer of a conversation becomes a separate row with the preceding messages as its prompt: the controller reads
+the latest question, so each answer needs the image at the level of its own question.
 
-A row that cannot be used is written to the quarantine file and counted; too many of them stop the run. Rows in memory
-are all checked before training, which decodes every image once (`num_proc` processes, cached by `datasets`); only a
-table of row numbers is built, and images are decoded again when a batch needs them. Streamed rows are checked as they
-pass.
+Too many invalid rows stop the run. Rows in memory are checked before training, which decodes every image once
+(`num_proc` processes, cached by `datasets`); this builds a table of row numbers, and images are decoded again when a
+batch needs them. Streamed rows are checked during training.
 """
 
 import json
@@ -46,7 +45,7 @@ STREAMED = Features(
         "row": Value("int64"),
         "turn": Value("int32"),
         "reason": Value("string"),
-        "content": Value("string"),  # the rest of the row, or for a bad one what the quarantine shows, as JSON
+        "content": Value("string"),  # the rest of the row in JSON, or for a bad row its content for the quarantine
         "images": List({"bytes": Value("binary"), "path": Value("string")}),
     }
 )
@@ -67,56 +66,59 @@ def load_rows(
     """
     Training rows of one or more sources.
 
-    Without weights the sources stand one after the other, each row once (the trainer shuffles). With weights rows are
-    drawn from a random source by weight until each was seen whole, so that small ones repeat. Streams are shuffled
-    here, within a buffer; several need weights, since their sizes are not known. The same arguments give the same
-    rows in the same order, in every process and after a restart. Several processes with streams of rows that differ
-    in their number of images need `dispatch_batches=False` in the trainer's `accelerator_config`.
+    Without weights the sources are concatenated (the trainer shuffles). With weights rows are drawn from a random
+    source by weight until all sources are exhausted, so that small ones repeat. Streams are shuffled here, within a
+    buffer; several need weights because their sizes are unknown. The same arguments give the same rows in the same
+    order, in every process and after a restart. Several processes with streams of rows that differ in their number of
+    images need `dispatch_batches=False` in the trainer's `accelerator_config`.
 
     Args:
         sources: `DataSource`s, mappings of their arguments, paths, or datasets.
-        processor: renders the rows and measures them; the one to train with.
-        seed (`int`): of the draws between sources and of the shuffling of streams.
-        quarantine: file for the rows that cannot be used, one JSON object a line: source, index (of the row in its
-            source as read), turn, reason, and the row without the bytes of images. Started anew here; processes
-            other than the main one write streamed rows to files beside it.
-        streaming (`bool`): read as training goes, without the check before it.
-        max_bad_share (`float`): the largest share of a source's rows that may be bad, of `FEWEST_ROWS` at least.
-        max_length (`int`, *optional*): rows of more tokens, image tokens included, are bad; nothing is cut.
-        levels (`list[str]`, *optional*): names of the model's levels; rows that name others are bad. `[]` checks none.
-        num_proc (`int`, *optional*): processes that check rows in memory.
+        processor: the one to train with; renders the rows and counts their tokens.
+        seed (`int`): of the mix of sources and the shuffling of streams.
+        quarantine: JSON Lines file for invalid rows: source, index (of the row in its source), turn, reason, and the
+            row without the bytes of images. Overwritten; other processes than the main one write the rows of streams
+            to files beside it.
+        streaming (`bool`): read during training instead of checking before it.
+        max_bad_share (`float`): maximum share of invalid rows of a source, relative to at least `MIN_ROWS`.
+        max_length (`int`, *optional*): rows with more tokens, image tokens included, are invalid; no row is truncated.
+        levels (`list[str]`, *optional*): names of the model's levels; rows with others are invalid. `[]` checks none.
+        num_proc (`int`, *optional*): number of processes that check rows in memory.
 
     Returns:
-        `Dataset` (rows are made at access) or `IterableDataset`.
+        `Dataset` (rows are built on access) or `IterableDataset`.
 
     Raises:
-        ValueError: a source that cannot be loaded, is empty or of no known format; too many bad rows (for streams when
-            the row is met); no usable row; weights for some sources only.
+        ValueError: a source that cannot be loaded, is empty or has an unknown format; too many invalid rows (for
+            streams during training); no usable row; weights for some sources only.
     """
     sources = [DataSource.of(entry) for entry in sources]
     weighted = [source.weight is not None for source in sources]
     if not sources or any(weighted) != all(weighted):
-        raise ValueError(f"{len(sources)} data sources, {sum(weighted)} with a weight; give one or more, all or none")
+        raise ValueError(
+            f"{len(sources)} data sources, {sum(weighted)} with a weight; give one or more sources, "
+            "with a weight each or without weights"
+        )
     if streaming and len(sources) > 1 and not all(weighted):
-        raise ValueError("several streams are mixed by weight, since their sizes are not known; give each a weight")
-    keeper = Quarantine(quarantine, max_bad_share, list(map(str, sources)))
+        raise ValueError("several streams need a weight each, because their sizes are unknown")
+    quarantined = Quarantine(quarantine, max_bad_share, list(map(str, sources)))
     check = Check(processor, levels, max_length)
-    with PartialState().main_process_first():  # the others find the caches filled
+    with PartialState().main_process_first():  # fills the caches for the others
         opened = [open_source(source, streaming) for source in sources]
         if streaming:
-            return _streamed(sources, opened, check, keeper, seed)
+            return _streamed(sources, opened, check, quarantined, seed)
         checks = [RowCheck(number, reader, check) for number, (_, reader) in enumerate(opened)]
         tables = [_checked_table(n, raw, checks[n], num_proc) for n, (raw, _) in enumerate(opened)]
     for number, (table, (raw, reader)) in enumerate(zip(tables, opened, strict=True)):
-        _quarantine_bad(keeper, number, table, raw, reader)
-        keeper.report(number)
+        _quarantine_bad(quarantined, number, table, raw, reader)
+        quarantined.report(number)
     rows = _mixed([_good(table) for table in tables], sources, seed)
-    return rows.with_transform(RowsAtAccess([raw for raw, _ in opened], [reader for _, reader in opened]))
+    return rows.with_transform(BuildRows([raw for raw, _ in opened], [reader for _, reader in opened]))
 
 
 @dataclass
 class Check:
-    """Whether a turn can be trained on: level, images, chat template, length."""
+    """Checks whether a turn can be used: level, chat template, length."""
 
     processor: object
     levels: list[str] | None = None
@@ -129,19 +131,19 @@ class Check:
             raise BadRow(f"its level is {turn.granularity!r}, the model has {self.levels}")
         try:
             texts = apply_chat_template({"prompt": turn.prompt, "completion": turn.completion}, self.processor)
-            (texts["prompt"] + texts["completion"]).encode()  # half of a pair of surrogates is no text
-        except Exception as error:  # a chat template may raise anything, and often does so on purpose
+            (texts["prompt"] + texts["completion"]).encode()  # fails for half of a surrogate pair
+        except Exception as error:  # a chat template may raise anything
             raise BadRow(f"it cannot be rendered: {str(error) or type(error).__name__}") from error
         if self.max_length is not None:
             self._check_length([texts["prompt"], texts["completion"]], pictures)
 
     def key(self) -> str:
-        """What a result depends on, as text."""
+        """Everything that the result depends on, as text."""
         tokenizer = self.processor.tokenizer
         parts = [type(self.processor).__name__, str(self.processor.chat_template), repr(self.levels)]
         if self.max_length is not None:
             backend = json.loads(tokenizer.backend_tokenizer.to_str()) if tokenizer.is_fast else repr(tokenizer)
-            if isinstance(backend, dict):  # padding and truncation are left over from the latest call
+            if isinstance(backend, dict):  # left over from the latest call
                 backend = {name: value for name, value in backend.items() if name not in ("padding", "truncation")}
             spans = [self.processor.patch_size, self.processor.num_semantic_tokens]
             parts += [repr(self.max_length), repr(spans), self.processor.image_processor.to_json_string()]
@@ -149,14 +151,14 @@ class Check:
         return "\n".join(parts)
 
     def _check_length(self, texts: list[str], pictures: list):
-        """Counts as the collator does: the prompt and the completion apart, each image's span in place of its mark."""
+        """Counts as the collator does: prompt and completion separately, each image with its span of placeholders."""
         ids = self.processor.tokenizer(texts, add_special_tokens=False)["input_ids"]
         words = sum(map(len, ids)) - len(pictures)
         spans = sum(self._span_length(picture.size) for picture in pictures)
         if words + spans > self.max_length:
             raise BadRow(
                 f"it has {words + spans} tokens, {spans} of them for images, and max_length is {self.max_length}; "
-                "rows are never cut: raise max_length or shorten the row"
+                "rows are never truncated: raise max_length or shorten the row"
             )
 
     def _span_length(self, size: tuple[int, int]) -> int:
@@ -168,12 +170,12 @@ class Check:
 
 @dataclass
 class RowCheck:
-    """For `Dataset.map`: stored rows of a source to one entry of `CHECKED` for each turn, or for each bad row."""
+    """For `Dataset.map`: converts stored rows to one entry of `CHECKED` per turn or invalid row."""
 
     number: int
     reader: Reader
     check: Check
-    rows: list[int] | None = None  # the row numbers, where only some are looked at
+    rows: list[int] | None = None  # row numbers, if only some are checked
 
     def __call__(self, table, indices: list[int]) -> dict[str, list]:
         entries = []
@@ -187,7 +189,7 @@ class RowCheck:
         return json.dumps([self.number, reader, self.check.key()])
 
     def _verdicts(self, stored: dict) -> list[tuple[int | None, str | None]]:
-        """(turn, None or what is wrong with it), or (None, what is wrong with the row)."""
+        """(turn, None or the reason why it is invalid), or (None, the reason for the whole row)."""
         try:
             turns = self.reader.turns(stored)
             pictures = [open_image(image) for image in (turns[-1].images if turns else [])]
@@ -205,8 +207,8 @@ class RowCheck:
 
 
 @dataclass
-class RowsAtAccess:
-    """The transform of the table of row numbers: reads the rows and opens their images."""
+class BuildRows:
+    """The transform of the table of row numbers: parses the rows and opens their images."""
 
     raws: list[Dataset]
     readers: list[Reader]
@@ -228,14 +230,14 @@ class RowsAtAccess:
             return [open_image(image) for image in turn.images]
         except ValueError as error:
             raise ValueError(
-                f"row {row} of {self.readers[source].label} was whole when it was checked: {error}; put the image "
-                "back, or start anew to have the row quarantined"
+                f"row {row} of {self.readers[source].label} was valid when it was checked: {error}; restore the "
+                "image, or restart to quarantine the row"
             ) from error
 
 
 def _checked_table(number: int, raw: Dataset, check: RowCheck, num_proc: int | None) -> Dataset:
-    """The `CHECKED` entries of a source. Kept by `datasets` in its cache, but bad rows are looked at at every start:
-    a repaired image is a change that the cache cannot see."""
+    """The `CHECKED` entries of a source, cached by `datasets`; invalid rows are checked again at every start, since
+    the cache cannot see that an image was repaired."""
     key = Hasher.hash([raw._fingerprint, check.key()])
     table = _map_rows(raw, check, num_proc, new_fingerprint=key)
     rows = np.unique(_column(table, "row")[_is_bad(table)])
@@ -275,12 +277,12 @@ def _good(table: Dataset) -> Dataset:
     return table.select(np.flatnonzero(~_is_bad(table))).remove_columns("reason")
 
 
-def _quarantine_bad(keeper: Quarantine, number: int, table: Dataset, raw: Dataset, reader: Reader):
+def _quarantine_bad(quarantined: Quarantine, number: int, table: Dataset, raw: Dataset, reader: Reader):
     bad = table.select(np.flatnonzero(_is_bad(table)))
-    keeper.rows[number] += len(table)
+    quarantined.rows[number] += len(table)
     for entry in bad:
         stored = raw[entry["row"] : entry["row"] + 1].to_pylist()[0]
-        keeper.put(number, entry["row"], entry["turn"], entry["reason"], reader.shown(stored))
+        quarantined.put(number, entry["row"], entry["turn"], entry["reason"], reader.for_quarantine(stored))
 
 
 def _mixed(parts: list, sources: list[DataSource], seed: int):
@@ -296,7 +298,7 @@ def _mixed(parts: list, sources: list[DataSource], seed: int):
 
 @dataclass
 class StreamRead:
-    """For `IterableDataset.map`: stored rows of a source to one entry of `STREAMED` for each turn or bad row."""
+    """For `IterableDataset.map`: converts stored rows to one entry of `STREAMED` per turn or invalid row."""
 
     number: int
     reader: Reader
@@ -308,7 +310,7 @@ class StreamRead:
             try:
                 turns = self.reader.turns(stored)
             except BadRow as error:
-                content = json.dumps(self.reader.shown(stored), default=str)
+                content = json.dumps(self.reader.for_quarantine(stored), default=str)
                 entries.append((self.number, index, None, str(error), content, []))
                 continue
             for number, turn in enumerate(turns):
@@ -319,15 +321,15 @@ class StreamRead:
 
 @dataclass
 class StreamCheck:
-    """For `IterableDataset.map`, one row at a time: a training row, or none and an entry in the quarantine."""
+    """For `IterableDataset.map`, one row at a time: returns a training row, or none and quarantines it."""
 
     check: Check
-    keeper: Quarantine
+    quarantined: Quarantine
 
     def __call__(self, batch: dict[str, list]) -> dict[str, list]:
         entry = {name: values[0] for name, values in batch.items()}
         content = json.loads(entry["content"])
-        self.keeper.rows[entry["source"]] += 1
+        self.quarantined.rows[entry["source"]] += 1
         try:
             if entry["reason"] is not None:
                 raise BadRow(entry["reason"])
@@ -335,14 +337,14 @@ class StreamCheck:
             self.check(Turn(**content, images=entry["images"]), pictures)
         except ValueError as error:
             shown = content if entry["reason"] else {**content, "images": without_bytes(entry["images"])}
-            self.keeper.put(entry["source"], entry["row"], entry["turn"], str(error), shown, once=True)
-            self.keeper.stop_if_too_many(entry["source"])
+            self.quarantined.put(entry["source"], entry["row"], entry["turn"], str(error), shown, once=True)
+            self.quarantined.stop_if_too_many(entry["source"])
             return {"prompt": [], "completion": [], "images": [], "granularity": []}
         row = {"prompt": content["prompt"], "completion": content["completion"], "images": pictures}
         return {name: [value] for name, value in {**row, "granularity": content["granularity"]}.items()}
 
 
-def _streamed(sources, opened, check: Check, keeper: Quarantine, seed: int) -> IterableDataset:
+def _streamed(sources, opened, check: Check, quarantined: Quarantine, seed: int) -> IterableDataset:
     parts = [
         raw.map(
             StreamRead(number, reader),
@@ -355,10 +357,11 @@ def _streamed(sources, opened, check: Check, keeper: Quarantine, seed: int) -> I
         for number, (raw, reader) in enumerate(opened)
     ]
     mixed = _mixed(parts, sources, seed)
-    check = StreamCheck(check, keeper)
+    check = StreamCheck(check, quarantined)
     if next(iter(_map_stream(mixed, check)), None) is None:
-        keeper.report(next(number for number in range(len(sources)) if not keeper.rows[number] > keeper.bad[number]))
-    keeper.forget()
+        unusable = (n for n in range(len(sources)) if not quarantined.rows[n] > quarantined.bad[n])
+        quarantined.report(next(unusable))
+    quarantined.reset_counts()
     return _map_stream(mixed.shuffle(seed=seed, buffer_size=SHUFFLE_BUFFER), check)
 
 

@@ -1,4 +1,4 @@
-"""Where rows come from: files, folders, the Hub, WebDataset shards, memory or drawn scenes, opened undecoded."""
+"""Open data sources: files, folders, the Hub, WebDataset shards, memory or drawn scenes; images stay undecoded."""
 
 import glob
 import os
@@ -8,26 +8,26 @@ from pathlib import Path
 
 from datasets import Dataset, Image, IterableDataset, List, load_dataset, load_from_disk
 
-from .formats import FIELDS, FORMATS, BadRow, Reader, parsed
-from .quarantine import FEWEST_ROWS
+from .formats import FIELDS, FORMATS, BadRow, Reader, parse_row
+from .quarantine import MIN_ROWS
 from .scenes import make_questions, make_scene
 
 BUILDERS = {
     ".arrow": "arrow",
     ".csv": "csv",
     ".json": "json",
-    ".jsonl": "text",  # one line a row, parsed here: a broken line is one bad row and not a broken file
+    ".jsonl": "text",  # one row per line, parsed here, so that a broken line is one bad row
     ".parquet": "parquet",
     ".tar": "webdataset",
 }
 SCENES = "scenes"  # a source's path: the drawn world of scenes.py
-FIRST_SCENE = {"train": 0, "test": 500_000}  # by split; no scene is in both
+FIRST_SCENE = {"train": 0, "test": 500_000}  # seed of the first scene of a split
 
 
 @dataclass
 class DataSource:
     """
-    Where rows come from and how they are read.
+    A source of rows and how to read it.
 
     Args:
         path (`str`): a file (.json, .jsonl, .parquet, .csv, .arrow, .tar; wildcards allowed), a folder, a dataset
@@ -36,9 +36,9 @@ class DataSource:
         name (`str`, *optional*): the configuration of a dataset of the Hub.
         split (`str`): as in `load_dataset`, `"train[:1%]"` too.
         format (`str`, *optional*): one of `FORMATS`; found from the columns by default.
-        columns (`dict`, *optional*): our name, one of `FIELDS`, to the name of the column that holds it.
-        question (`str`, *optional*): asked in every row of a question-answer source without questions (captions).
-        image_folder (`str`, *optional*): what image file names are relative to; the folder of `path` by default.
+        columns (`dict`, *optional*): maps our names (`FIELDS`) to those of the columns.
+        question (`str`, *optional*): the question of every row of a source that has only answers (captions).
+        image_folder (`str`, *optional*): folder of relative image paths; by default the folder of `path`.
         weight (`float`, *optional*): how often rows are drawn from here, relative to the other sources' weights.
     """
 
@@ -66,7 +66,7 @@ class DataSource:
 
     @classmethod
     def of(cls, entry: "DataSource | Dataset | IterableDataset | dict | str") -> "DataSource":
-        """A source from an entry of a recipe: its path, or a mapping of the arguments."""
+        """A source from an entry of a recipe: a path, or a mapping of the arguments."""
         if isinstance(entry, cls):
             return entry
         if not isinstance(entry, dict):
@@ -78,7 +78,7 @@ class DataSource:
 
 
 def open_source(source: DataSource, streaming: bool = False):
-    """(the stored rows, undecoded, their `Reader`); raises `ValueError`."""
+    """The stored rows, undecoded, and their `Reader`; raises `ValueError`."""
     raw, is_lines = load_source(source, streaming)
     if streaming:
         raw = raw.to_iterable_dataset() if isinstance(raw, Dataset) else raw
@@ -86,7 +86,7 @@ def open_source(source: DataSource, streaming: bool = False):
     elif isinstance(raw, IterableDataset):
         raise ValueError(f"{source} is a stream; pass streaming=True")
     else:
-        raw = raw.with_format("arrow")  # nothing is decoded: images go through load_rgb and nowhere else
+        raw = raw.with_format("arrow")  # undecoded: only load_rgb opens images
     names, image_names = _column_names(raw, source, is_lines)
     columns = _find_columns(source, names, image_names)
     return raw, Reader(
@@ -118,11 +118,11 @@ def load_source(source: DataSource, streaming: bool = False) -> tuple[Dataset | 
         elif builder:
             options = {"encoding_errors": "replace"} if builder == "text" else {}
             files = {source.split.partition("[")[0]: path}
-            streaming = streaming and builder != "json"  # a list in JSON is read whole anyway, and typed then
+            streaming = streaming and builder != "json"  # a JSON list is read as a whole anyway
             raw = load_dataset(builder, data_files=files, split=source.split, streaming=streaming, **options)
         else:
             raw = load_dataset(path, source.name, split=source.split, streaming=streaming)
-    except Exception as error:  # as many kinds as there are builders
+    except Exception as error:  # every builder has its own exceptions
         reason = error.__cause__ or error
         raise ValueError(
             f"{source} cannot be loaded: {reason} ({type(reason).__name__}); expected a file in one of the formats "
@@ -152,7 +152,7 @@ def drawn_rows(source: DataSource) -> Dataset:
 def first_row(raw, label: str) -> dict:
     first = next(iter(raw), None)
     if first is None:
-        raise ValueError(f"{label} is empty; take it out, or give it rows")
+        raise ValueError(f"{label} is empty; remove it or add rows")
     return _as_row(first)
 
 
@@ -161,28 +161,28 @@ def _as_row(stored) -> dict:
 
 
 def _column_names(raw, source: DataSource, is_lines: bool) -> tuple[list[str], list[str]]:
-    """The columns of a source, and those of them that `datasets` knows to hold images."""
+    """The columns of a source, and those that `datasets` declares as images."""
     first = first_row(raw, str(source))
     features = raw.features or {}
-    image_names = [name for name, feature in features.items() if _holds_images(feature)]
+    image_names = [name for name, feature in features.items() if _contains_images(feature)]
     if not is_lines:
-        inner = parsed(first, False, raw.features)
+        inner = parse_row(first, False, raw.features)
         return list(inner), image_names
     names = {}
-    for stored, _ in zip(raw, range(FEWEST_ROWS)):
+    for stored, _ in zip(raw, range(MIN_ROWS)):
         try:
-            names.update(parsed(_as_row(stored), True, None) or {})
+            names.update(parse_row(_as_row(stored), True, None) or {})
         except BadRow:
             continue
     return list(names), []
 
 
-def _holds_images(feature) -> bool:
-    return isinstance(feature, Image) or (isinstance(feature, List) and _holds_images(feature.feature))
+def _contains_images(feature) -> bool:
+    return isinstance(feature, Image) or (isinstance(feature, List) and _contains_images(feature.feature))
 
 
 def _find_columns(source: DataSource, names: list[str], image_names: list[str]) -> dict[str, str | None]:
-    """Our names to columns; a question asked in every row has the column None."""
+    """Maps our names to columns; a question that is the same for every row has the column None."""
     absent = sorted(set((source.columns or {}).values()) - set(names))
     columns = {name: name for name in FIELDS if name in names} | (source.columns or {})
     if source.question is not None:
@@ -198,8 +198,8 @@ def _find_columns(source: DataSource, names: list[str], image_names: list[str]) 
         wanted = {source.format: FORMATS[source.format]} if source.format else FORMATS
         raise ValueError(
             f"{source} has the columns {names}{f', not {absent}' if absent else ''}; expected "
-            f"{' or '.join(f'{list(needed)} ({known})' for known, needed in wanted.items())}; say with "
-            "columns={'question': ..., 'answer': ...} what yours are called"
+            f"{' or '.join(f'{list(needed)} ({known})' for known, needed in wanted.items())}; rename with "
+            "columns={'question': ..., 'answer': ...}"
         )
     return columns
 
