@@ -1,4 +1,4 @@
-"""Does it work? Trains encoder, language model and all arms on drawn scenes, and writes docs/study-results.md.
+"""Does it work? Trains encoder, language model and all arms on drawn scenes, and writes studies/results.md.
 
     python -m studies.run            within an hour on two cores; the protocol is docs/study.md
 
@@ -49,7 +49,7 @@ def main(argv: list[str] | None = None):
     if options.seeds < 1 or options.workers < 1:
         parser.error("give at least one seed and one worker")
     output = options.output or Path("build/study-quick" if options.quick else "build/study")
-    report = output / "results.md" if options.quick else Path("docs/study-results.md")
+    report = output / "results.md" if options.quick else Path("studies/results.md")
     seeds = tuple(range(FIRST_SEED, FIRST_SEED + options.seeds))
     run(output, report, QUICK if options.quick else Scale(), seeds, options.workers)
 

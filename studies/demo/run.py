@@ -216,7 +216,7 @@ def patch_labels(scenes) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
 
 
 def train_language_model(scenes, tokenizer, budget: Budget, output: Path):
-    """Conversations about scenes that are told in words."""
+    """Train on conversations about scenes that are described in words."""
     config = Qwen2Config(
         vocab_size=len(tokenizer), hidden_size=128, intermediate_size=384, num_hidden_layers=3, num_attention_heads=4,
         num_key_value_heads=4, max_position_embeddings=1024, tie_word_embeddings=True, bos_token_id=None,
