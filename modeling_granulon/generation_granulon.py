@@ -82,7 +82,7 @@ class GranulonGenerationMixin(GenerationMixin):
         return _complete(output, input_ids, mask_BT.shape[1], visual)
 
     def _padding_id(self) -> int:
-        """A token id for masked places that is no image placeholder."""
+        """A token id for masked places that is not the image placeholder."""
         pad = self.generation_config.pad_token_id
         return pad if pad is not None and pad != self.config.image_token_id else int(self.config.image_token_id == 0)
 
