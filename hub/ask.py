@@ -32,44 +32,23 @@ SUFFIXES = {".avif", ".bmp", ".gif", ".jp2", ".jpeg", ".jpg", ".png", ".ppm", ".
 class AskArguments:
     model: str = HfArg(help="a Granulon: a folder or a Hub id")
     image: str | None = HfArg(default=None, help="image to ask about: a file or an http(s) address")
-    batch: str | None = HfArg(
-        default=None, help="images to ask about: a folder, a JSON file of rows with image and question, or a data set"
-    )
-    output: str | None = HfArg(
-        default=None, help=".jsonl file for the answers of --batch; rows that it has are not asked again"
-    )
+    batch: str | None = HfArg(default=None, help="folder of images, JSON file of image and question, or data set")
+    output: str | None = HfArg(default=None, help=".jsonl file for the answers of --batch; a run resumes from it")
     split: str = HfArg(default="train", help="split of a data set in --batch")
-    granularity: str | None = HfArg(
-        default=None, help="level by name or index; by default the controller chooses it for the question"
-    )
-    view: str = HfArg(
-        default="full",
-        help="image tokens that are read; auto is the view of the level",
-        metadata={"choices": VISUAL_VIEWS},
-    )
+    granularity: str | None = HfArg(default=None, help="level by name or index; by default the controller's choice")
+    view: str = HfArg(default="full", help="tokens to read; auto: the level's", metadata={"choices": VISUAL_VIEWS})
     max_new_tokens: int = HfArg(default=256, help="maximal length of an answer")
     batch_size: int = HfArg(default=8, help="rows of --batch that each process answers together")
     picture: str | None = HfArg(default=None, help="file for a picture of --image with its clusters")
 
 
-# ----- one image
-
-
 def ask(
-    model,
-    processor,
-    image: Image.Image,
-    question: str,
-    granularity=None,
-    view="full",
-    max_new_tokens=256,
-    stream=False,
+    model, processor, image: Image.Image, question, granularity=None, view="full", max_new_tokens=256, stream=False
 ) -> dict:
     """
-    Answer a question about an image.
+    Answer a question about an RGB image.
 
     Args:
-        image: RGB.
         granularity: a level of the model by name or index; None for the controller's choice.
         view: "full", "pixel", "semantic" or "auto".
         stream: print level and number of tokens to stderr, then the answer to stdout while it is generated.
@@ -103,9 +82,6 @@ def _summary(result: dict) -> str:
     return f"{level['name']}, chosen by the {level['chosen_by']}{f' ({shares})' if shares else ''}; {read}"
 
 
-# ----- many images
-
-
 def read_rows(source: str | Path, question: str | None = None, split: str = "train") -> Sequence[dict]:
     """
     The rows of a folder of images, a JSON file, or a data set.
@@ -114,7 +90,6 @@ def read_rows(source: str | Path, question: str | None = None, split: str = "tra
         source: a folder; a file with a JSON list or JSON Lines, whose image paths are relative to the file or else to
             the working directory; or the name or folder of a data set.
         question: asked about every image whose row has none.
-        split: of a data set.
 
     Returns:
         rows with "name", "image" (what `open_image` takes), "question", and in a file its other entries.
@@ -154,19 +129,16 @@ class DatasetRows(Sequence):
         return len(self.rows)
 
     def __getitem__(self, number):
-        row = self.rows[number]
-        image = row["image"]
-        if isinstance(image, dict):
-            image = image["bytes"] or image["path"]
-        return _with_question(
-            self.name, number, row | {"name": f"{self.name}#{number}", "image": image}, self.question
-        )
+        row = self.rows[number] | {"name": f"{self.name}#{number}"}
+        if isinstance(row["image"], dict):
+            row["image"] = row["image"]["bytes"] or row["image"]["path"]
+        return _with_question(self.name, number, row, self.question)
 
 
 def _read_json(path: Path) -> list:
-    text = path.read_text(encoding="utf-8")
+    text = path.read_text(encoding="utf-8").strip()
     try:
-        if text.lstrip().startswith("["):
+        if text.startswith("["):
             return json.loads(text)
         return [json.loads(line) for line in text.split("\n") if line.strip()]
     except ValueError as error:
@@ -196,15 +168,13 @@ def answer_rows(
     model, processor, rows: Sequence[dict], output: str | Path, settings: dict, batch_size=8, rank=0, world_size=1
 ) -> dict[str, int]:
     """
-    Answer the rows of one process that `output` does not have yet, greedily.
+    Answer the rows (of `read_rows`) of one process that `output` does not have yet, greedily.
 
     A row whose image cannot be used gets an `error` instead of an answer, and the run continues.
 
     Args:
-        rows: as `read_rows` returns them.
         output: file of all answers, sorted by row; until all are there each process has a file beside it.
         settings: model, granularity, view, max_new_tokens; written into every line.
-        rank, world_size: this process and how many there are.
 
     Returns:
         the number of rows, answered, failed and earlier ones of this process.
@@ -217,19 +187,17 @@ def answer_rows(
     _check_same_run(done, rows, settings, output)
     own = range(rank, len(rows), world_size)
     left = [number for number in own if number not in done]
-    counts = {"rows": len(own), "answered": 0, "failed": 0, "earlier": len(own) - len(left)}
+    failed = 0
     with JsonlLog(output, rank, world_size) as log, tqdm(total=len(left), unit="row", disable=rank != 0) as progress:
         for opened in _open_batches(rows, left, batch_size, settings):
             _add_answers(model, processor, [entry for entry in opened if entry[1] is not None], settings)
             log.append(*(line for line, _ in opened))
-            failed = sum(image is None for _, image in opened)
-            counts["failed"] += failed
-            counts["answered"] += len(opened) - failed
+            failed += sum(image is None for _, image in opened)
             progress.update(len(opened))
     done = {line["row"]: line for line in read_log(output)}
     if len(done) == len(rows):
         join_rank_files(output, (done[number] for number in sorted(done)))
-    return counts
+    return {"rows": len(own), "answered": len(left) - failed, "failed": failed, "earlier": len(own) - len(left)}
 
 
 def _check_same_run(done: dict[int, dict], rows: Sequence[dict], settings: dict, output: Path):
@@ -239,11 +207,10 @@ def _check_same_run(done: dict[int, dict], rows: Sequence[dict], settings: dict,
         if found != settings:
             raise ValueError(f"{output} has answers with settings {found}, not {settings}; choose another output")
         row = rows[number] if number < len(rows) else {"name": None, "question": None}
-        if (line["image"], line["question"]) != (row["name"], row["question"]):
-            raise ValueError(
-                f"{output} has an answer to row {number} about {line['image']}, {line['question']!r}, but that row "
-                f"is now {row['name']}, {row['question']!r}; choose another output"
-            )
+        before, now = (line["image"], line["question"]), (row["name"], row["question"])
+        if before != now:
+            changed = f"{output} has an answer to row {number}, {before}, which is now {now}"
+            raise ValueError(f"{changed}; choose another output")
 
 
 def _open_batches(rows: Sequence[dict], numbers: list[int], batch_size: int, settings: dict) -> Iterator[list]:
@@ -278,9 +245,6 @@ def _add_answers(model, processor, opened: list[tuple[dict, Image.Image]], setti
     for (line, _), answer, description in zip(opened, answers, describe(model, prompt, settings["view"]), strict=True):
         level = description["granularity"]
         line |= {"answer": answer, "granularity": level and level["name"]}
-
-
-# ----- the command
 
 
 def _ask_one(arguments: AskArguments, question: str | None, as_json: bool):

@@ -18,14 +18,10 @@ from transformers import (
     AutoModel,
     AutoModelForCausalLM,
     AutoTokenizer,
-    DINOv3ViTConfig,
-    DINOv3ViTModel,
     HfArgumentParser,
     PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerFast,
-    Qwen2Config,
-    Qwen2ForCausalLM,
     logging,
 )
 from transformers.hf_argparser import HfArg
@@ -35,16 +31,14 @@ from modeling_granulon import GranulonConfig, GranulonForConditionalGeneration, 
 from modeling_granulon.configuration_granulon import TEXT_MODELS
 from modeling_granulon.vision_features import patch_size_of
 
-from .files import atomic_folder
+from .files import atomic_folder, check_is_new
 from .manifest import LICENCE_FILES, versions, write_manifest
 from .parts import KNOWN_PARTS, SourceUnavailable, download_snapshot, fetch_gguf, fetch_part, read_origin
 from .text import first_line
 
 # What granulon-publish --trainable_only uploads: the weights that come from neither of the two models.
-TRAINABLE, TRAINABLE_WEIGHTS = (
-    "trainable.safetensors",
-    ("model.multi_modal_projector.", "model.granularity_controller."),
-)
+TRAINABLE = "trainable.safetensors"
+TRAINABLE_WEIGHTS = ("model.multi_modal_projector.", "model.granularity_controller.")
 # Tokens that stand for an image, else tokens reserved for later use; the embedding has a row for both already.
 IMAGE_TOKENS = ["<|image_pad|>", "<|image|>", "<image>"]
 RESERVED_TOKEN = re.compile(r"<\|?(reserved|unused)\w*\d+\|?>")
@@ -65,19 +59,10 @@ _KNOWN = ", ".join(KNOWN_PARTS)
 @dataclass
 class AssembleArguments:
     output: str = HfArg(help="folder to write; it must not exist yet")
-    vision: str | None = HfArg(
-        default=None, help=f"encoder: a folder, a Hub id (ID or ID@REVISION), or a known part ({_KNOWN})"
-    )
+    vision: str | None = HfArg(default=None, help=f"encoder: a folder, a Hub id (ID or ID@REVISION), or {_KNOWN}")
     text: str | None = HfArg(default=None, help="language model with a chat template: the same, or a GGUF file")
-    image_size: int | None = HfArg(
-        default=None, help="side of the square that images are resized to; by default the encoder's"
-    )
-    trained: str | None = HfArg(
-        default=None,
-        metadata={
-            "help": "folder or Hub id that granulon-publish --trainable_only wrote: projector, gains, controller"
-        },
-    )
+    image_size: int | None = HfArg(default=None, help="side of the square images in pixels; by default the encoder's")
+    trained: str | None = HfArg(default=None, help="folder or Hub id that granulon-publish --trainable_only wrote")
     tiny: bool = HfArg(default=False, help="write a small random model, offline, instead of --vision and --text")
 
 
@@ -99,26 +84,20 @@ class Source:
         """
         folder = Path(source).expanduser()
         if folder.is_file() and folder.suffix == ".gguf":
-            return cls._of_folder(fetch_gguf(folder, TEXT_MODELS), folder.name)
-        if not folder.is_dir() and str(source) in KNOWN_PARTS:
+            folder = fetch_gguf(folder, TEXT_MODELS)
+        elif not folder.is_dir() and str(source) in KNOWN_PARTS:
             folder = fetch_part(str(source))
         if folder.is_dir():
-            return cls._of_folder(folder, folder.resolve().name)
+            origin = read_origin(folder)
+            name = origin.get("repo_id") or origin.get("file") or folder.resolve().name
+            return cls(folder, name, origin.get("revision"))
         repo_id, _, revision = str(source).partition("@")
         try:
             folder = download_snapshot(repo_id, revision or None)
         except SourceUnavailable as error:
-            raise ValueError(
-                f"{source} was not found locally or on the Hub ({error}); give a folder, a GGUF file, a Hub id or one "
-                f"of {_KNOWN}"
-            ) from error
+            remedy = f"give a folder, a GGUF file, a Hub id or one of {_KNOWN}"
+            raise ValueError(f"{source} was not found locally or on the Hub ({error}); {remedy}") from error
         return cls(folder, repo_id, folder.name)
-
-    @classmethod
-    def _of_folder(cls, folder: Path, name: str) -> "Source":
-        """Name and revision on the Hub, if origin.json has them, else `name`."""
-        origin = read_origin(folder)
-        return cls(folder, origin.get("repo_id") or name, origin.get("revision"))
 
     def config(self) -> PretrainedConfig:
         """The configuration; raises `ValueError` if there is none."""
@@ -137,8 +116,8 @@ class Source:
 
 def assemble(vision, text, output, image_size: int | None = None, trained=None) -> Path:
     """
-    Write a Granulon checkpoint: tower and language model have the weights of two existing models, projector, gains
-    and controller are new.
+    Write a Granulon checkpoint, and return its folder: tower and language model have the weights of two existing
+    models, projector, gains and controller are new.
 
     Args:
         vision: encoder (of a CLIP or SigLIP pair the image half): a folder, a Hub id, or the name of a known part.
@@ -148,16 +127,12 @@ def assemble(vision, text, output, image_size: int | None = None, trained=None) 
         trained: a folder or Hub id that `granulon-publish --trainable_only` wrote. Levels, settings, dtype, image size
             and the weights of projector, gains and controller are taken from it.
 
-    Returns:
-        the folder.
-
     Raises:
         ValueError: an output that exists, a source that is not found, not supported or incomplete, an image size that
             is not a multiple of the patch size.
     """
     output = Path(output).expanduser()
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):  # before anything large is loaded
-        raise ValueError(f"{output} exists already; choose another output or delete it")
+    check_is_new(output)  # before anything large is loaded
     vision, text = Source.fetch(vision), Source.fetch(text)
     trained = Source.fetch(trained) if trained else None
 
@@ -178,13 +153,9 @@ def assemble(vision, text, output, image_size: int | None = None, trained=None) 
         config.save_pretrained(folder)
         processor.save_pretrained(folder)
         _copy_licences({"vision": vision, "text": text}, folder)
-        manifest = {
-            "versions": versions("granulon", "transformers", "torch"),
-            "vision": vision.describe(config.vision_config),
-            "text": text.describe(config.text_config),
-            "image_token": processor.image_token,
-        }
-        write_manifest(folder, manifest)
+        manifest = {"versions": versions("granulon", "transformers", "torch"), "image_token": processor.image_token}
+        sources = {"vision": vision.describe(config.vision_config), "text": text.describe(config.text_config)}
+        write_manifest(folder, manifest | sources)
     return output
 
 
@@ -195,12 +166,11 @@ def _config_and_processor(vision: Source, text: Source, image_size: int | None, 
     tokenizer, image_token = _tokenizer_with_placeholder(text)
     image_token_id = tokenizer.convert_tokens_to_ids(image_token)
     text_config.vocab_size = max(getattr(text_config, "vocab_size", 0), image_token_id + 1)
-    settings = _trained_settings(trained) if trained else {}
-    config = GranulonConfig(
-        vision_config=vision_config, text_config=text_config, image_token_id=image_token_id, **settings
-    )
+    settings, trained_size = _trained_settings(trained) if trained else ({}, None)
+    own = {"vision_config": vision_config, "text_config": text_config, "image_token_id": image_token_id}
+    config = GranulonConfig(**own, **settings)
     processor = GranulonProcessor(
-        _image_processor(vision, vision_config, image_size or (_trained_image_size(trained) if trained else None)),
+        _image_processor(vision, vision_config, image_size or trained_size),
         tokenizer,
         patch_size=patch_size_of(vision_config),
         num_semantic_tokens=config.max_semantic_tokens,
@@ -210,30 +180,38 @@ def _config_and_processor(vision: Source, text: Source, image_size: int | None, 
 
 
 def _combined_model(config: GranulonConfig, vision: Source, text: Source) -> GranulonForConditionalGeneration:
-    """The weights of both models in one, with a row of the embedding for the placeholder."""
+    """
+    The weights of both models in one, without a copy, with a row of the embedding for the placeholder; projector and
+    controller are new, in the language model's dtype.
+    """
     tower = _load(AutoModel, vision, config=config.vision_config)
     language_model = _load(AutoModelForCausalLM, text)
     rows = config.text_config.vocab_size
-    if language_model.get_input_embeddings().num_embeddings < rows:
-        with torch.random.fork_rng():
-            torch.manual_seed(0)
+    with torch.device("meta"):
+        model = GranulonForConditionalGeneration(config)
+    with torch.random.fork_rng(), torch.no_grad():
+        torch.manual_seed(0)
+        if language_model.get_input_embeddings().num_embeddings < rows:
             language_model.resize_token_embeddings(rows, mean_resizing=False)
-    return join(config, tower, language_model)
+            torch.manual_seed(0)  # projector and controller are the same with and without new rows
+        for part in filter(None, (model.model.multi_modal_projector, model.model.granularity_controller)):
+            part.to_empty(device="cpu").apply(model._init_weights).to(language_model.dtype)
+    model.model.vision_tower = tower.requires_grad_(False)
+    model.model.language_model = language_model.base_model
+    model.lm_head = language_model.get_output_embeddings()
+    model.generation_config = language_model.generation_config
+    return model
 
 
-def _trained_settings(trained: Source) -> dict:
-    """Levels, constants and projector settings of a trained configuration."""
+def _trained_settings(trained: Source) -> tuple[dict, int]:
+    """Levels, constants and projector settings of a trained model; pixels per side of its images."""
     settings, _ = GranulonConfig.get_config_dict(trained.folder)
     other = ("vision_config", "text_config", "image_token_id", "architectures", "auto_map", "dtype", "model_type")
-    return {key: value for key, value in settings.items() if key not in other and not key.startswith("transformers")}
-
-
-def _trained_image_size(trained: Source) -> int:
-    """Pixels per side of the images of a trained model."""
     file = trained.folder / "processor_config.json"
     if not file.is_file():
         raise ValueError(f"{trained.name} has no processor_config.json, which holds the size of its images")
-    return json.loads(file.read_text())["image_processor"]["size"]["height"]
+    kept = {key: value for key, value in settings.items() if key not in other and not key.startswith("transformers")}
+    return kept, json.loads(file.read_text())["image_processor"]["size"]["height"]
 
 
 def _load_trained(model: GranulonForConditionalGeneration, trained: Source):
@@ -243,51 +221,15 @@ def _load_trained(model: GranulonForConditionalGeneration, trained: Source):
     found = {name: value.shape for name, value in weights.items()}
     if found != expected:
         wrong = sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
-        raise ValueError(
-            f"{trained.name} does not fit this encoder and language model ({', '.join(wrong[:2])}, {len(wrong)} in "
-            "all, are missing or have another shape): use the two that its card names"
-        )
+        names = f"{', '.join(wrong[:2])}, {len(wrong)} in all, are missing or have another shape"
+        raise ValueError(f"{trained.name} does not fit these two models ({names}): use those that its card names")
     model.to(GranulonConfig.from_pretrained(trained.folder).dtype).load_state_dict(weights, strict=False)
-
-
-def join(
-    config: GranulonConfig, tower: PreTrainedModel, language_model: PreTrainedModel
-) -> GranulonForConditionalGeneration:
-    """
-    Put a loaded encoder and a loaded causal language model into one Granulon, without a copy of their weights.
-
-    Args:
-        config: made for these two.
-        tower, language_model: the encoder, and the language model with its head.
-
-    Returns:
-        a model with a new projector and controller, in the language model's dtype.
-    """
-    with torch.device("meta"):
-        model = GranulonForConditionalGeneration(config)
-    model.model.vision_tower = tower.requires_grad_(False)
-    model.model.language_model = language_model.base_model
-    model.lm_head = language_model.get_output_embeddings()
-    with torch.random.fork_rng(), torch.no_grad():
-        torch.manual_seed(0)
-        for part in (model.model.multi_modal_projector, model.model.granularity_controller):
-            if part is not None:
-                part.to_empty(device="cpu").apply(model._init_weights).to(language_model.dtype)
-    model.generation_config = language_model.generation_config
-    return model
 
 
 def with_image_parts(template: str | dict[str, str], image_token: str) -> str | dict[str, str]:
     """
-    Make a text model's chat template accept `[{"type": "image"}, {"type": "text", "text": ...}]` as content; content
-    that is a string renders exactly as before.
-
-    Args:
-        template: a chat template, or several by name.
-        image_token: the text that stands for an image.
-
-    Returns:
-        the same type as `template`.
+    Make a text model's chat template, or several by name, accept `[{"type": "image"}, {"type": "text", "text": ...}]`
+    as content; content that is a string renders exactly as before. `image_token` stands for an image.
     """
     if isinstance(template, dict):
         return {name: with_image_parts(entry, image_token) for name, entry in template.items()}
@@ -330,12 +272,10 @@ def _image_processor(vision: Source, vision_config, image_size: int | None) -> V
     side = image_size or _input_side(settings, vision_config)
     patch = patch_size_of(vision_config)
     if side % patch:
-        raise ValueError(
-            f"images of {side} x {side} pixels do not divide into patches of {patch}; "
-            f"choose an image_size of {side // patch * patch} or {(side // patch + 1) * patch}"
-        )
-    kept = {key: settings.get(key) for key in ("image_mean", "image_std", "resample", "rescale_factor")}
-    kept = {key: value for key, value in kept.items() if value is not None}
+        remedy = f"choose an image_size of {side // patch * patch} or {(side // patch + 1) * patch}"
+        raise ValueError(f"images of {side} x {side} pixels do not divide into patches of {patch}; {remedy}")
+    names = ("image_mean", "image_std", "resample", "rescale_factor")
+    kept = {name: settings[name] for name in names if settings.get(name) is not None}
     return ViTImageProcessorPil(size={"height": side, "width": side}, do_convert_rgb=True, **kept)
 
 
@@ -359,9 +299,8 @@ def _load(auto_class, source: Source, **kwargs) -> PreTrainedModel:
         logging.set_verbosity(verbosity)
     absent = sorted(report["missing_keys"]) + sorted(str(key) for key in report["mismatched_keys"])
     if absent:
-        raise ValueError(
-            f"the weights of {source.name} are incomplete: {', '.join(absent[:3])} ({len(absent)} in all)"
-        )
+        names = f"{', '.join(absent[:3])} ({len(absent)} in all)"
+        raise ValueError(f"the weights of {source.name} are incomplete: {names}")
     return model
 
 
@@ -387,35 +326,27 @@ def byte_tokenizer(chat_tokens=tuple(CHAT_TOKENS)) -> PreTrainedTokenizerFast:
     return tokenizer
 
 
-def assemble_tiny(output, seed: int = 0) -> Path:
+def assemble_tiny(output: str | Path) -> Path:
     """
-    Assemble a complete Granulon of a few MB from a small random encoder and language model, offline and in seconds.
-
-    Args:
-        output: folder to write; it must not exist yet.
-        seed: of the weights; the global random state does not change.
-
-    Returns:
-        the folder.
+    Assemble a complete Granulon of a few MB from a small random encoder and language model, offline and in seconds;
+    its folder. The global random state does not change.
     """
     with tempfile.TemporaryDirectory() as folder, torch.random.fork_rng():
-        torch.manual_seed(seed)
+        torch.manual_seed(0)
         vision, text = Path(folder, "tiny-dinov3"), Path(folder, "tiny-qwen2")
-        DINOv3ViTModel(
-            DINOv3ViTConfig(
-                image_size=64, patch_size=8, hidden_size=64, intermediate_size=128, num_hidden_layers=2,
-                num_attention_heads=4, num_register_tokens=4,
-            )
-        ).save_pretrained(vision)  # fmt: skip
+        encoder = AutoConfig.for_model(
+            "dinov3_vit", image_size=64, patch_size=8, hidden_size=64, intermediate_size=128, num_hidden_layers=2,
+            num_attention_heads=4, num_register_tokens=4,
+        )  # fmt: skip
+        AutoModel.from_config(encoder).save_pretrained(vision)
         ViTImageProcessorPil(size={"height": 64, "width": 64}).save_pretrained(vision)
         tokenizer = byte_tokenizer()
-        Qwen2ForCausalLM(
-            Qwen2Config(
-                vocab_size=len(tokenizer), hidden_size=128, intermediate_size=256, num_hidden_layers=2,
-                num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=2048, tie_word_embeddings=True,
-                bos_token_id=None, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
-            )
-        ).save_pretrained(text)  # fmt: skip
+        decoder = AutoConfig.for_model(
+            "qwen2", vocab_size=len(tokenizer), hidden_size=128, intermediate_size=256, num_hidden_layers=2,
+            num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=2048, tie_word_embeddings=True,
+            bos_token_id=None, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
+        )  # fmt: skip
+        AutoModelForCausalLM.from_config(decoder).save_pretrained(text)
         tokenizer.save_pretrained(text)
         return assemble(vision, text, output)
 
@@ -426,9 +357,8 @@ def main():
         if arguments.tiny:
             output = assemble_tiny(arguments.output)
         elif arguments.vision and arguments.text:
-            output = assemble(
-                arguments.vision, arguments.text, arguments.output, arguments.image_size, arguments.trained
-            )
+            options = {"image_size": arguments.image_size, "trained": arguments.trained}
+            output = assemble(arguments.vision, arguments.text, arguments.output, **options)
         else:
             raise ValueError("give --vision and --text, or --tiny")
     except (OSError, ValueError) as error:

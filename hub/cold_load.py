@@ -17,14 +17,14 @@ QUESTION = "What is in the picture?"
 
 
 def main(output: str, source: str, revision: str = "", adapter: str = "", adapter_revision: str = ""):
-    where = {"trust_remote_code": True, **_pinned(revision)}
+    where = {"trust_remote_code": True, "revision": revision or None}
     pipe = pipeline("image-text-to-text", model=source, **where)
     model, processor = pipe.model, pipe.processor
     if adapter:
         from peft import PeftModel
 
-        model = PeftModel.from_pretrained(model, adapter, **_pinned(adapter_revision))
-        processor = AutoProcessor.from_pretrained(adapter, trust_remote_code=True, **_pinned(adapter_revision))
+        model = PeftModel.from_pretrained(model, adapter, revision=adapter_revision or None)
+        processor = AutoProcessor.from_pretrained(adapter, trust_remote_code=True, revision=adapter_revision or None)
     image = Image.linear_gradient("L").convert("RGB")
     chat = [{"role": "user", "content": [{"type": "image", "image": image}, {"type": "text", "text": QUESTION}]}]
     inputs = processor.apply_chat_template(
@@ -38,10 +38,6 @@ def main(output: str, source: str, revision: str = "", adapter: str = "", adapte
         classes = (AutoModel, AutoModelForImageTextToText)
         assert all(type(kind.from_pretrained(source, **where)).__name__.startswith("Granulon") for kind in classes)
     save_file({"logits": logits.contiguous()}, output, {"answer": answer})
-
-
-def _pinned(revision: str) -> dict:
-    return {"revision": revision} if revision else {}
 
 
 if __name__ == "__main__":

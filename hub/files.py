@@ -7,16 +7,15 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
 
 def write_atomically(path: str | Path, content: str | bytes | Callable[[Path], object]):
     """
-    Write a file that appears complete or not at all.
+    Write or replace a file, which appears complete or not at all.
 
     Args:
-        path: the file; one that is there is replaced.
         content: text, bytes, or a function that writes the file whose path it is given (`figure.savefig`).
     """
     path = Path(path)
@@ -24,10 +23,8 @@ def write_atomically(path: str | Path, content: str | bytes | Callable[[Path], o
     try:
         if callable(content):
             content(draft)
-        elif isinstance(content, bytes):
-            draft.write_bytes(content)
         else:
-            draft.write_text(content, encoding="utf-8")
+            draft.write_bytes(content if isinstance(content, bytes) else content.encode())
         sync_to_disk(draft)
         draft.replace(path)
     finally:
@@ -43,8 +40,7 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
         ValueError: `path` exists and is not an empty folder.
     """
     path = Path(path)
-    if path.exists() and not (path.is_dir() and not any(path.iterdir())):
-        raise ValueError(f"{path} exists already; choose another output or delete it")
+    check_is_new(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     draft = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
     draft.chmod(0o755)
@@ -54,6 +50,12 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
     except BaseException:
         shutil.rmtree(draft, ignore_errors=True)
         raise
+
+
+def check_is_new(path: Path):
+    """Raise `ValueError` if `path` exists and is not an empty folder."""
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise ValueError(f"{path} exists already; choose another output or delete it")
 
 
 def sync_to_disk(path: str | Path) -> int:
@@ -88,24 +90,18 @@ def read_jsonl(path: str | Path) -> list[dict]:
         try:
             rows.append(json.loads(line))
         except ValueError as error:
-            message = f"{path}:{number} is not JSON ({line[:60]!r}); restore the file or move it away"
-            raise ValueError(message) from error
+            found = f"{path}:{number} is not JSON ({line[:60]!r})"
+            raise ValueError(f"{found}; restore the file or move it away") from error
     return rows
 
 
-class JsonlLog:
+class JsonlLog(AbstractContextManager):
     """
     Rows in JSON Lines that are on the disk when `append` returns, so that a run that was killed can go on.
 
     With `world_size` each process appends to a file of its own beside `path`, and `read` returns the rows of all of
-    them, also of an earlier run with another number of processes.
-
-    Args:
-        path: the file; its folder is made.
-        rank, world_size: this process and how many there are; None for a single file at `path`.
-
-    Raises:
-        ValueError: another process has the file open.
+    them, also of an earlier run with another number of processes. Raises `ValueError` if another process has its file
+    open.
     """
 
     def __init__(self, path: str | Path, rank: int = 0, world_size: int | None = None):
@@ -123,9 +119,6 @@ class JsonlLog:
         except OSError:  # a file system without locks
             pass
         os.ftruncate(self.file, self.own.read_bytes().rfind(b"\n") + 1)
-
-    def __enter__(self):
-        return self
 
     def __exit__(self, *exception):
         self.close()
@@ -165,9 +158,7 @@ def rank_files(path: Path) -> list[Path]:
 
 def join_rank_files(path: Path, rows: Iterable[dict]):
     """Write the rows of all processes to `path` in the order given, then delete the files of the processes."""
-    files = rank_files(path)
-    if files:
+    if files := rank_files(path):
         write_atomically(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
         for file in files:
-            with suppress(FileNotFoundError):  # another process joined them too
-                file.unlink()
+            file.unlink(missing_ok=True)  # another process joined them too

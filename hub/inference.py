@@ -17,13 +17,11 @@ from .text import first_line
 
 MAX_BYTES = 50_000_000  # of a downloaded image
 TIMEOUT = 20  # seconds without data from the server of an image
-# Entries of a configuration that follow from its levels.
+# Entries of a configuration, and weights by their shapes, that follow from its levels.
 DERIVED_FROM_LEVELS = ("default_granularity", "max_semantic_tokens")
-# Weights whose shapes follow from the levels.
-LEVEL_WEIGHTS = (
-    "model.granularity_controller.",
-    *(f"model.multi_modal_projector.{name}" for name in ("gain_offsets", "level_embedding", "cluster_embedding")),
-)
+PROJECTOR = "model.multi_modal_projector."
+LEVEL_WEIGHTS = ("model.granularity_controller.", f"{PROJECTOR}gain_offsets", f"{PROJECTOR}level_embedding")
+LEVEL_WEIGHTS += (f"{PROJECTOR}cluster_embedding",)
 
 
 def load_model(
@@ -54,11 +52,9 @@ def load_model(
     except OSError as error:
         raise ValueError(f"{name} was not found locally or on the Hub: {first_line(error)}") from error
     if (found := values.get("model_type")) != GranulonConfig.model_type:
-        raise ValueError(
-            f"{name} is a model of type {found!r}, expected {GranulonConfig.model_type!r}; granulon-assemble makes "
-            "one of an encoder and a language model"
-        )
-    overrides = dict(overrides or {})
+        expected = f"{name} is a model of type {found!r}, expected {GranulonConfig.model_type!r}"
+        raise ValueError(f"{expected}; granulon-assemble makes one of an encoder and a language model")
+    overrides = overrides or {}
     if unknown := overrides.keys() - GranulonConfig().to_dict().keys():
         raise ValueError(f"the configuration has no {', '.join(sorted(unknown))}; check the overrides")
     if "granularities" in overrides:
@@ -77,10 +73,9 @@ def load_model(
     absent = sorted(key for key in absent if not (new_levels and key.startswith(LEVEL_WEIGHTS)))
     if absent:
         changed = f" with {json.dumps(overrides)}" if overrides else ""
-        raise ValueError(
-            f"the weights of {name} do not fit its configuration{changed}: {', '.join(absent[:3])} ({len(absent)} in "
-            "all) are missing or have another shape; take a complete checkpoint, or keep the number of levels"
-        )
+        names = f"{', '.join(absent[:3])} ({len(absent)} in all) are missing or have another shape"
+        remedy = "take a complete checkpoint, or keep the number of levels"
+        raise ValueError(f"the weights of {name} do not fit its configuration{changed}: {names}; {remedy}")
     return model.eval()
 
 
@@ -98,11 +93,9 @@ def open_image(source) -> Image.Image:
     Raises:
         ValueError: it cannot be fetched, is larger than `MAX_BYTES`, or is not a usable image.
     """
-    if not isinstance(source, str):
-        return load_rgb(source)
-    if source.startswith("data:"):
+    if isinstance(source, str) and source.startswith("data:"):
         return load_rgb(base64.b64decode(source.partition(",")[2], validate=True))
-    if not source.startswith(("http://", "https://")):
+    if not isinstance(source, str) or not source.startswith(("http://", "https://")):
         return load_rgb(source)
     # urllib: a size limit and a timeout are enough, and it does not depend on the Hub client's version.
     request = urllib.request.Request(source, headers={"User-Agent": "granulon"})
@@ -118,14 +111,10 @@ def open_image(source) -> Image.Image:
 
 @dataclass
 class Prompt:
-    """Conversations as the model reads them, their images encoded once.
+    """Conversations as the model reads them, their images encoded once."""
 
-    inputs: the processor's output, on the model's device.
-    visual: what `model.encode` saw; None without images.
-    """
-
-    inputs: dict
-    visual: GranulonVisualOutput | None
+    inputs: dict  # the processor's output, on the model's device
+    visual: GranulonVisualOutput | None  # None without images
 
 
 @torch.no_grad()
@@ -141,14 +130,9 @@ def encode(model, processor, conversations: list[list[dict]], granularity=None) 
     Raises:
         ValueError: an unknown level.
     """
-    inputs = processor.apply_chat_template(
-        conversations,
-        tokenize=True,
-        return_dict=True,
-        return_tensors="pt",
-        add_generation_prompt=True,
-        processor_kwargs={"padding": True},
-    ).to(model.device, dtype=model.dtype)
+    options = {"tokenize": True, "return_dict": True, "return_tensors": "pt", "processor_kwargs": {"padding": True}}
+    inputs = processor.apply_chat_template(conversations, add_generation_prompt=True, **options)
+    inputs = inputs.to(model.device, dtype=model.dtype)
     visual = model.explain(**inputs, granularity=granularity) if "pixel_values" in inputs else None
     return Prompt(inputs, visual)
 
@@ -158,12 +142,10 @@ def describe(model, prompt: Prompt, visual_view: str = "full") -> list[dict]:
     What was chosen and what is read, for each conversation: granularity, view, tokens and images as in
     `GranulonVisualOutput.describe`, with the text tokens of the prompt in `tokens["text"]`.
     """
-    text_B = (prompt.inputs["input_ids"] != model.config.image_token_id).logical_and(prompt.inputs["attention_mask"])
-    text_B = text_B.sum(-1).tolist()
-    if prompt.visual is None:
-        nothing = {"granularity": None, "view": visual_view, "images": []}
-        return [{**nothing, "tokens": {"pixel": 0, "semantic": 0, "text": text}} for text in text_B]
-    rows = prompt.visual.describe(visual_view)
+    is_text_BT = (prompt.inputs["input_ids"] != model.config.image_token_id) & prompt.inputs["attention_mask"].bool()
+    text_B = is_text_BT.sum(-1).tolist()
+    nothing = {"granularity": None, "view": visual_view, "images": [], "tokens": {"pixel": 0, "semantic": 0}}
+    rows = [nothing] * len(text_B) if prompt.visual is None else prompt.visual.describe(visual_view)
     return [row | {"tokens": {**row["tokens"], "text": text}} for row, text in zip(rows, text_B, strict=True)]
 
 

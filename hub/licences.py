@@ -31,7 +31,7 @@ FAMILIES = {  # for parts whose card declares nothing: how their name begins, an
 }
 # In the name of a model, also of a local copy: matches "Llama-3.2-3B-tuned", but not "ollama/qwen".
 LLAMA = re.compile(r"(?<![a-z])llama(?:-?(\d(?:\.\d)?))?")
-AGREEMENT = "LICEN[CS]E*"
+NON_COMMERCIAL = re.compile(r"(?<![a-z])(nc|non[^a-z]*commercial)(?![a-z])")
 
 
 class LicenceError(ValueError):
@@ -53,18 +53,12 @@ class Part:
 
 @dataclass(frozen=True)
 class Terms:
-    """What the licences require.
+    """What the licences require."""
 
-    licences: "vision" and "text" to their licence.
-    metadata: entries of the card's front matter.
-    notices: lines of NOTICE.
-    credits, warnings: sentences for the card.
-    """
-
-    licences: dict[str, str]
-    metadata: dict[str, str]
-    notices: list[str]
-    credits: list[str]
+    licences: dict[str, str]  # of "vision" and "text"
+    metadata: dict[str, str]  # entries of the card's front matter
+    notices: list[str]  # lines of NOTICE
+    credits: list[str]  # sentences for the card
     warnings: list[str]
 
 
@@ -76,9 +70,8 @@ def terms(
 
     Args:
         folder: the checkpoint, with its manifest and the licence files of its parts in `licences/`.
-        repo_id: the repository to publish to.
-        licences: "vision", "text" and training data sources (as the manifest names them) to an identifier of the Hub.
-            For the parts it counts only if their card declares nothing.
+        licences: "vision", "text" and training data sources (as the manifest names them) to an identifier of the Hub;
+            for a part only if its card declares none.
         outputs_of: models on whose outputs it was trained, besides those in the manifest and the controller's report.
 
     Raises:
@@ -97,28 +90,26 @@ def terms(
         metadata=_metadata(parts),
         notices=[LLAMA_NOTICE.format(name=_llama_name(part.licence)) for part in parts if part.is_llama],
         credits=_credits(parts, teachers),
-        warnings=_part_warnings(parts) + _data_warnings(manifest, licences),
+        warnings=_warnings(parts, manifest, licences),
     )
 
 
 def _part(name: str, entry: dict, given: str | None) -> Part:
     source = entry.get("source") or "an unnamed model"
-    declared = _licence_by_name(source) or _strictest(entry.get("license"))
+    declared = _licence_by_name(source) or entry.get("license")
+    if isinstance(declared, list):  # several on a card: the first that is not open
+        declared = next((licence for licence in declared if licence not in OPEN), *declared[:1] or [None])
     if declared in ("other", "unknown"):
         declared = entry.get("license_name")
     if declared is None:
         declared = next((known for start, known in FAMILIES.items() if source.lower().startswith(start)), None)
     licence = (declared or given or "").lower()
     if not licence:
-        raise LicenceError(
-            f"unknown licence of the {name} part, {source} ({entry.get('model_type')}): its card declares none. Ask "
-            f"its authors, or, if it is your own model, give one with --licences {name}=apache-2.0"
-        )
+        unknown = f"unknown licence of the {name} part, {source} ({entry.get('model_type')}): its card declares none"
+        raise LicenceError(f"{unknown}. If it is your own model, give one with --licences {name}=apache-2.0")
     if given and given.lower() != licence:
-        raise LicenceError(
-            f"the {name} part, {source}, is licensed under {licence}, which --licences {name}={given} cannot change: "
-            "leave it out"
-        )
+        found = f"the {name} part, {source}, is licensed under {licence}"
+        raise LicenceError(f"{found}, which --licences {name}={given} cannot change: leave it out")
     return Part(name, source, licence)
 
 
@@ -131,21 +122,13 @@ def _licence_by_name(source: str) -> str | None:
     return f"llama{llama[1]}" if llama and llama[1] else None
 
 
-def _strictest(declared: str | list[str] | None) -> str | None:
-    """Of several licences on a card the first that is not open."""
-    if isinstance(declared, list):
-        return next((licence for licence in declared if licence not in OPEN), *declared[:1] or [None])
-    return declared
-
-
 def _check_agreement(part: Part, folder: Path):
     """The DINOv3 and the Llama licence, among others, require a copy of the agreement beside the weights."""
     place = folder / "licences" / part.name
-    if not any(file.stat().st_size for file in place.glob(AGREEMENT)):
-        raise LicenceError(
-            f"the {part.name} part, {part.source}, is licensed under {part.licence}, which requires a copy of the "
-            f"agreement beside the weights: put it into {place}/LICENSE (its own repository has it)"
-        )
+    if not any(file.stat().st_size for file in place.glob("LICEN[CS]E*")):
+        found = f"the {part.name} part, {part.source}, is licensed under {part.licence}"
+        remedy = f"put it into {place}/LICENSE (its own repository has it)"
+        raise LicenceError(f"{found}, which requires a copy of the agreement beside the weights: {remedy}")
 
 
 def _check_llama_name(parts: list[Part], teachers: list[str], repo_id: str):
@@ -154,10 +137,8 @@ def _check_llama_name(parts: list[Part], teachers: list[str], repo_id: str):
     reasons += [f"it was trained on outputs of {name}" for name in teachers if LLAMA.search(name.lower())]
     name = repo_id.rpartition("/")[2]
     if reasons and not name.startswith("Llama"):
-        raise LicenceError(
-            f"the name {name} must begin with Llama, as Llama's licence requires, since {' and '.join(reasons)}: call "
-            f"it Llama-{name}"
-        )
+        required = f"the name {name} must begin with Llama, as Llama's licence requires"
+        raise LicenceError(f"{required}, since {' and '.join(reasons)}: call it Llama-{name}")
 
 
 def _metadata(parts: list[Part]) -> dict[str, str]:
@@ -181,31 +162,22 @@ def _credits(parts: list[Part], teachers: list[str]) -> list[str]:
     return lines + [f"trained on outputs of {name}" for name in teachers]
 
 
-def _data_warnings(manifest: dict, licences: dict[str, str]) -> list[str]:
+def _warnings(parts: list[Part], manifest: dict, licences: dict[str, str]) -> list[str]:
+    warnings = [
+        f"The {part.name} part, `{part.source}`, is for non-commercial use ({part.licence})."
+        for part in parts
+        if NON_COMMERCIAL.search(part.licence)
+    ]
     sources = {public_name(entry) for run in manifest.get("training", []) for entry in training_data(run)}
-    warnings = []
     for source in sorted(sources):
         licence = licences.get(source, "").lower()
         if licence in ("", "unknown", "other"):
             warnings.append(f"The licence of the training data `{source}` is not known.")
-        elif _is_non_commercial(licence):
+        elif NON_COMMERCIAL.search(licence):
             warnings.append(f"The training data `{source}` are for non-commercial use ({licence}).")
         elif licence not in OPEN_DATA:
             warnings.append(f"The training data `{source}` are licensed under {licence}: check what it allows.")
     return warnings
-
-
-def _part_warnings(parts: list[Part]) -> list[str]:
-    return [
-        f"The {part.name} part, `{part.source}`, is for non-commercial use ({part.licence})."
-        for part in parts
-        if _is_non_commercial(part.licence)
-    ]
-
-
-def _is_non_commercial(licence: str) -> bool:
-    words = re.split(r"[^a-z]+", licence.lower())
-    return "nc" in words or "noncommercial" in words or "non commercial" in " ".join(words)
 
 
 def training_data(run: dict) -> list:
@@ -234,16 +206,11 @@ def _llama_name(licence: str) -> str:
 
 
 def licence_text(terms: Terms, agreements: list[str]) -> str:
-    """
-    LICENSE.md of a package: the text of the Apache License for the code, and links to the parts' agreements.
-
-    Args:
-        agreements: paths in the package.
-    """
+    """LICENSE.md of a package: the Apache License for the code, and links to `agreements`, paths in the package."""
     own = distribution("granulon").read_text("licenses/LICENSE") or (ROOT / "LICENSE").read_text(encoding="utf-8")
-    parts = [*(f"- {line}" for line in terms.credits), *(f"- agreement: [{path}]({path})" for path in agreements)]
-    return "\n".join(
-        ["# Licences", "", "The weights contain models of others and are licensed under their licences:", "", *parts]
-        + ["", "The code in this repository is licensed under the Apache License 2.0:", ""]
-        + ["```", own.rstrip(), "```", ""]
+    lines = [*terms.credits, *(f"agreement: [{path}]({path})" for path in agreements)]
+    parts = "\n".join(f"- {line}" for line in lines)
+    return (
+        f"# Licences\n\nThe weights contain models of others and are licensed under their licences:\n\n{parts}\n\n"
+        f"The code in this repository is licensed under the Apache License 2.0:\n\n```\n{own.rstrip()}\n```\n"
     )

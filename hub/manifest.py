@@ -25,10 +25,8 @@ def read_manifest(folder: str | Path) -> dict:
     """
     path = Path(folder) / MANIFEST
     if not path.is_file():
-        raise ValueError(
-            f"{folder} has no {MANIFEST}, which names the sources and licences of its weights; use a folder that "
-            "granulon-assemble or granulon-train wrote, with that file"
-        )
+        missing = f"{folder} has no {MANIFEST}, which names the sources and licences of its weights"
+        raise ValueError(f"{missing}; use a folder that granulon-assemble or granulon-train wrote")
     manifest = json.loads(path.read_text(encoding="utf-8"))
     if not all(isinstance(manifest.get(part), dict) for part in ("vision", "text")):
         raise ValueError(f"{path} does not name the vision tower and the language model; restore the file")
@@ -42,12 +40,8 @@ def write_manifest(folder: str | Path, manifest: dict):
 
 def append_training_record(folder: str | Path, libraries: tuple[str, ...], **record):
     """
-    Add an entry to the manifest's list "training"; a folder without manifest gets one with this list alone.
-
-    Args:
-        folder: the checkpoint.
-        libraries: packages whose versions belong to the entry.
-        record: its content: stage, recipe, settings, rows, steps, seed, processes, ...
+    Add an entry (stage, recipe, settings, rows, ..., and the versions of `libraries`) to the manifest's list
+    "training"; a folder without manifest gets one with this list alone.
     """
     path = Path(folder) / MANIFEST
     manifest = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}

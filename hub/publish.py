@@ -12,7 +12,6 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -20,12 +19,13 @@ from pathlib import Path
 
 import torch
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, ModelInfo, SpaceCard, SpaceInfo
-from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
+from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError
+from huggingface_hub.hf_api import RepoFile
 from safetensors import safe_open
 from transformers import HfArgumentParser
 from transformers.hf_argparser import HfArg
 
-from .licences import Terms, terms
+from .licences import terms
 from .manifest import read_manifest
 from .package import ADAPTER, ADAPTER_CONFIG, MODEL, TRAINABLE_ONLY, Package, make_package, matches, size_of
 from .text import first_line
@@ -34,6 +34,7 @@ SPACE = Path(__file__).resolve().parent.parent / "space"
 SPACE_FILES = ["README.md", "requirements.txt", "*.py", "*.js", "*.css", "examples/*.png"]  # uploaded to a Space
 NOTICE_SETTING, LLAMA_LINE = "MODEL_NOTICE", "Built with Llama"  # variable of the Space, and its value for Llama
 TIMEOUT = 3600  # seconds for a new process to download, load and answer
+HTTP_LIBRARIES = "httpx", "httpx2", "httpcore", "httpcore2"  # which one depends on the version of huggingface_hub
 
 
 @dataclass
@@ -43,21 +44,12 @@ class PublishArguments:
     revision: str = HfArg(default=f"v{version('granulon')}", help="tag to set; a tag never changes")
     private: bool = HfArg(default=False, help="create new repositories as private ones")
     create_pr: bool = HfArg(default=False, help="open a pull request and change nothing else")
-    base_model: str | None = HfArg(
-        default=None, help="model on the Hub that the adapter was trained on, OWNER/NAME@REVISION"
-    )
-    trainable_only: bool = HfArg(
-        default=False, help="publish only projector, gains and controller, without the two models"
-    )
+    base_model: str | None = HfArg(default=None, help="model on the Hub below the adapter, OWNER/NAME@REVISION")
+    trainable_only: bool = HfArg(default=False, help="publish only projector, gains and controller")
     space: str | None = HfArg(default=None, help="also publish the demo for this model as this Space")
-    results: str | None = HfArg(
-        default=None, help="folder of granulon-evaluate whose results for this checkpoint go on the card"
-    )
+    results: str | None = HfArg(default=None, help="folder of granulon-evaluate, with results for the card")
     dry_run: bool = HfArg(default=False, help="print what would be uploaded, and upload nothing")
-    licences: list[str] = HfArg(
-        default_factory=list,
-        help="licences that no card declares: vision=..., text=..., or DATA=... for training data",
-    )
+    licences: list[str] = HfArg(default_factory=list, help="undeclared licences: vision=..., text=..., DATA=...")
     outputs_of: list[str] = HfArg(default_factory=list, help="models on whose outputs this one was trained")
 
     @property
@@ -88,17 +80,16 @@ def run(arguments: PublishArguments, api: HfApi):
         raise PublishError(f"{folder} is not a folder; give a checkpoint")
     if arguments.space:
         _check_space(arguments)
-    licences = _parse_licences(arguments.licences)
+    if wrong := [entry for entry in arguments.licences if "=" not in entry]:
+        raise PublishError(f"--licences takes NAME=LICENCE, found {wrong}")
+    licences = dict(entry.rsplit("=", 1) for entry in arguments.licences)
     required = terms(folder, repo_id, licences, arguments.outputs_of)
-    package = make_package(
-        folder, arguments.kind, required, repo_id, revision, arguments.base_model, arguments.results
-    )
+    options = (arguments.base_model, arguments.results)
+    package = make_package(folder, arguments.kind, required, repo_id, revision, *options)
     warnings = list(required.warnings)
     if arguments.space and arguments.private:
-        warnings.append(
-            f"the Space {arguments.space} needs a token to read {repo_id}, which is private: store one in the Space's "
-            "settings as the secret HF_TOKEN"
-        )
+        reason = f"the Space {arguments.space} needs a token to read {repo_id}, which is private"
+        warnings.append(f"{reason}: store one in the Space's settings as the secret HF_TOKEN")
     for warning in warnings:
         print(f"warning: {warning}", file=sys.stderr)
     if arguments.dry_run:
@@ -106,14 +97,10 @@ def run(arguments: PublishArguments, api: HfApi):
         return
     print(f"published {publish(package, repo_id, api, folder, revision, arguments.private, arguments.create_pr)}")
     if arguments.space:
-        settings = _space_settings(repo_id, revision, required)
+        settings = {"MODEL_ID": repo_id, "MODEL_REVISION": revision}
+        if any(LLAMA_LINE in line for line in required.credits):  # Llama's licence requires it to be visible
+            settings[NOTICE_SETTING] = LLAMA_LINE
         print(f"published {publish_space(arguments.space, settings, api, arguments.private)}")
-
-
-def _parse_licences(entries: list[str]) -> dict[str, str]:
-    if wrong := [entry for entry in entries if "=" not in entry]:
-        raise PublishError(f"--licences takes NAME=LICENCE, found {wrong}")
-    return dict(entry.rsplit("=", 1) for entry in entries)
 
 
 def _overview(package: Package, arguments: PublishArguments) -> str:
@@ -128,21 +115,15 @@ def _overview(package: Package, arguments: PublishArguments) -> str:
     return "\n".join(lines)
 
 
-# ----- the model
-
-
 def publish(
     package: Package, repo_id: str, api: HfApi, folder: Path, revision: str, private=False, create_pr=False
 ) -> str:
     """
-    Upload a package by way of a branch, verify it, and commit it to `main` with a tag.
+    Upload a package to a branch, verify it, commit it to `main` with a tag, and return the address.
 
     Args:
         folder: source of the package; the model on the Hub must have its logits.
         revision: the tag. With `create_pr` only a pull request is opened.
-
-    Returns:
-        the address.
 
     Raises:
         PublishError: the Hub refuses or cannot be reached, the published model differs, the tag has other files, or
@@ -157,16 +138,15 @@ def publish(
         if create_pr:
             main = f"{api.endpoint}/{repo_id}/tree/main"
             return main if is_published else _pull_request(package, repo_id, api, folder)
-        tagged = _commit_of(repo_id, revision, api)
-        if tagged and not same_files(package, repo_id, tagged, api):
-            raise PublishError(
-                f"{repo_id} has a tag {revision} with other files, and tags never change: choose another --revision"
-            )
+        tagged = api.revision_exists(repo_id, revision)
+        if tagged and not same_files(package, repo_id, revision, api):
+            found = f"{repo_id} has a tag {revision} with other files"
+            raise PublishError(f"{found}, and tags never change: choose another --revision")
         commit = start if is_published else _stage_verify_promote(package, repo_id, start, api, folder)
-        if tagged is None:
+        if not tagged:
             api.create_tag(repo_id, tag=revision, revision=commit)
-        if any(ref.name == _branch(package) for ref in api.list_repo_refs(repo_id).branches):  # also of an earlier run
-            api.delete_branch(repo_id, branch=_branch(package))
+        if any(ref.name == package.branch for ref in api.list_repo_refs(repo_id).branches):  # also of an earlier run
+            api.delete_branch(repo_id, branch=package.branch)
     return f"{api.endpoint}/{repo_id}/tree/{revision}"
 
 
@@ -185,25 +165,19 @@ def _repository(repo_id: str, api: HfApi, private: bool) -> str:
 
 def _check_private(repo_id: str, found: ModelInfo | SpaceInfo, private: bool):
     if private and not found.private:
-        raise PublishError(
-            f"{repo_id} exists and is public: --private applies to new repositories only. Make it private in its "
-            "settings on the Hub, or choose another name"
-        )
+        remedy = "Make it private in its settings on the Hub, or choose another name"
+        raise PublishError(f"{repo_id} exists and is public: --private applies to new repositories only. {remedy}")
 
 
 def _stage_verify_promote(package: Package, repo_id: str, start: str, api: HfApi, folder: Path) -> str:
-    api.create_branch(repo_id, branch=_branch(package), exist_ok=True)
-    staged = _commit(package, repo_id, api, revision=_branch(package)).oid
+    api.create_branch(repo_id, branch=package.branch, exist_ok=True)
+    staged = _commit(package, repo_id, api, revision=package.branch).oid
     _verify(package, repo_id, staged, api, folder)
     # The same files again, without an upload: one commit, refused by the Hub if `main` is no longer at `start`.
     commit = _commit(package, repo_id, api, revision="main", parent_commit=start).oid
     if not same_files(package, repo_id, commit, api):
         raise PublishError(f"{repo_id} at {commit} is not what was committed; run the same command again")
     return commit
-
-
-def _branch(package: Package) -> str:
-    return f"publish-{package.sha[:12]}"
 
 
 def _pull_request(package: Package, repo_id: str, api: HfApi, folder: Path) -> str:
@@ -218,11 +192,8 @@ def _pull_request(package: Package, repo_id: str, api: HfApi, folder: Path) -> s
 
 
 def _commit(package: Package, repo_id: str, api: HfApi, **options):
-    added = [
-        CommitOperationAdd(path, content if isinstance(content, bytes) else str(content))
-        for path, content in sorted(package.files.items())
-    ]
-    paths = (file.path for file in _list_files(repo_id, options.get("revision", "main"), api))
+    added = [CommitOperationAdd(path, content) for path, content in sorted(package.files.items())]
+    paths = _hashes_on_hub(repo_id, options.get("revision", "main"), api)
     removed = [CommitOperationDelete(path) for path in package.stale(paths)]
     message = f"Granulon {package.sha[:12]}"
     return api.create_commit(repo_id, [*added, *removed], commit_message=message, **options)
@@ -230,23 +201,15 @@ def _commit(package: Package, repo_id: str, api: HfApi, **options):
 
 def same_files(package: Package, repo_id: str, revision: str, api: HfApi) -> bool:
     """Whether a revision has the package's files, byte for byte, and none of an earlier version besides."""
-    found = {file.path: file.lfs.sha256 if file.lfs else file.blob_id for file in _list_files(repo_id, revision, api)}
+    found = _hashes_on_hub(repo_id, revision, api)
     return not package.stale(found) and all(found.get(path) in hashes for path, hashes in package.hashes.items())
 
 
-def _list_files(repo_id: str, revision: str, api: HfApi) -> Iterator:
+def _hashes_on_hub(repo_id: str, revision: str, api: HfApi) -> dict[str, str]:
+    """The paths of a revision's files, and the SHA-256 (large files) or git hash of each."""
     tree = api.list_repo_tree(repo_id, recursive=True, revision=revision)
-    return (entry for entry in tree if hasattr(entry, "size"))  # folders have none
-
-
-def _commit_of(repo_id: str, revision: str, api: HfApi) -> str | None:
-    try:
-        return api.model_info(repo_id, revision=revision).sha
-    except RevisionNotFoundError:
-        return None
-
-
-# ----- verification in a new process
+    files = (entry for entry in tree if isinstance(entry, RepoFile))
+    return {file.path: file.lfs.sha256 if file.lfs else file.blob_id for file in files}
 
 
 def _verify(package: Package, repo_id: str, commit: str, api: HfApi, folder: Path):
@@ -264,10 +227,8 @@ def _verify(package: Package, repo_id: str, commit: str, api: HfApi, folder: Pat
             sources = [(local_folder,), (repo_id, commit)]
         (local, answer), (published, published_answer) = (cold_load(work, api, *source) for source in sources)
     if not torch.equal(local, published) or answer != published_answer:
-        raise PublishError(
-            f"{repo_id} at {commit} differs from {folder}: it answers {published_answer!r} instead of {answer!r}; "
-            "main is unchanged"
-        )
+        answers = f"it answers {published_answer!r} instead of {answer!r}"
+        raise PublishError(f"{repo_id} at {commit} differs from {folder}: {answers}; main is unchanged")
 
 
 def assemble_published(folder: Path, repo_id: str, commit: str, work: Path, api: HfApi) -> str:
@@ -297,20 +258,15 @@ def _run_in_new_process(failure: str, command: list[str], work: Path, api: HfApi
         **os.environ, **token, "HF_ENDPOINT": api.endpoint, "HF_HUB_OFFLINE": "0", "HF_HUB_CACHE": str(work / "hub"),
         "HF_MODULES_CACHE": str(work / "modules"),
     }  # fmt: skip
+    options = {"env": environment, "cwd": work, "capture_output": True, "text": True, "timeout": TIMEOUT}
     try:
-        done = subprocess.run(
-            [sys.executable, *command], env=environment, cwd=work, capture_output=True, text=True, timeout=TIMEOUT
-        )
+        done = subprocess.run([sys.executable, *command], **options)
     except subprocess.TimeoutExpired as error:
-        raise PublishError(
-            f"{failure} in a new process within {TIMEOUT // 60} minutes; main is unchanged, run the same command again"
-        ) from error
+        limit = f"in a new process within {TIMEOUT // 60} minutes"
+        raise PublishError(f"{failure} {limit}; main is unchanged, run the same command again") from error
     if done.returncode:
         last = done.stderr.strip().splitlines()[-1:] or ["no message"]
         raise PublishError(f"{failure} in a new process: {last[0]}; main is unchanged")
-
-
-# ----- the Space
 
 
 def _check_space(arguments: PublishArguments):
@@ -318,10 +274,8 @@ def _check_space(arguments: PublishArguments):
     if arguments.create_pr:
         raise PublishError("--space loads a tag, and a pull request gets none: omit --create_pr or --space")
     if arguments.kind != MODEL:
-        raise PublishError(
-            f"--space loads a whole model, but the folder is published as {arguments.kind!r}: publish the merged or "
-            "assembled model with it"
-        )
+        found = f"the folder is published as {arguments.kind!r}"
+        raise PublishError(f"--space loads a whole model, but {found}: publish the merged or assembled model with it")
     space_files()
 
 
@@ -333,22 +287,8 @@ def space_files() -> list[str]:
     return [name for name in names if matches(name, SPACE_FILES)]
 
 
-def _space_settings(model_id: str, revision: str, required: Terms) -> dict[str, str]:
-    """Variables of the Space: its model, and the line that Llama's licence requires to be visible."""
-    notice = {NOTICE_SETTING: LLAMA_LINE} if any(LLAMA_LINE in line for line in required.credits) else {}
-    return {"MODEL_ID": model_id, "MODEL_REVISION": revision, **notice}
-
-
 def publish_space(space_id: str, settings: dict[str, str], api: HfApi, private: bool = False) -> str:
-    """
-    Upload the Space in one commit and set its variables.
-
-    Returns:
-        its address.
-
-    Raises:
-        PublishError: the Hub refuses or cannot be reached.
-    """
+    """Upload the Space in one commit and set its variables; its address. Raises `PublishError` as `publish` does."""
     card = SpaceCard.load(SPACE / "README.md")
     card.data.models = [settings["MODEL_ID"]]
     contents = {name: str(SPACE / name) for name in space_files()} | {"README.md": str(card).encode()}
@@ -366,26 +306,23 @@ def publish_space(space_id: str, settings: dict[str, str], api: HfApi, private: 
     return f"{api.endpoint}/spaces/{space_id}"
 
 
-# ----- errors of the Hub
-
-
 @contextmanager
-def translate_hub_errors(
-    repo_id: str, alternative="choose a name of your own, or open a pull request with --create_pr"
-):
+def translate_hub_errors(repo_id: str, alternative="choose a name of your own, or use --create_pr"):
     """Turn errors of the Hub client into `PublishError` with a remedy; `alternative` is one for a missing right."""
     try:
         yield
     except PublishError:
         raise
     except Exception as error:
-        if (refusal := _find_cause(error, lambda cause: isinstance(cause, HfHubHTTPError))) is not None:
-            raise PublishError(_refusal(repo_id, refusal, alternative)) from error
-        if (broken := _find_cause(error, _is_connection_error)) is not None:
-            raise PublishError(
-                f"the connection to the Hub broke ({first_line(broken)}); run the same command again, uploaded files "
-                "are kept"
-            ) from error
+        causes = [error]  # the client wraps errors of an upload
+        while causes[-1].__cause__ is not None:
+            causes.append(causes[-1].__cause__)
+        for cause in causes:
+            if isinstance(cause, HfHubHTTPError):
+                raise PublishError(_refusal(repo_id, cause, alternative)) from error
+            if isinstance(cause, ConnectionError) or type(cause).__module__.partition(".")[0] in HTTP_LIBRARIES:
+                broken = f"the connection to the Hub broke ({first_line(cause)})"
+                raise PublishError(f"{broken}; run the same command again, uploaded files are kept") from error
         raise
 
 
@@ -401,19 +338,6 @@ def _refusal(repo_id: str, error: HfHubHTTPError, alternative: str) -> str:
     if isinstance(error, GatedRepoError):
         remedy = "it is gated: accept its conditions on the Hub with the account of your token"
     return f"the Hub refuses {repo_id} ({status}: {first_line(error.server_message or error)}); {remedy}"
-
-
-def _find_cause(error: BaseException | None, condition: Callable[[BaseException], bool]) -> BaseException | None:
-    """The first of an error and its causes that meets a condition; the client wraps errors of an upload."""
-    while error is not None and not condition(error):
-        error = error.__cause__
-    return error
-
-
-def _is_connection_error(error: BaseException) -> bool:
-    """Whether it comes from the HTTP library, whose name depends on the version of huggingface_hub."""
-    library = type(error).__module__.partition(".")[0]
-    return isinstance(error, ConnectionError) or library in ("httpx", "httpx2", "httpcore", "httpcore2")
 
 
 if __name__ == "__main__":

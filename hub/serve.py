@@ -45,20 +45,17 @@ class GranulonChatHandler(chat_completion.ChatCompletionHandler):
     async def handle_request(self, body, request_id):
         """As upstream; an unusable image and an unknown level or view are refused in the form of OpenAI's errors."""
         try:
-            return await self._answer(body, request_id)
+            self._validate_request(body)
+            options = {name: body.pop(name) for name in ("granularity", "visual_view") if body.get(name) is not None}
+            _, model, _ = self._resolve_model(body)
+            _check_options(options, model.config)
+            GENERATE_OPTIONS.set(options)
+            # In a thread: downloading and decoding would block all other requests.
+            body["messages"] = await asyncio.to_thread(_with_images, body.get("messages"))
+            return await super().handle_request(body, request_id)
         except HTTPException as error:
             refusal = {"message": error.detail, "type": "invalid_request_error", "code": error.status_code}
             return JSONResponse({"error": refusal}, error.status_code)
-
-    async def _answer(self, body, request_id):
-        self._validate_request(body)
-        options = {name: body.pop(name) for name in ("granularity", "visual_view") if body.get(name) is not None}
-        _, model, _ = self._resolve_model(body)
-        _check_options(options, model.config)
-        GENERATE_OPTIONS.set(options)
-        # In a thread: downloading and decoding would block all other requests.
-        body["messages"] = await asyncio.to_thread(_with_images, body.get("messages"))
-        return await super().handle_request(body, request_id)
 
     def _streaming(self, request_id, model, processor, model_id, inputs, *args, **kwargs):
         inputs = {**inputs, **GENERATE_OPTIONS.get()}
@@ -84,12 +81,7 @@ def processor_inputs(messages, modality):
 
 
 def open_part(source) -> Image.Image:
-    """
-    The image of a data URL or an http(s) address, RGB; an image that is open already is returned as it is.
-
-    Raises:
-        HTTPException: 400 with the reason.
-    """
+    """The RGB image of a data URL or an http(s) address, else HTTP 400; an open image is returned as it is."""
     if isinstance(source, Image.Image):
         return source
     try:
@@ -103,9 +95,8 @@ def open_part(source) -> Image.Image:
 def _with_images(messages):
     """A copy of the messages with their images opened."""
     if not isinstance(messages, list) or not messages or not all(map(_is_message, messages)):
-        raise HTTPException(
-            400, f"messages: a list of at least one object with content and a role of {', '.join(ROLES)} is needed"
-        )
+        needed = f"a list of at least one object with content and a role of {', '.join(ROLES)} is needed"
+        raise HTTPException(400, f"messages: {needed}")
     return [
         {**message, "content": [_with_image(part) for part in message["content"]]}
         if isinstance(message.get("content"), list)
@@ -129,10 +120,8 @@ def _with_image(part):
     if kind in IMAGES and part.get("image_url"):
         source = part["image_url"]
         return {**part, "image_url": open_part(source.get("url") if isinstance(source, dict) else source)}
-    raise HTTPException(
-        400,
-        f"messages: a part is one of {', '.join(TEXTS + IMAGES)} with its text or image_url, found {str(part)[:80]}",
-    )
+    expected = f"a part is one of {', '.join(TEXTS + IMAGES)} with its text or image_url"
+    raise HTTPException(400, f"messages: {expected}, found {str(part)[:80]}")
 
 
 def _check_options(options, config):

@@ -21,16 +21,13 @@ INK, FAINT = (20, 20, 20), (110, 110, 110)
 
 def draw_clusters(image, cluster_map, clusters, lines):
     """
-    The image, the same image under its clusters, and a legend, below some lines of text.
+    An RGB picture of the image, the same image under its clusters, and a legend, below some lines of text.
 
     Args:
         image (`PIL.Image.Image`): RGB.
         cluster_map (`array`): (H, W) int, number of the cluster of each patch, from 0.
         clusters (`list[dict]`): number (from 1), score (Eq. 6) and share of the patches of each, best first.
         lines (`list[str]`): the text above, long ones are wrapped.
-
-    Returns:
-        `PIL.Image.Image`: RGB.
     """
     scale = SIDE / max(image.size)
     shown = image.resize([max(round(side * scale), 1) for side in image.size], Image.Resampling.LANCZOS)
@@ -80,13 +77,9 @@ def _tinted(pixels_hw3, map_hw, strength):
 
 def _borders(map_hw):
     """Pixels next to one of another cluster."""
-    borders_hw = np.zeros(map_hw.shape, dtype=bool)
-    across, down = map_hw[:, 1:] != map_hw[:, :-1], map_hw[1:] != map_hw[:-1]
-    borders_hw[:, 1:] |= across
-    borders_hw[:, :-1] |= across
-    borders_hw[1:] |= down
-    borders_hw[:-1] |= down
-    return borders_hw
+    padded = np.pad(map_hw, 1, mode="edge")
+    neighbours_hw = padded[:-2, 1:-1], padded[2:, 1:-1], padded[1:-1, :-2], padded[1:-1, 2:]
+    return np.any([neighbour_hw != map_hw for neighbour_hw in neighbours_hw], axis=0)
 
 
 def _label_places(cluster_map):

@@ -136,7 +136,7 @@ def test_an_adapter_without_a_known_base_is_refused(adapter, tmp_path, named, ba
     "damage, message",
     [
         (lambda folder: cut_short(folder / "adapter_model.safetensors"), "adapter_model.safetensors is damaged"),
-        (lambda folder: (folder / "adapter_model.safetensors").unlink(), "no adapter_model.safetensors"),
+        (lambda folder: (folder / "adapter_model.safetensors").unlink(), "lacks adapter_model.safetensors"),
         (lambda folder: (folder / "processor_config.json").unlink(), "has no processor"),
         (lambda folder: (folder / "image_io.py").write_text("import os"), "other code than this package"),
         (lambda folder: (folder / "evil.py").write_text("import os"), "other code than this package"),

@@ -295,7 +295,7 @@ def test_a_wrong_token_is_explained(checkpoint, hub, token):
 
 
 def test_a_repository_of_another_account_is_refused(checkpoint, hub):
-    with pytest.raises(PublishError, match="403.*choose a name of your own, or open a pull request with --create_pr"):
+    with pytest.raises(PublishError, match="403.*choose a name of your own, or use --create_pr"):
         publish(hub, checkpoint, token="hf_other")
     hub.make_repo(REPO, files={"README.md": b"theirs"})
     with pytest.raises(PublishError, match="403.*choose a name of your own"):
