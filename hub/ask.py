@@ -207,9 +207,9 @@ def _check_same_run(done: dict[int, dict], rows: Sequence[dict], settings: dict,
         if found != settings:
             raise ValueError(f"{output} has answers with settings {found}, not {settings}; choose another output")
         row = rows[number] if number < len(rows) else {"name": None, "question": None}
-        before, now = (line["image"], line["question"]), (row["name"], row["question"])
+        before, now = (f"{entry[key]}, {entry['question']!r}" for entry, key in ((line, "image"), (row, "name")))
         if before != now:
-            changed = f"{output} has an answer to row {number}, {before}, which is now {now}"
+            changed = f"{output} has an answer to row {number} about {before}, which is now {now}"
             raise ValueError(f"{changed}; choose another output")
 
 
