@@ -125,7 +125,7 @@ def test_rows_of_one_image_are_in_one_split(command):
     assert all(len(found) == 1 for found in splits.values())
 
 
-def test_a_share_is_asked_twice_and_the_agreement_is_told(command, server, capsys):
+def test_a_share_is_asked_twice_and_the_agreement_is_reported(command, server, capsys):
     folder = command(twice=1.0)
     assert set(server.asked.values()) == {2}
     again = report_of(folder)["agreement"]
@@ -159,7 +159,7 @@ def test_a_dry_run_counts_and_estimates_and_sends_nothing(command, server, capsy
     assert not server.asked and not (tmp_path / "corpus" / "train.jsonl").exists()
 
 
-def test_rows_without_a_usable_question_or_reply_are_told_and_none_is_lost(command, server, tmp_path):
+def test_rows_without_a_usable_question_or_reply_are_reported_and_none_is_lost(command, server, tmp_path):
     rows = [*make_rows(6), {"question": ""}, {"question": None}, {"other": 1}, {"question": 7}]
     path = write_rows(tmp_path / "odd.jsonl", rows)
     path.write_text(path.read_text() + "no json\n\n")
@@ -293,7 +293,7 @@ def test_the_upload_holds_the_corpus_and_nothing_of_the_run(command, monkeypatch
     assert "run/calls.jsonl" in names
 
 
-def test_what_is_not_whole_is_not_uploaded(command, monkeypatch, capsys):
+def test_an_incomplete_corpus_is_not_uploaded(command, monkeypatch, capsys):
     monkeypatch.setattr(corpus, "HfApi", lambda: pytest.fail("the upload began"))
     with pytest.raises(SystemExit, match="higher --max_cost"):
         command(max_cost=0.02, twice=0, push_to_hub="me/corpus")
@@ -344,7 +344,7 @@ def test_an_image_is_known_by_its_bytes_else_by_its_name():
         ({"model": None}, "no model is given"),
         ({"prices": None}, "--prices has 0 numbers"),
         ({"data": '{"columns": {"question": "query"}}'}, "expected 'path'"),
-        ({"levels": "huge"}, r"does not define the levels \['huge'\]"),
+        ({"prompt_file": __file__}, r"defines the levels \[\]; expected two or more"),
         ({"data": "absent.jsonl"}, "there is no file absent.jsonl"),
         ({"concurrency": 0}, "expected 1 or more"),
         ({"max_tokens": 0}, "expected 1 or more"),
@@ -385,7 +385,7 @@ def test_measured_labels_make_a_corpus_of_the_same_form(measured):
     assert len(rows) == report_of(folder)["questions"] == 12
     assert all(row["source"] == "measured" and set(row["answer_nll"]) == {"coarse", "fine"} for row in rows)
     assert "The labels are measured" in (folder / "README.md").read_text()
-    assert not list(folder.rglob("parts"))
+    assert not list(folder.rglob("measured-*"))
 
 
 def test_a_measurement_that_was_cut_off_goes_on_after_the_last_finished_part(measured, monkeypatch, tmp_path):

@@ -1,4 +1,4 @@
-"""Training rows: every format gives the same rows, nothing unusable passes, and nothing is lost without a word."""
+"""Training rows: every format gives the same rows, and no invalid row passes or is lost unreported."""
 
 import copy
 import io
@@ -21,7 +21,9 @@ from trl import SFTConfig, SFTTrainer
 from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
 
 from granulon.hub.assemble import with_image_parts
+from granulon.hub.files import read_jsonl
 from granulon.train.data import DataSource, load_rows
+from granulon.train.data import rows as module
 from modeling_granulon import GranulonProcessor
 
 NAMES = [level["name"] for level in LEVELS]
@@ -57,11 +59,7 @@ def load(tmp_path, processor):
 
 @pytest.fixture
 def quarantined(tmp_path):
-    def read(name="bad.jsonl"):
-        path = tmp_path / name
-        return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-
-    return read
+    return lambda: read_jsonl(tmp_path / "bad.jsonl")
 
 
 def lines(path, rows):
@@ -81,7 +79,7 @@ def user(*parts):
     return {"role": "user", "content": texts}
 
 
-def said(text):
+def assistant(text):
     return {"role": "assistant", "content": [{"type": "text", "text": text}]}
 
 
@@ -96,18 +94,18 @@ SAME_ROW = {
         "messages": [{"role": "user", "content": "<image>What?"}, {"role": "assistant", "content": "This."}],
         "images": ["0.png"],
     },
-    "messages of parts": {"messages": [user(None, "What?"), said("This.")], "images": ["0.png"]},
+    "messages of parts": {"messages": [user(None, "What?"), assistant("This.")], "images": ["0.png"]},
     "messages that hold images": {
         "messages": [
             {"role": "user", "content": [{"type": "image", "image": "0.png"}, {"type": "text", "text": "What?"}]},
-            said("This."),
+            assistant("This."),
         ]
     },
-    "messages with images nowhere": {"messages": [user("What?"), said("This.")], "images": ["0.png"]},
+    "messages with images nowhere": {"messages": [user("What?"), assistant("This.")], "images": ["0.png"]},
     "prompt and completion": {"prompt": "What?", "completion": "This.", "image": "0.png"},
-    "prompt and completion of messages": {
+    "prompt, completion of messages": {
         "prompt": [user(None, "What?")],
-        "completion": [said("This.")],
+        "completion": [assistant("This.")],
         "images": ["0.png"],
     },
     "question and answer": {"question": "What?", "answer": "This.", "image": "0.png"},
@@ -121,7 +119,7 @@ def test_every_format_gives_the_same_row(name, suffix, streaming, load, pictures
     path = pictures / f"rows.{suffix}"
     path.write_text(json.dumps([SAME_ROW[name]]) if suffix == "json" else json.dumps(SAME_ROW[name]))
     (row,) = load(str(path), streaming=streaming)
-    assert row["prompt"] == [user(None, "What?")] and row["completion"] == [said("This.")]
+    assert row["prompt"] == [user(None, "What?")] and row["completion"] == [assistant("This.")]
     assert row["granularity"] is None and quarantined() == []
     assert row["images"][0].mode == "RGB" and np.array_equal(row["images"][0], make_image(0))
 
@@ -141,29 +139,21 @@ def test_rows_of_one_file_may_differ_in_form(load, pictures):
 
 @pytest.mark.parametrize("streaming", [False, True])
 def test_every_answer_is_a_row_with_its_own_images_and_level(streaming, load, pictures):
-    row = {
-        "messages": [
-            {"role": "system", "content": "Be short."},
-            user(None, "A?"),
-            said("a"),
-            user(None, "B?"),
-            said("b"),
-        ],
-        "images": ["0.png", "1.png"],
-        "granularity": ["coarse", "fine"],
-    }
+    turns = [user(None, "A?"), assistant("a"), user(None, "B?"), assistant("b")]
+    messages = [{"role": "system", "content": "Be short."}, *turns]
+    row = {"messages": messages, "images": ["0.png", "1.png"], "granularity": ["coarse", "fine"]}
     rows = list(load(lines(pictures / "rows.jsonl", [row]), streaming=streaming, levels=NAMES))
     rows.sort(key=lambda row: len(row["prompt"]))  # streams are shuffled
-    assert [row["completion"] for row in rows] == [[said("a")], [said("b")]]
+    assert [row["completion"] for row in rows] == [[assistant("a")], [assistant("b")]]
     assert [len(row["prompt"]) for row in rows] == [2, 4]
     assert [len(row["images"]) for row in rows] == [1, 2]
     assert [row["granularity"] for row in rows] == ["coarse", "fine"]
 
 
 def test_answers_in_a_prompt_are_not_trained_on(load, pictures):
-    row = {"prompt": [user("A?"), said("a"), user("B?")], "completion": [said("b")]}
+    row = {"prompt": [user("A?"), assistant("a"), user("B?")], "completion": [assistant("b")]}
     (loaded,) = load(lines(pictures / "rows.jsonl", [row]))
-    assert loaded["completion"] == [said("b")] and len(loaded["prompt"]) == 3
+    assert loaded["completion"] == [assistant("b")] and len(loaded["prompt"]) == 3
 
 
 def png(image):
@@ -192,6 +182,9 @@ def table(count=3):
     return rows.cast_column("image", datasets.Image())
 
 
+STORAGE = ["parquet", "list of images", "csv", "image folder", "shards", "saved to disk", "in memory"]
+
+
 def stored(kind, folder):
     """The path of a source of that kind with the questions '0?' ... and the pictures 0 ..."""
     if kind == "parquet":
@@ -218,12 +211,8 @@ def stored(kind, folder):
 
 
 @pytest.mark.parametrize("streaming", [False, True])
-@pytest.mark.parametrize(
-    "kind", ["parquet", "list of images", "csv", "image folder", "shards", "saved to disk", "in memory"]
-)
-def test_every_kind_of_storage_is_read_without_decoding_by_others(
-    kind, streaming, load, pictures, quarantined, monkeypatch
-):
+@pytest.mark.parametrize("kind", STORAGE)
+def test_storage_of_every_kind_is_read_undecoded(kind, streaming, load, pictures, quarantined, monkeypatch):
     path = stored(kind, pictures)
     monkeypatch.setattr(datasets.Image, "decode_example", lambda *args, **kwargs: pytest.fail("decoded by datasets"))
     rows = {row["prompt"][0]["content"][1]["text"]: row["images"] for row in load(path, streaming=streaming)}
@@ -237,7 +226,7 @@ def test_captions_get_the_question_of_their_source(streaming, load, pictures):
     path = lines(pictures / "rows.jsonl", [{"caption": "A cat.", "picture": "1.png"}])
     columns = {"answer": "caption", "images": "picture"}
     (row,) = load({"path": path, "columns": columns, "question": "Describe it."}, streaming=streaming)
-    assert row["prompt"] == [user(None, "Describe it.")] and row["completion"] == [said("A cat.")]
+    assert row["prompt"] == [user(None, "Describe it.")] and row["completion"] == [assistant("A cat.")]
 
 
 def bomb():
@@ -289,7 +278,7 @@ def test_rows_that_cannot_be_used_are_shown_with_their_reason_and_the_rest_goes_
     rows = [good, *(row for row, _ in BAD_ROWS.values()), "", good]
     source = lines(pictures / "rows.jsonl", rows)
     loaded = list(load(source, streaming=streaming, levels=NAMES, max_length=200))
-    assert [row["completion"] for row in loaded] == [[said("yes")]] * 2
+    assert [row["completion"] for row in loaded] == [[assistant("yes")]] * 2
     entries = sorted(quarantined(), key=lambda entry: entry["index"])
     assert [entry["index"] for entry in entries] == list(range(1, 1 + len(BAD_ROWS)))
     for entry, (name, (_, reason)) in zip(entries, BAD_ROWS.items(), strict=True):
@@ -300,7 +289,7 @@ def test_rows_that_cannot_be_used_are_shown_with_their_reason_and_the_rest_goes_
 def test_a_bad_turn_leaves_the_others(load, pictures, quarantined):
     rows = [llava("<image>A?", "a", "B" * 300, "b", "C?", "c")]
     loaded = load(lines(pictures / "rows.jsonl", rows), max_length=200)
-    assert [row["completion"] for row in loaded] == [[said("a")]]
+    assert [row["completion"] for row in loaded] == [[assistant("a")]]
     assert [entry["turn"] for entry in quarantined()] == [1, 2]
 
 
@@ -344,8 +333,7 @@ def test_one_bad_row_among_few_does_not_stop_the_run(load, pictures):
 
 @pytest.mark.parametrize("streaming", [False, True])
 def test_sources_that_give_nothing_are_refused_with_what_was_found(streaming, load, pictures):
-    empty = {"rows.jsonl": "", "rows.json": "[]"}
-    for name, text in empty.items():
+    for name, text in {"rows.jsonl": "", "rows.json": "[]"}.items():
         (pictures / name).write_text(text)
         with pytest.raises(ValueError, match=f"{name}:train (cannot be loaded.*empty|is empty)"):
             load(str(pictures / name), streaming=streaming)
@@ -370,21 +358,8 @@ def test_a_question_without_the_image_that_its_source_has_is_no_text_row(load, p
 
 
 JUNK = [
-    None,
-    True,
-    0,
-    -1.5,
-    "",
-    "<image>",
-    "none.png",
-    "\x00",
-    "assistant",
-    [],
-    {},
-    [[]],
-    [None],
-    {"type": "image"},
-    {"url": 3},
+    *(None, True, 0, -1.5, "", "<image>", "none.png", "\x00", "assistant"),
+    *([], {}, [[]], [None], {"type": "image"}, {"url": 3}),
 ]
 
 
@@ -560,13 +535,16 @@ def test_a_repaired_image_comes_back_and_a_lost_one_is_named(load, pictures, qua
         rows[1]
 
 
-def test_checks_are_cached_until_what_they_depend_on_changes(load, pictures, monkeypatch):
-    from granulon.train.data import rows as module
-
-    path = lines(pictures / "rows.jsonl", [llava("<image>A?", "a")])
-    opened = []
-    original = module.open_image
+def record_opened_images(monkeypatch):
+    """A list that grows with every image that is opened from now on."""
+    opened, original = [], module.open_image
     monkeypatch.setattr(module, "open_image", lambda image: opened.append(image) or original(image))
+    return opened
+
+
+def test_checks_are_cached_until_what_they_depend_on_changes(load, pictures, monkeypatch):
+    path = lines(pictures / "rows.jsonl", [llava("<image>A?", "a")])
+    opened = record_opened_images(monkeypatch)
     counts = []
     for kwargs in ({}, {}, {"max_length": 300}, {"max_length": 300}, {"levels": NAMES}):
         processor = make_processor()
@@ -577,12 +555,8 @@ def test_checks_are_cached_until_what_they_depend_on_changes(load, pictures, mon
 
 
 def test_pictures_are_opened_at_access_and_not_kept(load, pictures, monkeypatch):
-    from granulon.train.data import rows as module
-
     rows = load(lines(pictures / "rows.jsonl", [llava("<image>A?", "a", image=f"{index}.png") for index in range(3)]))
-    opened = []
-    original = module.open_image
-    monkeypatch.setattr(module, "open_image", lambda image: opened.append(image) or original(image))
+    opened = record_opened_images(monkeypatch)
     assert rows[1]["images"][0].size == (40, 30) and len(opened) == 1
     assert rows[1]["images"][0].size == (40, 30) and len(opened) == 2
     assert len(rows[:2]["images"]) == 2
@@ -605,11 +579,11 @@ def test_trl_trains_on_the_rows_and_resumes_with_the_same_ones(streaming, load, 
         *text_rows("e", 2),
     ]
     path = lines(pictures / "rows.jsonl", rows)
-    whole = trainer_of(load(path, streaming=streaming), processor, tmp_path / "out")
-    assert whole.train().global_step == 4
+    full = trainer_of(load(path, streaming=streaming), processor, tmp_path / "out")
+    assert full.train().global_step == 4
     resumed = trainer_of(load(path, streaming=streaming), processor, tmp_path / "out")
     assert resumed.train(resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-2")).global_step == 4
-    trained = whole.model.state_dict()
+    trained = full.model.state_dict()
     assert not torch.equal(trained["lm_head.weight"], make_model().state_dict()["lm_head.weight"])
     for name, weight in resumed.model.state_dict().items():
         assert torch.equal(weight, trained[name]), name

@@ -16,7 +16,7 @@ card. Questions without a label are in `run/quarantine.jsonl`. Rows with the sam
 
 import hashlib
 import json
-import shutil
+import re
 import sys
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -27,7 +27,7 @@ from pydantic import BaseModel, ConfigDict, Field, create_model, field_validator
 from tqdm import tqdm
 from transformers import HfArgumentParser
 
-from granulon.hub.files import write_atomically
+from granulon.hub.files import JsonlLog, write_atomically
 from granulon.hub.inference import load_model, load_processor
 from granulon.train.data import DataSource, load_rows
 
@@ -35,7 +35,6 @@ from .corpus import (
     ANNOTATED,
     corpus_row,
     hash_fraction,
-    read_corpus,
     split_of,
     upload_corpus,
     write_corpus,
@@ -48,7 +47,8 @@ from .questions import DistinctQuestion, read_questions
 
 PROMPT = Path(__file__).with_name("labelling_prompt.md")
 RUN = "run"  # subfolder of files that are not part of the corpus
-JOURNAL, QUARANTINE, PARTS = "calls.jsonl", "quarantine.jsonl", "parts"
+JOURNAL, QUARANTINE = "calls.jsonl", "quarantine.jsonl"
+LEVEL_DEFINITION = re.compile(r"^\*\*(\w+)\*\*:", re.MULTILINE)  # in the prompt
 PART_ROWS = 256
 REPEATED_SHARE = 0.05  # of the questions, sent twice
 ESTIMATED_REPLY = 60  # tokens
@@ -60,10 +60,10 @@ class AnnotateArguments(ApiArguments):
         metadata={"help": "file, folder or dataset of the Hub, or a DataSource in JSON (path, split, columns, ...)"}
     )
     output: str = field(metadata={"help": "folder for corpus, card and journal; the same folder continues a run"})
-    levels: list[str] = field(
-        default_factory=lambda: ["coarse", "medium", "fine"], metadata={"help": "names of the levels"}
+    prompt_file: str = field(
+        default=str(PROMPT),
+        metadata={"help": "instructions; a line '**NAME**: ...' defines each level, coarse to fine"},
     )
-    prompt_file: str = field(default=str(PROMPT), metadata={"help": "instructions that define the levels"})
     push_to_hub: str | None = field(default=None, metadata={"help": "dataset repository to upload the corpus to"})
     checkpoint: str | None = field(default=None, metadata={"help": "measure the labels with this model instead"})
     temperature: float = field(default=1.0, metadata={"help": "of measured labels; higher is softer"})
@@ -92,12 +92,13 @@ def main():
 def annotate(arguments: AnnotateArguments):
     """Send the calls that the journal lacks and write the corpus; raises `StopRun` afterwards if it is incomplete."""
     output, prompt = Path(arguments.output), Path(arguments.prompt_file).read_text(encoding="utf-8")
-    if missing := [name for name in arguments.levels if name not in prompt]:
+    levels = LEVEL_DEFINITION.findall(prompt)
+    if len(levels) < 2:
         raise ValueError(
-            f"{arguments.prompt_file} does not define the levels {missing}; --levels are {arguments.levels}"
+            f"{arguments.prompt_file} defines the levels {levels}; expected two or more lines '**NAME**: ...'"
         )
     questions, unusable, total = read_questions(arguments.source)
-    annotator = Annotator(arguments, prompt)
+    annotator = Annotator(arguments, prompt, levels)
     repeated = [entry.text for entry in questions if hash_fraction(f"twice\n{entry.text}") < REPEATED_SHARE]
     requests = [annotator.request(entry.text) for entry in questions]
     requests += [annotator.request(text, "again") for text in repeated]
@@ -128,7 +129,7 @@ def annotate(arguments: AnnotateArguments):
         "quarantined_rows": sum(entry["rows"] for entry in unusable),
         "unanswered_rows": unanswered,
         "questions": len(rows),
-        "agreement": agreement([pair for pair in pairs if pair], arguments.levels),
+        "agreement": agreement([pair for pair in pairs if pair], levels),
         "spent_usd": round(spent, 6),
         "model": arguments.model,
         "prompt_sha": annotator.prompt_sha,
@@ -153,9 +154,9 @@ def check_counts(report: dict):
 class Annotator:
     """Builds the requests and turns replies into rows of the corpus."""
 
-    def __init__(self, arguments: AnnotateArguments, prompt: str):
+    def __init__(self, arguments: AnnotateArguments, prompt: str, levels: list[str]):
         self.arguments, self.prompt = arguments, prompt
-        self.schema = label_schema(arguments.levels)
+        self.schema = label_schema(levels)
         identity = prompt + json.dumps(self.schema.model_json_schema(), sort_keys=True)
         self.prompt_sha = hashlib.sha256(identity.encode()).hexdigest()
 
@@ -251,19 +252,17 @@ def measure(arguments: AnnotateArguments):
     levels, quarantine = model.config.granularity_names, output / RUN / QUARANTINE
     data = load_rows([arguments.source], processor, seed=0, quarantine=quarantine, levels=levels)
     settings = {"temperature": arguments.temperature, "cost_per_token": arguments.cost_per_token}
-    parts = output / RUN / PARTS / _settings_key(arguments, data._fingerprint)
-    parts.mkdir(parents=True, exist_ok=True)
-    rows = []
-    for start in tqdm(range(0, len(data), PART_ROWS), unit="part", disable=None):
-        part = parts / f"{start:09d}.jsonl"
-        if not part.exists():
-            selected = data.select(range(start, min(start + PART_ROWS, len(data))))
-            write_corpus(measure_rows(model, processor, selected, **settings), part)
-        rows += read_corpus(part)
-    rows = list({row["id"]: row for row in rows}.values())
+    with JsonlLog(output / RUN / f"measured-{_settings_key(arguments, data._fingerprint)}.jsonl") as log:
+        measured = {part["start"] for part in log.read()}
+        for start in tqdm(range(0, len(data), PART_ROWS), unit="part", disable=None):
+            if start not in measured:
+                selected = data.select(range(start, min(start + PART_ROWS, len(data))))
+                log.append({"start": start, "rows": list(measure_rows(model, processor, selected, **settings))})
+        rows = list({row["id"]: row for part in log.read() for row in part["rows"]}.values())
     report = {"rows": len(data), "questions": len(rows), "model": arguments.checkpoint, **settings}
     finish(arguments, rows, report, measured_origin(report))
-    shutil.rmtree(output / RUN / PARTS)
+    for file in output.glob(f"{RUN}/measured-*.jsonl"):
+        file.unlink()
 
 
 def _settings_key(arguments: AnnotateArguments, data: str) -> str:

@@ -43,8 +43,8 @@ from .replay import SEED_CORPUS, annotators_of, load_corpus
 
 REPORT, PICTURE = "controller_report.json", "controller_confusion.png"
 PREFIX = "model.granularity_controller."
+LIBRARIES = ("granulon", "transformers", "torch", "scikit-learn")  # whose versions the manifest records
 # Files of a training checkpoint that belong to the run and are not copied.
-LIBRARIES = ("granulon", "transformers", "torch", "scikit-learn")
 TRAINING_STATE_FILES = ("*.pt", "*.pth", "*.bin", "trainer_state.json", "complete.json")
 # The column by which a test split is held out; the bootstrap draws whole groups of it.
 GROUP_OF_SPLIT = {"test_kinds": "kind"}

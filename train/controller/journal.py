@@ -127,7 +127,7 @@ class ApiArguments:
         )
 
 
-class Journal:
+class Journal(JsonlLog):
     """
     The log of all calls, open in one process at a time.
 
@@ -150,22 +150,12 @@ class Journal:
         self.answers, self.rejected = {}, {}
         self.open_calls, self.settled = {}, 0.0  # most that each open call may cost; cost of all that ended
         self.calls = 0
-        self.log = JsonlLog(path)
+        super().__init__(path)
         try:
             self._load()
         except ValueError:
             self.close()
             raise
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *exception):
-        self.close()
-
-    def close(self):
-        """Release the file."""
-        self.log.close()
 
     @property
     def spent(self) -> float:
@@ -193,20 +183,18 @@ class Journal:
 
     def _write(self, entry: dict):
         try:
-            self.log.append(entry)
+            self.append(entry)
         except OSError as error:
-            raise StopRun(
-                f"{self.log.path} cannot be written ({error}); make room and run the same command"
-            ) from error
+            raise StopRun(f"{self.path} cannot be written ({error}); make room and run the same command") from error
         self._apply(entry)
 
     def _load(self):
-        for number, entry in enumerate(self.log.read(), 1):
+        for number, entry in enumerate(self.read(), 1):
             try:
                 self._apply(entry)
             except (KeyError, TypeError) as error:
                 raise ValueError(
-                    f"{self.log.path}:{number} is not a journal entry ({str(entry)[:60]}); restore the file, or move "
+                    f"{self.path}:{number} is not a journal entry ({str(entry)[:60]}); restore the file, or move "
                     "it away and pay again"
                 ) from error
 

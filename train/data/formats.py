@@ -7,6 +7,7 @@ reads the latest question, so each answer needs the image at the level of its ow
 import base64
 import json
 import os
+import re
 from dataclasses import dataclass
 
 import fsspec
@@ -220,20 +221,15 @@ def _message(role, content) -> dict:
     if content is None:
         return {"role": role, "content": []}
     if isinstance(content, str):
-        pieces = [content] if role == "assistant" else content.split(IMAGE_MARK)
-        if len(pieces) > 1:  # "<image>\nWhat ...": the mark is a part, and its line break is not a text
-            pieces = [piece.strip() for piece in pieces]
-        parts = [{"type": "image"} if piece is None else {"type": "text", "text": piece} for piece in _spaced(pieces)]
+        has_marks = role != "assistant" and IMAGE_MARK in content
+        # "<image>\nWhat ...": the line break after the mark is not a text
+        pieces = map(str.strip, re.split(f"({IMAGE_MARK})", content)) if has_marks else [content]
+        image = IMAGE_MARK if has_marks else None
+        parts = [{"type": "image"} if p == image else {"type": "text", "text": p} for p in pieces if p]
         return {"role": role, "content": parts}
     if not isinstance(content, list):
         raise BadRow(f"the content of a turn is a text or a list of parts, found {type(content).__name__}")
     return {"role": role, "content": [_part(part, role) for part in content]}
-
-
-def _spaced(pieces: list[str]) -> list[str | None]:
-    """The pieces with None between each two, and no empty ones."""
-    spaced = [entry for piece in pieces for entry in (None, piece)][1:]
-    return [entry for entry in spaced if entry != ""]
 
 
 def _part(part, role: str) -> dict:
@@ -284,14 +280,10 @@ def _split_turns(messages: list[dict], first_target: int, images: list[dict], gr
         prompt = messages[:index]
         shown = sum(part["type"] == "image" for message in prompt for part in message["content"])
         completion = [{"role": "assistant", "content": [{"type": "text", "text": answer}]}]
-        turns.append(Turn(prompt, completion, images[:shown], _level(level)))
+        if level is not None and not isinstance(level, str):
+            raise BadRow(f"its level is {level!r}, expected a name")
+        turns.append(Turn(prompt, completion, images[:shown], level or None))
     return turns
-
-
-def _level(name) -> str | None:
-    if name is not None and not isinstance(name, str):
-        raise BadRow(f"its level is {name!r}, expected a name")
-    return name or None
 
 
 def without_bytes(value):

@@ -93,14 +93,7 @@ def load_rows(
             streams during training); no usable row; weights for some sources only.
     """
     sources = [DataSource.of(entry) for entry in sources]
-    weighted = [source.weight is not None for source in sources]
-    if not sources or any(weighted) != all(weighted):
-        raise ValueError(
-            f"{len(sources)} data sources, {sum(weighted)} with a weight; give one or more sources, "
-            "with a weight each or without weights"
-        )
-    if streaming and len(sources) > 1 and not all(weighted):
-        raise ValueError("several streams need a weight each, because their sizes are unknown")
+    _check_weights(sources, streaming)
     quarantined = Quarantine(quarantine, max_bad_share, list(map(str, sources)))
     check = Check(processor, levels, max_length)
     with PartialState().main_process_first():  # fills the caches for the others
@@ -114,6 +107,17 @@ def load_rows(
         quarantined.report(number)
     rows = _mixed([_good(table) for table in tables], sources, seed)
     return rows.with_transform(BuildRows([raw for raw, _ in opened], [reader for _, reader in opened]))
+
+
+def _check_weights(sources: list[DataSource], streaming: bool):
+    weighted = [source.weight is not None for source in sources]
+    if not sources or any(weighted) != all(weighted):
+        raise ValueError(
+            f"{len(sources)} data sources, {sum(weighted)} with a weight; give one or more sources, "
+            "with a weight each or without weights"
+        )
+    if streaming and len(sources) > 1 and not all(weighted):
+        raise ValueError("several streams need a weight each, because their sizes are unknown")
 
 
 @dataclass

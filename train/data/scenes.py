@@ -2,7 +2,7 @@
 
 Every scene is a place by day or night, with one object, its core of another colour, and one small mark. Everything is
 drawn at random and independently, so that no question can be answered without the image. The world is deliberately as
-easy as it must be for a demo to learn it in minutes: flat colours, one object, a mark in a cell of 8 pixels.
+easy as it must be for a demo to learn it in minutes: flat colours, one object, a mark of 8 pixels.
 """
 
 from dataclasses import dataclass
