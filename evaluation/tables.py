@@ -21,7 +21,6 @@ from granulon.hub.text import markdown_table, with_interval
 
 from .matrix import Entry, Matrix, Settings, read_results, read_samples
 from .metrics import BERTSCORE, JUDGED, METRICS
-from .plots import draw_table
 from .scoring import metric_of, units
 from .statistics import holm, mcnemar, paired, percentiles, resampled
 
@@ -166,7 +165,7 @@ class Results:
 
 
 def write_tables(output: Path, matrix: Matrix, results: Results) -> list[Path]:
-    """Write every table of a matrix as Markdown, LaTeX, JSON and plots; returns the files."""
+    """Write every table of a matrix as Markdown, LaTeX and JSON; returns the files."""
     folder = output / "tables"
     folder.mkdir(parents=True, exist_ok=True)
     paper = yaml.safe_load(PAPER.read_text())
@@ -177,7 +176,6 @@ def write_tables(output: Path, matrix: Matrix, results: Results) -> list[Path]:
         for suffix, text in ((".md", markdown(table)), (".tex", latex(table)), (".json", as_json)):
             write_atomically(folder / f"{table.name}{suffix}", text)
             files.append(folder / f"{table.name}{suffix}")
-        files += draw_table(table, folder / table.name)
     return files
 
 
