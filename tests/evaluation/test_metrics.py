@@ -164,7 +164,7 @@ def test_a_choice_is_read_by_letter_or_by_words(answer, read):
     assert read_choice(answer, BOATS) == read
 
 
-def test_the_pronoun_i_is_no_letter_of_nine_choices():
+def test_the_pronoun_i_is_not_a_letter_of_nine_choices():
     choices = [f"thing {number}" for number in range(9)]
     assert read_choice("Well, I think so", choices) is None and read_choice("I'd say so", choices) is None
     assert read_choice("Well, I think it is B", choices) == 1 and read_choice("It must be I.", choices) == 8

@@ -515,7 +515,7 @@ def test_what_the_assistant_generates_is_still_marked(name):
 
 
 @pytest.mark.parametrize("family", TEMPLATE)
-def test_a_loop_over_the_content_of_messages_tells_vllm_that_parts_are_accepted(family):
+def test_the_template_loops_over_message_content_as_vllm_expects(family):
     tree = Environment().parse(with_image_parts("", IMAGE[family]))
     loops = [(loop.target.name, loop.iter) for loop in tree.find_all(nodes.For)]
     assert ("message", "messages") in [(name, getattr(over, "name", None)) for name, over in loops]

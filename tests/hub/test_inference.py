@@ -42,7 +42,7 @@ def test_overrides_change_the_configuration_and_unknown_ones_are_refused(folder)
         load_model(folder, overrides={"colour": 1})
 
 
-def test_levels_that_the_weights_do_not_fit_are_refused_unless_they_may_start_anew(folder):
+def test_levels_with_other_shapes_are_refused_unless_new_levels_are_allowed(folder):
     one = {"granularities": [{"name": "only", "stride": 1, "clusters": 4, "keep": 3, "view": "full"}]}
     with pytest.raises(ValueError, match="do not fit its configuration with .*only"):
         load_model(folder, overrides=one)

@@ -138,7 +138,7 @@ def test_the_notice_names_the_version(checkpoint, declared, name):
 
 
 @pytest.mark.parametrize("file", ["NOTICE", "LICENSE", "licences/vision/NOTICE", "licences/vision/USE_POLICY.md"])
-def test_what_is_no_copy_of_the_agreement_is_not_taken_for_one(checkpoint, file):
+def test_another_text_does_not_count_as_a_copy_of_the_agreement(checkpoint, file):
     folder = checkpoint(DINOV3, QWEN, agreements=("text",))
     (folder / file).parent.mkdir(parents=True, exist_ok=True)
     (folder / file).write_text("something else")

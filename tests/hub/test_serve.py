@@ -215,7 +215,7 @@ def test_a_server_without_a_model_lists_the_cached_ones(tmp_path):
     assert listed_models(anything, tmp_path / "none") == []
 
 
-def test_bad_images_are_refused_and_the_server_goes_on(server, expected):
+def test_bad_images_are_refused_and_the_server_keeps_running(server, expected):
     for name, data in bad_files(good_picture()).items():
         with pytest.raises(openai.BadRequestError, match="image_url: image") as refusal:
             ask(server, image=data_url(data or b" "))

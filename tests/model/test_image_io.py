@@ -94,7 +94,7 @@ def test_grey_without_a_known_white_is_stretched_and_says_so(low, high):
         assert np.abs(pixels(ramp) - GREY[..., None]).max() <= 1
 
 
-def test_constant_grey_is_no_division_by_zero():
+def test_constant_grey_does_not_divide_by_zero():
     with pytest.warns(UserWarning, match="stretched"):
         assert pixels(Image.new("I", (3, 3), -5)).max() == 0
 
@@ -186,7 +186,7 @@ def test_the_result_shares_nothing_with_the_source():
 @pytest.mark.parametrize(
     "source", [b"", b"not an image" * 50, b"<svg xmlns='http://www.w3.org/2000/svg'/>", b"%PDF-1.7"]
 )
-def test_what_is_no_image_is_refused(source):
+def test_other_files_than_images_are_refused(source):
     with pytest.raises(ValueError, match="is not an image in one of the formats AVIF, .* convert it"):
         load_rgb(source)
 

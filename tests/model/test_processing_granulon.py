@@ -101,7 +101,7 @@ def test_a_custom_template_does_not_leak_into_the_question(processor, template, 
     assert asked(processor, processor(text=[prompt], images=[image], return_tensors="pt")) == ["what is it?"]
 
 
-def test_prompts_of_several_templates_are_told_apart(processor):
+def test_prompts_of_several_templates_are_distinguished(processor):
     processor.chat_template = {"default": with_parts(QWEN), "short": with_parts(VICUNA)}
     bracketed = with_parts(QWEN).replace("{{ m.role }}\n", "{{ m.role }}\n[INST] ")
     for template in (None, "short", bracketed, None, "short"):
@@ -109,7 +109,7 @@ def test_prompts_of_several_templates_are_told_apart(processor):
         assert processor.question(prompt) == "what is it?"
 
 
-def test_a_template_that_renders_no_second_turn_is_no_error(processor):
+def test_a_template_without_a_second_turn_is_accepted(processor):
     template = "{{ raise_exception('one turn') if messages | length > 1 else messages[0].content[-1].text }}"
     prompt = processor.apply_chat_template(ask("what is it?"), template)
     assert processor.question(prompt) == "what is it?"

@@ -329,7 +329,7 @@ def test_towers_and_layers_that_cannot_be_used_are_refused(config, layer, messag
 
 
 @every_tower
-def test_config_alone_tells_patch_size_and_width(name):
+def test_patch_size_and_width_follow_from_the_config(name):
     check_tower(CONFIGS[name])
     assert patch_size_of(CONFIGS[name]) == (32 if name == "dinov3_convnext" else 4)
     assert feature_width_of(CONFIGS[name]) == 36

@@ -190,7 +190,7 @@ def test_above_the_cap_the_labelled_rows_are_kept_and_the_message_says_how_to_go
     assert report_of(tmp_path / "corpus")["labelled_rows"] == 60 and max(server.asked.values()) == 1
 
 
-def test_a_wrong_key_stops_at_once_with_what_to_look_at(command, server, tmp_path):
+def test_a_wrong_key_stops_at_once_with_what_to_check(command, server, tmp_path):
     server.fault_share, server.faults = 1.0, ("401",)
     with pytest.raises(SystemExit, match="OPENAI_API_KEY") as stop:
         command(concurrency=2)
@@ -301,14 +301,14 @@ def test_an_incomplete_corpus_is_not_uploaded(command, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("share", ["NaN", "Infinity", "-0.5", "1.5"])
-def test_probabilities_that_are_none_miss_the_schema(share):
+def test_invalid_probabilities_do_not_fit_the_schema(share):
     reply = '{"reason": "r", "probabilities": {"coarse": %s, "medium": 0.5, "fine": 0.0}}'
     label_schema(LEVELS).model_validate_json(reply % "0.5")
     with pytest.raises(ValidationError):
         label_schema(LEVELS).model_validate_json(reply % share)
 
 
-def test_help_tells_every_option(monkeypatch, capsys):
+def test_help_lists_every_option(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["granulon-annotate", "--help"])
     with pytest.raises(SystemExit) as end:
         main()
@@ -388,7 +388,7 @@ def test_measured_labels_make_a_corpus_of_the_same_form(measured):
     assert not list(folder.rglob("measured-*"))
 
 
-def test_a_measurement_that_was_cut_off_goes_on_after_the_last_finished_part(measured, monkeypatch, tmp_path):
+def test_an_interrupted_measurement_resumes(measured, monkeypatch, tmp_path):
     measure, done = module.measure_rows, []
 
     def counted(model, processor, rows, **settings):
@@ -407,7 +407,7 @@ def test_a_measurement_that_was_cut_off_goes_on_after_the_last_finished_part(mea
     assert len(read_corpus(tmp_path / "corpus")) == 12
 
 
-def test_what_was_measured_on_other_rows_or_by_other_weights_is_not_taken_up(measured, monkeypatch, tmp_path):
+def test_measurements_of_other_rows_or_weights_are_not_reused(measured, monkeypatch, tmp_path):
     measure, done = module.measure_rows, []
 
     def counted(model, processor, rows, **settings):

@@ -268,7 +268,7 @@ BAD_ROWS = {
 
 
 @pytest.mark.parametrize("streaming", [False, True])
-def test_rows_that_cannot_be_used_are_shown_with_their_reason_and_the_rest_goes_on(
+def test_invalid_rows_are_quarantined_with_their_reason_and_the_others_are_used(
     streaming, load, pictures, quarantined
 ):
     (pictures / "text.png").write_text("no picture")
@@ -351,7 +351,7 @@ def test_sources_that_give_nothing_are_refused_with_what_was_found(streaming, lo
         load(str(pictures / "broken.json"), streaming=streaming)
 
 
-def test_a_question_without_the_image_that_its_source_has_is_no_text_row(load, pictures, quarantined):
+def test_a_missing_image_does_not_make_a_text_row(load, pictures, quarantined):
     rows = [{"question": "A?", "answer": "a", "image": image} for image in ("0.png", None, [])]
     assert [len(row["images"]) for row in load(lines(pictures / "rows.jsonl", rows))] == [1, 0]
     assert [entry["reason"] for entry in quarantined()] == ["it has no image"]
@@ -396,7 +396,7 @@ def test_whatever_a_row_holds_it_is_trained_on_or_shown(name, load, pictures, qu
     assert {entry["reason"] for entry in quarantined()} == set(reasons.values())
 
 
-def test_two_image_columns_must_be_told_apart(load):
+def test_of_two_image_columns_one_must_be_named(load):
     rows, masks = table().rename_column("image", "photo"), table().select_columns("image")
     rows = datasets.concatenate_datasets([rows, masks.rename_column("image", "mask")], axis=1)
     with pytest.raises(ValueError, match="images in the columns"):
@@ -487,7 +487,7 @@ def test_weighted_sources_mix_by_weight_and_lose_no_row(streaming, load, picture
     assert abs(share - 0.75) < 0.15
 
 
-def test_a_stream_is_shuffled_anew_in_each_epoch_and_the_same_in_each_process(load, pictures):
+def test_a_stream_is_reshuffled_in_each_epoch_and_equal_in_each_process(load, pictures):
     path = lines(pictures / "a.jsonl", text_rows("a", 50))
 
     def epochs():

@@ -150,7 +150,7 @@ def test_replies_that_miss_the_schema_again_and_again_are_rejected_and_not_asked
         assert server.asked["bad"] == 3
 
 
-def test_a_content_that_the_endpoint_refuses_is_rejected_and_the_rest_goes_on(path):
+def test_a_content_that_the_endpoint_refuses_is_rejected_and_the_others_are_sent(path):
     with FaultServer() as server:
         ask(server, path, ["first"])
         server.always["forbidden"] = "400"
@@ -220,7 +220,7 @@ def test_an_endpoint_that_writes_more_than_it_may_stops_the_run_since_no_cap_wou
     ],
     ids=["cut", "filtered", "refused"],
 )
-def test_a_model_that_never_fits_stops_before_all_is_spent_and_says_why(path, change, reason):
+def test_a_model_that_never_fits_the_schema_stops_early_with_the_reason(path, change, reason):
     questions = [f"q{number}" for number in range(100)]
     with FaultServer() as server:
         server.change = lambda reply: reply["choices"][0].update(change)
@@ -371,7 +371,7 @@ def test_two_processes_do_not_share_a_journal(path):
     Journal(path).close()
 
 
-def test_a_line_cut_short_is_removed_and_a_damaged_one_is_named(path):
+def test_a_truncated_last_line_is_removed_and_a_damaged_one_is_reported(path):
     with Journal(path) as journal:
         call = journal.reserve("k", 0.5)
         journal.settle(call, "k", 0.25, {"a": 1})

@@ -132,7 +132,7 @@ def test_the_model_is_self_contained(command, base, tmp_path):
     assert torch.equal(answer(model, processor)[0], answer(load_model(str(folder)), make_processor())[0])
 
 
-def test_the_manifest_tells_every_training(command, tmp_path):
+def test_the_manifest_records_every_training(command, tmp_path):
     sft.main(command(stage="align", output_dir=tmp_path / "first"))
     sft.main(command("--learning_rate", "5e-4", "--seed=7", model_name_or_path=str(tmp_path / "first/model")))
     manifest = json.loads((tmp_path / "run/model" / MANIFEST).read_text())
@@ -161,7 +161,7 @@ def test_a_signal_stops_after_the_step_and_the_resumed_run_ends_the_same(command
     assert not changed(tmp_path / "run/model", tmp_path / "whole/model")
 
 
-def test_resume_without_a_checkpoint_starts_anew(command, tmp_path):
+def test_resume_without_a_checkpoint_starts_at_step_0(command, tmp_path):
     sft.main(command("--resume", max_steps=1))
     assert (tmp_path / "run/model/config.json").exists()
 
@@ -274,7 +274,7 @@ def tiny_json(folder):
         ({"pixel_loss_weight": -1.0}, "give none below 0"),
     ],
 )
-def test_what_cannot_be_trained_is_refused_in_a_sentence(command, settings, message):
+def test_invalid_settings_are_refused_with_the_remedy(command, settings, message):
     with pytest.raises(SystemExit, match=message) as stopped:
         sft.main(command(**settings))
     assert str(stopped.value).startswith("granulon-train: ")
