@@ -52,8 +52,8 @@ def write_report(folder: Path, seeds: tuple[int, ...], separations: dict[str, fl
     scenes = results["pixels"].right().shape[1]
     parts = [
         "# What the study measured",
-        "Written by `python -m studies.run`; the protocol and the conclusions are in [docs/study.md](../docs/study.md). Brackets "
-        f"are 95 % bootstrap intervals over scenes and seeds. {len(seeds)} seeds, {scenes} test scenes, "
+        "Written by `python -m studies.run`; the protocol and the conclusions are in [docs/study.md](../docs/study.md). "
+        f"Brackets are 95 % bootstrap intervals over scenes and seeds. {len(seeds)} seeds, {scenes} test scenes, "
         f"{len(world.KINDS)} questions about each.",
         "## Do groups of patches follow things?",
         f"Adjusted mutual information of {K} groups of a validation scene's patches with what each patch shows: 0 is "
