@@ -52,7 +52,7 @@ def write_report(folder: Path, seeds: tuple[int, ...], separations: dict[str, fl
     scenes = results["pixels"].right().shape[1]
     parts = [
         "# What the study measured",
-        "Written by `python -m studies.run`; the protocol and the conclusions are in [docs/study.md](../docs/study.md). "
+        "Written by `python -m studies.run`; protocol and conclusions are in [docs/study.md](../docs/study.md). "
         f"Brackets are 95 % bootstrap intervals over scenes and seeds. {len(seeds)} seeds, {scenes} test scenes, "
         f"{len(world.KINDS)} questions about each.",
         "## Do groups of patches follow things?",
