@@ -22,7 +22,7 @@ def interleaved(
     """
     Seconds of each call in each round, by name.
 
-    A round makes every call once, in a random order, so that other load on the machine affects all of them alike.
+    A round makes every call once, in a random order, so that other load on the machine affects all of them equally.
 
     Args:
         rounds, warm_up: rounds that count, and rounds before them that do not.

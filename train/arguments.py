@@ -29,7 +29,7 @@ class GranulonSFTConfig(SFTConfig):
         metadata={"help": "lambda_g: weight of the controller's loss: levels that answer well, and known levels"},
     )
     level_exploration: float = field(
-        default=0.1, metadata={"help": "share of the semantic loss that all levels get alike, so that none starves"}
+        default=0.1, metadata={"help": "share of the semantic loss that is divided equally among all levels"}
     )
     token_cost: float = field(
         default=0.0, metadata={"help": "mu: nats that a level with the most semantic tokens costs the controller"}

@@ -180,7 +180,7 @@ class GranulonTrainer(SFTTrainer):
             asked, labelled = own if self.rows_of_step is None or not self.model.training else self.rows_of_step
             asked_B = self._asked_rows(inputs)
             cost_BS = nll_BS.detach() + self.args.token_cost * self._token_shares(scores)
-            # Its gradient is p minus the posterior of the levels: none where all levels answer alike.
+            # Its gradient is p minus the posterior of the levels: none where all levels answer equally well.
             loss_B = -(logits_BS.log_softmax(-1) - cost_BS).logsumexp(-1)
             parts["controller"] = (loss_B * asked_B).sum(), asked, own[0]
             if level_B is not None:

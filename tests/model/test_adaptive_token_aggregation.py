@@ -376,7 +376,7 @@ def test_repeats_exactly_and_leaves_the_random_state_alone():
     assert torch.equal(torch.get_rng_state(), state)
 
 
-# ---- the way it computes
+# ---- how it computes
 
 
 def test_holds_no_state():

@@ -140,7 +140,7 @@ def test_the_manifest_records_every_training(command, tmp_path):
     first, second = manifest["training"]
     assert (first["stage"], second["stage"]) == ("align", "sft")
     assert second["recipe"] == "own" and second["steps"] == 4 and second["rows"] == 21 and second["seed"] == 7
-    assert second["settings"]["learning_rate"] == 5e-4, "what overrides the recipe is told"
+    assert second["settings"]["learning_rate"] == 5e-4, "the manifest records what overrides the recipe"
     assert second["settings"]["data"] == [{"path": "scenes", "split": "train[:3]"}]
     assert "output_dir" not in second["settings"] and "torch" in second["versions"]
 
