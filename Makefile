@@ -34,7 +34,7 @@ parts: setup
 demo: setup
 	$(PY) -m studies.demo.run
 
-# The Space in a browser of this machine, with the model that the demo left.
+# The Space in a local browser, with the demo's model.
 space: setup
 	test -d build/demo/checkpoint || $(MAKE) demo
 	MODEL_ID=build/demo/checkpoint $(PY) space/app.py
@@ -54,7 +54,7 @@ test-browser: setup
 	$(PY) -m pip install --constraint constraints.txt playwright
 	$(PY) -m pytest -m slow tests/space/test_browser.py
 
-# Does it work? docs/study.md; within an hour on two cores, goes on where it was.
+# The study of docs/study.md: within an hour on two cores; resumes if interrupted.
 study: setup
 	$(PY) -m studies.run
 
