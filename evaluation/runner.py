@@ -15,7 +15,7 @@ from accelerate import PartialState
 from accelerate.utils import broadcast_object_list, gather_object
 from tqdm import tqdm
 
-from granulon.hub.files import rank_files, write_atomically
+from granulon.hub.files import rank_files, write_atomically, write_jsonl
 from granulon.hub.text import first_line, with_interval
 
 from . import engine
@@ -178,8 +178,7 @@ class Runner:
         device = str(self.model.device) if self.model else None
         metrics, not_computed, unscored = engine.score(samples, aggregated, self.settings.bertscore_model, device)
         folder.mkdir(parents=True, exist_ok=True)
-        lines = (json.dumps(sample, ensure_ascii=False) + "\n" for sample in samples)
-        write_atomically(folder / SAMPLES, "".join(lines))
+        write_jsonl(folder / SAMPLES, samples)
         result = description | {
             "settings": asdict(self.settings),
             "versions": used_versions(),

@@ -95,6 +95,16 @@ def read_jsonl(path: str | Path) -> list[dict]:
     return rows
 
 
+def write_jsonl(path: str | Path, rows: Iterable[dict]):
+    """Write or replace a JSON Lines file, which appears complete or not at all."""
+    write_atomically(path, _json_lines(rows))
+
+
+def _json_lines(rows: Iterable[dict], allow_nan: bool = True) -> bytes:
+    text = "".join(json.dumps(row, ensure_ascii=False, allow_nan=allow_nan) + "\n" for row in rows)
+    return text.encode(errors="surrogatepass")  # half of a surrogate pair, which json.loads takes back
+
+
 class JsonlLog(AbstractContextManager):
     """
     Rows in JSON Lines that are on the disk when `append` returns, so that a run that was killed can go on.
@@ -129,8 +139,7 @@ class JsonlLog(AbstractContextManager):
 
     def append(self, *rows: dict):
         """Append rows; if the disk is full or fails, nothing of them stays and `OSError` is raised."""
-        text = "".join(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows)
-        lines = text.encode(errors="surrogatepass")  # half of a surrogate pair, which json.loads takes back
+        lines = _json_lines(rows, allow_nan=False)
         before = os.fstat(self.file).st_size
         try:
             written = os.write(self.file, lines)
@@ -159,6 +168,6 @@ def rank_files(path: Path) -> list[Path]:
 def join_rank_files(path: Path, rows: Iterable[dict]):
     """Write the rows of all processes to `path` in the order given, then delete the files of the processes."""
     if files := rank_files(path):
-        write_atomically(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+        write_jsonl(path, rows)
         for file in files:
             file.unlink(missing_ok=True)  # another process joined them too

@@ -25,7 +25,7 @@ from transformers import HfArgumentParser
 
 from granulon.evaluation.matrix import largest_runs, read_samples
 from granulon.evaluation.scoring import figures
-from granulon.hub.files import write_atomically
+from granulon.hub.files import write_atomically, write_jsonl
 from granulon.hub.text import with_interval
 from granulon.train.controller.journal import (
     ApiArguments,
@@ -256,7 +256,7 @@ def write_quarantine(path: Path, cases: list[Case], journal: Journal):
         {"run": case.folder.name, "id": case.id, "reason": journal.rejected[key], "asked": json.loads(case.text)}
         for key, case in rejected.items()
     ]
-    write_atomically(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    write_jsonl(path, rows)
 
 
 if __name__ == "__main__":

@@ -156,3 +156,12 @@ def test_each_process_has_a_file_and_all_are_read_and_joined(tmp_path):
     assert names(tmp_path) == ["log.jsonl"] and path.read_text() == "".join(
         json.dumps({"row": row}) + "\n" for row in range(3)
     )
+
+
+def test_half_a_surrogate_pair_survives_the_log_and_the_joined_file(tmp_path):
+    path, rows = tmp_path / "log.jsonl", [{"question": "\ud800"}]
+    with JsonlLog(path, 0, 1) as log:
+        log.append(*rows)
+    assert read_log(path) == rows
+    join_rank_files(path, rows)
+    assert read_jsonl(path) == rows and names(tmp_path) == ["log.jsonl"]

@@ -10,7 +10,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText
 
-from granulon.train.controller.corpus import write_corpus
+from granulon.hub.files import write_jsonl
 from granulon.train.controller.fit import (
     PICTURE,
     PREFIX,
@@ -51,7 +51,7 @@ def checkpoint(tmp_path):
 
 @pytest.fixture
 def command(checkpoint, tmp_path, monkeypatch):
-    write_corpus(make_corpus(), tmp_path / "corpus.jsonl")
+    write_jsonl(tmp_path / "corpus.jsonl", make_corpus())
 
     def run(*more):
         arguments = ["--model", checkpoint, "--corpus", tmp_path / "corpus.jsonl", "--output", tmp_path / "trained"]
@@ -233,7 +233,7 @@ def test_the_seed_corpus_is_there_without_a_file(checkpoint, tmp_path, monkeypat
     ],
 )
 def test_a_corpus_that_does_not_fit_is_refused_and_leaves_nothing(command, tmp_path, damage, message):
-    write_corpus(damage(make_corpus()), tmp_path / "corpus.jsonl")
+    write_jsonl(tmp_path / "corpus.jsonl", damage(make_corpus()))
     with pytest.raises(SystemExit, match=message):
         command()
     assert not (tmp_path / "trained").exists()

@@ -5,6 +5,7 @@ from collections import Counter
 
 import pytest
 
+from granulon.hub.files import write_jsonl
 from granulon.train.controller.corpus import (
     TRAIN,
     VALIDATION,
@@ -12,7 +13,6 @@ from granulon.train.controller.corpus import (
     corpus_row,
     read_corpus,
     split_of,
-    write_corpus,
 )
 from granulon.train.controller.templates import KINDS, LEVELS, SLOTS, TEST_SPLITS, seed_corpus
 
@@ -89,7 +89,7 @@ def test_every_kind_has_all_that_its_split_needs():
 
 def test_rows_pass_the_check_unchanged_and_come_back_from_a_file(tmp_path):
     assert check_rows(ROWS, list(LEVELS)) == ROWS
-    write_corpus(ROWS, tmp_path / "corpus.jsonl")
+    write_jsonl(tmp_path / "corpus.jsonl", ROWS)
     assert read_corpus(tmp_path / "corpus.jsonl") == ROWS
     assert [file.name for file in tmp_path.iterdir()] == ["corpus.jsonl"]
 

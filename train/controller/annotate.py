@@ -27,7 +27,7 @@ from pydantic import BaseModel, ConfigDict, Field, create_model, field_validator
 from tqdm import tqdm
 from transformers import HfArgumentParser
 
-from granulon.hub.files import JsonlLog, write_atomically
+from granulon.hub.files import JsonlLog, write_atomically, write_jsonl
 from granulon.hub.inference import load_model, load_processor
 from granulon.train.data import DataSource, load_rows
 
@@ -37,7 +37,6 @@ from .corpus import (
     hash_fraction,
     split_of,
     upload_corpus,
-    write_corpus,
     write_folder,
 )
 from .journal import ApiArguments, Endpoint, Journal, Prices, Request, StopRun, ask_with_bar, call_key
@@ -136,7 +135,7 @@ def annotate(arguments: AnnotateArguments):
     }
     check_counts(report)
     write_atomically(output / PROMPT.name, prompt)
-    write_corpus(unusable, output / RUN / QUARANTINE)
+    write_jsonl(output / RUN / QUARANTINE, unusable)
     finish(arguments, rows, report, annotated_origin(report), is_complete=not (stop or unanswered))
     if stop:
         raise stop

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from huggingface_hub import DatasetCardData, HfApi
 
-from granulon.hub.files import write_atomically
+from granulon.hub.files import write_atomically, write_jsonl
 from granulon.hub.text import markdown_table
 from granulon.train.data.formats import BadRow, parse_json_object
 
@@ -126,11 +126,6 @@ def read_corpus(path: str | Path) -> list[dict]:
     return rows
 
 
-def write_corpus(rows: Iterable[dict], path: str | Path):
-    """Write rows as JSON Lines; the file appears when it is complete."""
-    write_atomically(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
-
-
 def check_rows(rows: Iterable[dict], levels: list[str]) -> list[dict]:
     """
     Rows with question, level, complete level_probs and split, in new dictionaries.
@@ -196,7 +191,7 @@ def write_folder(output: Path, rows: list[dict], report: dict, origin: str, data
     """
     splits = sorted({row["split"] for row in rows})
     for split in splits:
-        write_corpus((row for row in rows if row["split"] == split), output / f"{split}.jsonl")
+        write_jsonl(output / f"{split}.jsonl", (row for row in rows if row["split"] == split))
     for split in {TRAIN, VALIDATION, TEST}.difference(splits):  # of an earlier run that found rows for it
         (output / f"{split}.jsonl").unlink(missing_ok=True)
     counts = Counter((row["split"], row["level"]) for row in rows)
