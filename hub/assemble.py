@@ -114,7 +114,9 @@ class Source:
         return {**entry, **licence, "origin": read_origin(self.folder) or None}
 
 
-def assemble(vision, text, output, image_size: int | None = None, trained=None) -> Path:
+def assemble(
+    vision, text, output, image_size: int | None = None, trained=None, settings: dict | None = None, chat_template=None
+) -> Path:
     """
     Write a Granulon checkpoint, and return its folder: tower and language model have the weights of two existing
     models, projector, gains and controller are new.
@@ -126,6 +128,8 @@ def assemble(vision, text, output, image_size: int | None = None, trained=None) 
         image_size: pixels per side of the model's images, a multiple of the patch size.
         trained: a folder or Hub id that `granulon-publish --trainable_only` wrote. Levels, settings, dtype, image size
             and the weights of projector, gains and controller are taken from it.
+        settings: values of the configuration that differ from the defaults.
+        chat_template: Jinja of a text model, in place of the language model's own.
 
     Raises:
         ValueError: an output that exists, a source that is not found, not supported or incomplete, an image size that
@@ -136,7 +140,7 @@ def assemble(vision, text, output, image_size: int | None = None, trained=None) 
     vision, text = Source.fetch(vision), Source.fetch(text)
     trained = Source.fetch(trained) if trained else None
 
-    config, processor = _config_and_processor(vision, text, image_size, trained)
+    config, processor = _config_and_processor(vision, text, image_size, trained, settings or {}, chat_template)
     model = _combined_model(config, vision, text)
     if trained:
         _load_trained(model, trained)
@@ -159,16 +163,16 @@ def assemble(vision, text, output, image_size: int | None = None, trained=None) 
     return output
 
 
-def _config_and_processor(vision: Source, text: Source, image_size: int | None, trained: Source | None):
+def _config_and_processor(vision: Source, text: Source, image_size, trained: Source | None, settings, chat_template):
     """Configuration and processor, from the two models' configurations; checked before weights are loaded."""
     vision_config, text_config = vision.config(), text.config()
     vision_config = getattr(vision_config, "vision_config", vision_config)  # of a CLIP or SigLIP pair
-    tokenizer, image_token = _tokenizer_with_placeholder(text)
+    tokenizer, image_token = _tokenizer_with_placeholder(text, chat_template)
     image_token_id = tokenizer.convert_tokens_to_ids(image_token)
     text_config.vocab_size = max(getattr(text_config, "vocab_size", 0), image_token_id + 1)
-    settings, trained_size = _trained_settings(trained) if trained else ({}, None)
+    trained_settings, trained_size = _trained_settings(trained) if trained else ({}, None)
     own = {"vision_config": vision_config, "text_config": text_config, "image_token_id": image_token_id}
-    config = GranulonConfig(**own, **settings)
+    config = GranulonConfig(**own, **trained_settings | settings)
     processor = GranulonProcessor(
         _image_processor(vision, vision_config, image_size or trained_size),
         tokenizer,
@@ -236,12 +240,13 @@ def with_image_parts(template: str | dict[str, str], image_token: str) -> str | 
     return FLATTEN_CONTENT.replace("IMAGE_TOKEN", repr(image_token)) + template
 
 
-def _tokenizer_with_placeholder(text: Source) -> tuple[PreTrainedTokenizerFast, str]:
+def _tokenizer_with_placeholder(text: Source, chat_template: str | None = None) -> tuple[PreTrainedTokenizerFast, str]:
     """The tokenizer with image placeholder, padding token and a chat template for images; and the placeholder."""
     try:
         tokenizer = AutoTokenizer.from_pretrained(text.folder)
     except (OSError, ValueError) as error:
         raise ValueError(f"{text.name} has no tokenizer that loads: {first_line(error)}") from error
+    tokenizer.chat_template = chat_template or tokenizer.chat_template
     if tokenizer.chat_template is None:
         raise ValueError(f"{text.name} has no chat template; take the instruction-tuned version of this model")
     special = [token.content for _, token in sorted(tokenizer.added_tokens_decoder.items()) if token.special]

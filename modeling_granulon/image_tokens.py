@@ -148,6 +148,12 @@ def compact(keep_BT: torch.Tensor, pad_left: bool = False) -> tuple[torch.Tensor
     return index_BL, keep_BT.gather(1, index_BL)
 
 
+def new_places(index_BL: torch.Tensor, width: int) -> torch.Tensor:
+    """Where `compact` moved each of `width` tokens, (B,T) long; 0 for tokens that it left out."""
+    place_BL = torch.arange(index_BL.shape[1], device=index_BL.device).expand_as(index_BL)
+    return index_BL.new_zeros(len(index_BL), width).scatter(1, index_BL, place_BL)
+
+
 def take(values: torch.Tensor, index_BL: torch.Tensor) -> torch.Tensor:
     """Values (B,T) or (B,T,E) at the given places, (B,L) or (B,L,E)."""
     return values.gather(1, index_BL if values.dim() == 2 else index_BL.unsqueeze(-1).expand(-1, -1, values.shape[-1]))

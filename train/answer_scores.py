@@ -69,6 +69,7 @@ def score_views(
     pixel_values: torch.Tensor | None = None,
     question_input_ids: torch.Tensor | None = None,
     question_attention_mask: torch.Tensor | None = None,
+    granularity: list[int | None] | None = None,
     **inputs,
 ) -> AnswerScores:
     """
@@ -79,6 +80,7 @@ def score_views(
         views: the full view first, then "pixel", "semantic" or names of levels.
         packed: all views in one packed sequence; False runs one pass each, for attention that takes no block mask.
         labels: (B,T) long, -100 where nothing is learned.
+        granularity: the level that each row is read at, None for the controller's choice.
     """
     level_names = model.config.granularity_names
     visual = None
@@ -88,6 +90,7 @@ def score_views(
             inputs["input_ids"],
             question_input_ids=question_input_ids,
             question_attention_mask=question_attention_mask,
+            granularity=granularity,
             every_level=any(view in level_names for view in views),
         )
     index_BL, target_BL = answer_tokens(labels)

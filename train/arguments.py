@@ -4,6 +4,8 @@ from dataclasses import dataclass, field
 
 from trl import SFTConfig
 
+from modeling_granulon.image_tokens import FULL, PIXEL, SEMANTIC
+
 
 @dataclass
 class GranulonSFTConfig(SFTConfig):
@@ -37,6 +39,17 @@ class GranulonSFTConfig(SFTConfig):
     levels_per_step: int | None = field(
         default=None, metadata={"help": "levels drawn for the semantic loss of a step; all of them by default"}
     )
+    visual_view: str = field(
+        default="full",
+        metadata={"help": "image tokens of the prompts: 'full'; 'pixel' or 'semantic' alone, without partial views"},
+    )
+    level_from_rows: bool = field(
+        default=False,
+        metadata={"help": "read a row at the level that it names instead of the controller's choice"},
+    )
+    vision_cache: str | None = field(
+        default=None, metadata={"help": "folder that keeps what the frozen tower says of each image"}
+    )
     max_length: int | None = field(
         default=None, metadata={"help": "longest row in tokens, image tokens included; longer ones are refused"}
     )
@@ -48,6 +61,13 @@ class GranulonSFTConfig(SFTConfig):
         weights = (self.pixel_loss_weight, self.semantic_loss_weight, self.granularity_loss_weight)
         if min(weights) < 0:
             raise ValueError(f"the loss weights (pixel, semantic, granularity) are {weights}; give none below 0")
+        if self.visual_view not in (FULL, PIXEL, SEMANTIC):
+            raise ValueError(f"visual_view is {self.visual_view!r}; choose one of {(FULL, PIXEL, SEMANTIC)}")
+        if self.visual_view != FULL and max(weights[:2]) > 0:
+            raise ValueError(
+                f"visual_view is {self.visual_view!r}, which has no partial views; set pixel_loss_weight and "
+                "semantic_loss_weight to 0"
+            )
         if not 0 <= self.level_exploration <= 1 or self.token_cost < 0:
             raise ValueError(
                 f"level_exploration is {self.level_exploration} and token_cost {self.token_cost}; expected a share "

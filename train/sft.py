@@ -35,6 +35,8 @@ from granulon.hub.inference import load_model, load_processor
 from granulon.train.controller.replay import QuestionReplay, load_corpus
 from granulon.train.data import DataSource, load_rows
 
+from modeling_granulon.image_tokens import SEMANTIC
+
 from .arguments import GranulonSFTConfig
 from .checkpoints import newest_complete, record_training, resume_point
 from .stages import STAGES, lora_config, merge, parameter_counts, set_trainable
@@ -352,7 +354,7 @@ def _model(run: Run, name: str):
 
 
 def _rows(run: Run, sources: list[DataSource], quarantine: str, processor, model):
-    args = run.trainer
+    args, levels = run.trainer, model.config.granularities
     return load_rows(
         sources,
         processor,
@@ -362,6 +364,7 @@ def _rows(run: Run, sources: list[DataSource], quarantine: str, processor, model
         max_bad_share=run.sft.max_bad_share,
         max_length=args.max_length,
         levels=model.config.granularity_names,
+        level_tokens={level["name"]: level["keep"] for level in levels} if args.visual_view == SEMANTIC else None,
         num_proc=args.dataset_num_proc,
     )
 

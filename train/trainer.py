@@ -22,12 +22,16 @@ from trl import SFTTrainer
 from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
 
 from granulon.train.controller.replay import QuestionReplay
+from modeling_granulon import GranulonProcessor
 from modeling_granulon.image_tokens import FULL, PIXEL, SEMANTIC
+from modeling_granulon.processing_granulon import GranulonProcessorKwargs
 
 from .answer_scores import AnswerScores, add_answer_scores
 from .arguments import GranulonSFTConfig
 from .checkpoints import finish_checkpoint, remove_checkpoint
 from .meters import Meter, peak_memory_gb
+from .sampling import GroupedByLength
+from .vision_cache import VisionCache
 
 LIKELIHOODS = ("task", "pixel", "semantic")  # parts of the loss that count answer tokens
 CONTROLLER_PARTS = ("controller", "labels", "replay")  # parts that count rows
@@ -77,6 +81,7 @@ class GranulonTrainer(SFTTrainer):
                 completion_only_loss=not args.assistant_only_loss,
                 assistant_only_loss=args.assistant_only_loss,
                 levels=self.level_names,
+                visual_view=args.visual_view,
             )
         args = copy(args)  # older checkpoints are deleted by finish_checkpoint, once the new one is complete
         self.save_total_limit, args.save_total_limit = args.save_total_limit, None
@@ -85,6 +90,8 @@ class GranulonTrainer(SFTTrainer):
         )
         add_answer_scores(head_of(self.model))
         self.granulon = head_of(self.model).model
+        if self.args.vision_cache:
+            VisionCache(self.granulon, self.args.vision_cache, self.args.process_index).attach()
         self.packs_views = config.text_config._attn_implementation in ("sdpa", "eager")
         self.replay, self.rows_of_step = replay, None
         self.meters = {mode: Meter(meter_names(self.level_names), self.args.device) for mode in ("train", "eval")}
@@ -92,6 +99,14 @@ class GranulonTrainer(SFTTrainer):
         if any(type(callback) is ProgressCallback for callback in self.callback_handler.callbacks):
             self.remove_callback(ProgressCallback)
             self.add_callback(PartsInProgressBar)
+
+    def _get_train_sampler(self, train_dataset=None):
+        """As upstream; rows whose length is known are grouped by length, if the arguments ask for it."""
+        rows = self.train_dataset if train_dataset is None else train_dataset
+        grouped = self.args.train_sampling_strategy == "group_by_length"
+        if grouped and "length" in (getattr(rows, "column_names", None) or ()):
+            return GroupedByLength(rows.with_format("numpy")["length"][:], self._train_batch_size * self.args.world_size, self.args.seed)
+        return super()._get_train_sampler(train_dataset)
 
     def get_batch_samples(self, *args, **kwargs):
         """As upstream; also counts the rows of the step over all processes, which divide the controller's losses.
@@ -108,7 +123,10 @@ class GranulonTrainer(SFTTrainer):
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """The joint objective of a batch, and TRL's own metrics of the full view."""
         level_B = inputs.pop("granularity_labels", None)
-        scores = model(**inputs, views=self._views(), packed=self.packs_views)
+        named = None
+        if self.args.level_from_rows and level_B is not None:
+            named = [level if level >= 0 else None for level in level_B.tolist()]
+        scores = model(**inputs, views=self._views(), packed=self.packs_views, granularity=named)
         super().compute_loss(lambda **_: scores.full, dict(inputs), num_items_in_batch=num_items_in_batch)
         processes = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
         if num_items_in_batch is None:
@@ -130,6 +148,8 @@ class GranulonTrainer(SFTTrainer):
     def _views(self) -> tuple[str, ...]:
         """The views of this step: the full one, the pixel tokens alone, and the semantic tokens of some levels."""
         args = self.args
+        if args.visual_view != FULL:
+            return (FULL,)
         pixel = (PIXEL,) if args.pixel_loss_weight > 0 else ()
         if not self.learns_levels:
             return (FULL, *pixel, *([SEMANTIC] if args.semantic_loss_weight > 0 else []))
@@ -179,10 +199,11 @@ class GranulonTrainer(SFTTrainer):
             own = self._count_rows(inputs | {"granularity_labels": level_B})
             asked, labelled = own if self.rows_of_step is None or not self.model.training else self.rows_of_step
             asked_B = self._asked_rows(inputs)
-            cost_BS = nll_BS.detach() + self.args.token_cost * self._token_shares(scores)
-            # Its gradient is p minus the posterior of the levels: none where all levels answer equally well.
-            loss_B = -(logits_BS.log_softmax(-1) - cost_BS).logsumexp(-1)
-            parts["controller"] = (loss_B * asked_B).sum(), asked, own[0]
+            if nll_BS is not None:
+                cost_BS = nll_BS.detach() + self.args.token_cost * self._token_shares(scores)
+                # Its gradient is p minus the posterior of the levels: none where all levels answer equally well.
+                loss_B = -(logits_BS.log_softmax(-1) - cost_BS).logsumexp(-1)
+                parts["controller"] = (loss_B * asked_B).sum(), asked, own[0]
             if level_B is not None:
                 level_B = level_B.masked_fill(~asked_B, -100)
                 parts["labels"] = F.cross_entropy(logits_BG.float(), level_B, reduction="sum"), labelled, own[1]
@@ -299,11 +320,16 @@ class GranulonCollator(DataCollatorForVisionLanguageModeling):
     """TRL's collator, with `granularity_labels` (B,) long, -100 where a row names no level; it cuts nothing.
 
     levels: names of the model's levels; without any, the rows' levels are left aside.
+    visual_view: "full", "pixel" or "semantic": which image tokens the prompts have slots for.
     longest: the most tokens that a row may have.
     """
 
     levels: list[str] = field(default_factory=list)
     longest: int | None = None
+    visual_view: str = FULL
+
+    def __post_init__(self):
+        self.processor = prompts_for_view(self.processor, self.visual_view)
 
     def torch_call(self, examples: list[dict]) -> dict:
         examples = [dict(example) for example in examples]  # upstream changes them
@@ -324,6 +350,17 @@ class GranulonCollator(DataCollatorForVisionLanguageModeling):
         if name not in self.levels:
             raise ValueError(f"row {row} of a batch names the level {name!r}; the model has {self.levels}")
         return self.levels.index(name)
+
+
+def prompts_for_view(processor: GranulonProcessor, view: str) -> GranulonProcessor:
+    """The processor, whose prompts have slots for one view alone by default."""
+
+    class Kwargs(GranulonProcessorKwargs, total=False):
+        _defaults = {"images_kwargs": {"visual_view": view}}
+
+    processor = copy(processor)
+    processor.valid_processor_kwargs = Kwargs
+    return processor
 
 
 class PartsInProgressBar(ProgressCallback):

@@ -37,7 +37,13 @@ from .sources import DataSource, first_row, open_source
 
 SHUFFLE_BUFFER = 1000  # streamed rows, with their images undecoded
 CHECKED = Features(
-    {"source": Value("int32"), "row": Value("int64"), "turn": Value("int32"), "reason": Value("string")}
+    {
+        "source": Value("int32"),
+        "row": Value("int64"),
+        "turn": Value("int32"),
+        "length": Value("int32"),  # tokens of the row, those of its images included
+        "reason": Value("string"),
+    }
 )
 STREAMED = Features(
     {
@@ -61,6 +67,7 @@ def load_rows(
     max_bad_share: float = 0.01,
     max_length: int | None = None,
     levels: list[str] | None = None,
+    level_tokens: dict[str, int] | None = None,
     num_proc: int | None = None,
 ) -> Dataset | IterableDataset:
     """
@@ -83,10 +90,12 @@ def load_rows(
         max_bad_share (`float`): maximum share of invalid rows of a source, relative to at least `MIN_ROWS`.
         max_length (`int`, *optional*): rows with more tokens, image tokens included, are invalid; no row is truncated.
         levels (`list[str]`, *optional*): names of the model's levels; rows with others are invalid. `[]` checks none.
+        level_tokens (`dict[str, int]`, *optional*): of prompts that show semantic tokens alone, how many each level
+            has. By default an image counts with all its slots.
         num_proc (`int`, *optional*): number of processes that check rows in memory.
 
     Returns:
-        `Dataset` (rows are built on access) or `IterableDataset`.
+        `Dataset` (rows are built on access; the column "length" holds their tokens) or `IterableDataset`.
 
     Raises:
         ValueError: a source that cannot be loaded, is empty or has an unknown format; too many invalid rows (for
@@ -95,7 +104,7 @@ def load_rows(
     sources = [DataSource.of(entry) for entry in sources]
     _check_weights(sources, streaming)
     quarantined = Quarantine(quarantine, max_bad_share, list(map(str, sources)))
-    check = Check(processor, levels, max_length)
+    check = Check(processor, levels, max_length, level_tokens)
     with PartialState().main_process_first():  # fills the caches for the others
         opened = [open_source(source, streaming) for source in sources]
         if streaming:
@@ -127,10 +136,11 @@ class Check:
     processor: object
     levels: list[str] | None = None
     max_length: int | None = None
+    level_tokens: dict[str, int] | None = None
     span_lengths: dict = field(default_factory=dict, repr=False)
 
-    def __call__(self, turn: Turn, pictures: list):
-        """Raises `BadRow`; `pictures` are the turn's images, opened."""
+    def __call__(self, turn: Turn, pictures: list) -> int:
+        """The turn's tokens; raises `BadRow`. `pictures` are the turn's images, opened."""
         if turn.granularity is not None and self.levels and turn.granularity not in self.levels:
             raise BadRow(f"its level is {turn.granularity!r}, the model has {self.levels}")
         try:
@@ -138,32 +148,34 @@ class Check:
             (texts["prompt"] + texts["completion"]).encode()  # fails for half of a surrogate pair
         except Exception as error:  # a chat template may raise anything
             raise BadRow(f"it cannot be rendered: {str(error) or type(error).__name__}") from error
-        if self.max_length is not None:
-            self._check_length([texts["prompt"], texts["completion"]], pictures)
+        return self._length([texts["prompt"], texts["completion"]], pictures, turn.granularity)
 
     def key(self) -> str:
         """Everything that the result depends on, as text."""
         tokenizer = self.processor.tokenizer
         parts = [type(self.processor).__name__, str(self.processor.chat_template), repr(self.levels)]
-        if self.max_length is not None:
-            backend = json.loads(tokenizer.backend_tokenizer.to_str()) if tokenizer.is_fast else repr(tokenizer)
-            if isinstance(backend, dict):  # left over from the latest call
-                backend = {name: value for name, value in backend.items() if name not in ("padding", "truncation")}
-            spans = [self.processor.patch_size, self.processor.num_semantic_tokens]
-            parts += [repr(self.max_length), repr(spans), self.processor.image_processor.to_json_string()]
-            parts += [json.dumps(backend, sort_keys=True)]
+        backend = json.loads(tokenizer.backend_tokenizer.to_str()) if tokenizer.is_fast else repr(tokenizer)
+        if isinstance(backend, dict):  # left over from the latest call
+            backend = {name: value for name, value in backend.items() if name not in ("padding", "truncation")}
+        spans = [self.processor.patch_size, self.processor.num_semantic_tokens, self.level_tokens]
+        parts += [repr(self.max_length), repr(spans), self.processor.image_processor.to_json_string()]
+        parts += [json.dumps(backend, sort_keys=True)]
         return "\n".join(parts)
 
-    def _check_length(self, texts: list[str], pictures: list):
+    def _length(self, texts: list[str], pictures: list, level: str | None) -> int:
         """Counts as the collator does: prompt and completion separately, each image with its span of placeholders."""
         ids = self.processor.tokenizer(texts, add_special_tokens=False)["input_ids"]
         words = sum(map(len, ids)) - len(pictures)
-        spans = sum(self._span_length(picture.size) for picture in pictures)
-        if words + spans > self.max_length:
+        if self.level_tokens is None:
+            spans = sum(self._span_length(picture.size) for picture in pictures)
+        else:
+            spans = len(pictures) * self.level_tokens.get(level, max(self.level_tokens.values()))
+        if self.max_length is not None and words + spans > self.max_length:
             raise BadRow(
                 f"it has {words + spans} tokens, {spans} of them for images, and max_length is {self.max_length}; "
                 "rows are never truncated: raise max_length or shorten the row"
             )
+        return words + spans
 
     def _span_length(self, size: tuple[int, int]) -> int:
         if size not in self.span_lengths:
@@ -185,28 +197,26 @@ class RowCheck:
         entries = []
         for stored, index in zip(table.to_pylist(), indices, strict=True):
             row = index if self.rows is None else self.rows[index]
-            entries += [(self.number, row, turn, reason) for turn, reason in self._verdicts(stored)]
+            entries += [(self.number, row, *verdict) for verdict in self._verdicts(stored)]
         return {name: [entry[place] for entry in entries] for place, name in enumerate(CHECKED)}
 
     def key(self) -> str:
         reader = {known.name: str(getattr(self.reader, known.name)) for known in fields(self.reader)}
         return json.dumps([self.number, reader, self.check.key()])
 
-    def _verdicts(self, stored: dict) -> list[tuple[int | None, str | None]]:
-        """(turn, None or the reason why it is invalid), or (None, the reason for the whole row)."""
+    def _verdicts(self, stored: dict) -> list[tuple[int | None, int | None, str | None]]:
+        """(turn, its length, None) or (turn, None, why it is invalid); (None, None, reason) for the whole row."""
         try:
             turns = self.reader.turns(stored)
             pictures = [open_image(image) for image in (turns[-1].images if turns else [])]
         except ValueError as error:
-            return [(None, str(error))]
+            return [(None, None, str(error))]
         verdicts = []
         for number, turn in enumerate(turns):
             try:
-                self.check(turn, pictures[: len(turn.images)])
+                verdicts.append((number, self.check(turn, pictures[: len(turn.images)]), None))
             except BadRow as error:
-                verdicts.append((number, str(error)))
-            else:
-                verdicts.append((number, None))
+                verdicts.append((number, None, str(error)))
         return verdicts
 
 
@@ -218,6 +228,8 @@ class BuildRows:
     readers: list[Reader]
 
     def __call__(self, batch: dict[str, list]) -> dict[str, list]:
+        if "turn" not in batch:  # a column that was asked for by name
+            return batch
         turns = []
         for source, row, number in zip(batch["source"], batch["row"], batch["turn"], strict=True):
             stored = self.raws[source][row : row + 1].to_pylist()[0]
