@@ -7,7 +7,7 @@ PY := $(VENV)/bin/python
 SITE := import sysconfig; print(sysconfig.get_path("purelib"))
 TEST := -m pytest -n auto
 
-.PHONY: setup parts demo space test test-slow test-oldest test-browser study conformance bench style
+.PHONY: setup parts demo train-small train-demo space test test-slow test-oldest test-browser study conformance bench style
 
 test test-slow test-oldest: export OMP_NUM_THREADS = 1
 
@@ -31,13 +31,22 @@ $(OLDEST_VENV)/stamp: $(VENV)/stamp Makefile
 parts: setup
 	$(PY) -m granulon.hub.parts
 
-demo: setup
+# granulon-small, put together and asked about photographed things: three minutes.
+demo: setup parts
+	$(PY) -m studies.small.demo
+
+# The trained parts of granulon-small, from the parts to build/train-small/release; resumes if interrupted.
+train-small: setup parts
+	$(PY) -m studies.small.run
+
+# Every stage of training on a drawn world, without downloads: ten minutes.
+train-demo: setup
 	$(PY) -m studies.demo.run
 
-# The Space in a local browser, with the demo's model.
+# The Space in a local browser, with granulon-small.
 space: setup
-	test -d build/demo/checkpoint || $(MAKE) demo
-	MODEL_ID=build/demo/checkpoint $(PY) space/app.py
+	test -d build/granulon-small || $(MAKE) demo
+	MODEL_ID=build/granulon-small $(PY) space/app.py
 
 test: setup
 	$(PY) $(TEST)

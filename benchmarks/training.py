@@ -27,9 +27,11 @@ from modeling_granulon import GranulonProcessor
 IMAGE_TOKEN = "<|image_pad|>"
 PLAIN, SEPARATE = "plain fine-tuning", "separate passes"
 SAMPLED, PACKED = "packed views, two levels a step", "packed views, every level"
+CACHED = "plain fine-tuning, features from the vision cache"
 JOINT = {"pixel_loss_weight": 0.5, "semantic_loss_weight": 0.5, "granularity_loss_weight": 0.1}
-STEPS = {  # settings of the trainer, and whether one pass holds all views
+STEPS = {  # settings of the trainer, and whether one pass holds all views; CACHED alone leaves the tower out
     PLAIN: (dict.fromkeys(JOINT, 0.0) | {"levels_per_step": None}, True),
+    CACHED: (dict.fromkeys(JOINT, 0.0) | {"levels_per_step": None}, True),
     SEPARATE: (JOINT | {"levels_per_step": None}, False),
     SAMPLED: (JOINT | {"levels_per_step": 2}, True),
     PACKED: (JOINT | {"levels_per_step": None}, True),
@@ -49,6 +51,8 @@ rounds.
   of the three levels in one pass. "{SAMPLED.capitalize()}" is the same with `levels_per_step: 2`.
   "{SEPARATE.capitalize()}" is what it does under FlashAttention, which takes no block mask: five passes with the same
   losses and gradients. "{PLAIN.capitalize()}" is the same trainer with all weights at 0: the full view alone.
+- "{CACHED.capitalize()}" is the same step with `vision_cache`: the image's pixels are hashed, its features and its
+  relation map read from disk.
 - "Products" counts the multiplications and additions in the matrix products of a step (`FlopCounterMode`). The peak is
   that of all tensors together: weights, gradients, AdamW's moments and activations."""
 
@@ -80,17 +84,20 @@ def make_trainer(head, size: int, batch: int, folder: str) -> GranulonTrainer:
         output_dir=folder,
         per_device_train_batch_size=batch,
         use_cpu=head.device.type == "cpu",
+        vision_cache=folder,
         bf16=False,  # the weights themselves are in bfloat16 where that is wanted
         report_to="none",
     )
     trainer = GranulonTrainer(head, args, processor, train_dataset=Dataset.from_list(make_rows(batch, size)))
     trainer.create_optimizer()
+    trainer.cache = trainer.granulon._vision
     return trainer
 
 
 def step(trainer: GranulonTrainer, batch: dict, name: str):
     """One step of one of STEPS, as the training loop makes it."""
     settings, trainer.packs_views = STEPS[name]
+    trainer.granulon._vision = trainer.cache if name == CACHED else trainer.cache.tower_says
     for key, value in settings.items():
         setattr(trainer.args, key, value)
     trainer.training_step(trainer.model, dict(batch), num_items_in_batch=(batch["labels"] != -100).sum())
@@ -113,13 +120,12 @@ def count_products(call) -> int:
     return counter.get_total_flops()
 
 
-def measure(name: str, size: int, options) -> dict:
+def measure(name: str, size: int, options, folder: str) -> dict:
     """Seconds, bytes and products of each of STEPS, and what they were measured on, at one size of images."""
     gc.collect()  # the model before this one, which a trainer's cycles keep
     device = options.device
     head = build(name, device, options.dtype, byte_tokenizer().convert_tokens_to_ids(IMAGE_TOKEN))
-    with tempfile.TemporaryDirectory() as folder:
-        trainer = make_trainer(head, size, options.batch, folder)
+    trainer = make_trainer(head, size, options.batch, folder)
     batch = {key: value.to(device) for key, value in trainer.data_collator(make_rows(options.batch, size)).items()}
     calls = {name: partial(step, trainer, batch, name) for name in STEPS}
     products = {name: count_products(call) for name, call in calls.items()}  # before any is computed a second time
@@ -190,7 +196,8 @@ def section(name: str, options) -> str:
     """The Markdown section of one model."""
     gpu = torch.cuda.get_device_name() if options.device == "cuda" else ""
     peak_flops = next((flops for known, flops in DENSE_FLOPS.items() if known in gpu), None)
-    results = [measure(name, size, options) for size in options.sizes]
+    with tempfile.TemporaryDirectory() as folder:
+        results = [measure(name, size, options, folder) for size in options.sizes]
     trained, in_head = results[0]["trained"] / 1e6, results[0]["in_head"] / 1e6
     parts = [
         f"## {name.capitalize()} shapes: {SHAPES[name][0]}",

@@ -36,14 +36,14 @@ class AskArguments:
     output: str | None = HfArg(default=None, help=".jsonl file for the answers of --batch; a run resumes from it")
     split: str = HfArg(default="train", help="split of a data set in --batch")
     granularity: str | None = HfArg(default=None, help="level by name or index; by default the controller's choice")
-    view: str = HfArg(default="full", help="tokens read; auto: the level's view", metadata={"choices": VISUAL_VIEWS})
+    view: str = HfArg(default="auto", help="tokens read; auto: the level's view", metadata={"choices": VISUAL_VIEWS})
     max_new_tokens: int = HfArg(default=256, help="maximal length of an answer")
     batch_size: int = HfArg(default=8, help="rows of --batch that each process answers together")
     picture: str | None = HfArg(default=None, help="file for a picture of --image with its clusters")
 
 
 def ask(
-    model, processor, image: Image.Image, question, granularity=None, view="full", max_new_tokens=256, stream=False
+    model, processor, image: Image.Image, question, granularity=None, view="auto", max_new_tokens=256, stream=False
 ) -> dict:
     """
     Answer a question about an RGB image.

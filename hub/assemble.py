@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 from huggingface_hub import ModelCard
-from safetensors.torch import load_file
+from safetensors import safe_open
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     AutoConfig,
@@ -32,13 +32,15 @@ from modeling_granulon.configuration_granulon import TEXT_MODELS
 from modeling_granulon.vision_features import patch_size_of
 
 from .files import atomic_folder, check_is_new
-from .manifest import LICENCE_FILES, versions, write_manifest
+from .manifest import LICENCE_FILES, MANIFEST, read_manifest, versions, write_manifest
 from .parts import KNOWN_PARTS, SourceUnavailable, download_snapshot, fetch_gguf, fetch_part, read_origin
 from .text import first_line
 
-# What granulon-publish --trainable_only uploads: the weights that come from neither of the two models.
+# The weights that come from neither of the two models, which granulon-publish --trainable_only uploads. Adapters of the
+# language model may be among them: pairs of ADAPTER_ENDINGS, and in the file's header what their product is scaled by.
 TRAINABLE = "trainable.safetensors"
 TRAINABLE_WEIGHTS = ("model.multi_modal_projector.", "model.granularity_controller.")
+ADAPTER_ENDINGS, ADAPTER_SCALE = (".lora_A.weight", ".lora_B.weight"), "adapter_scale"
 # Tokens that stand for an image, else tokens reserved for later use; the embedding has a row for both already.
 IMAGE_TOKENS = ["<|image_pad|>", "<|image|>", "<image>"]
 RESERVED_TOKEN = re.compile(r"<\|?(reserved|unused)\w*\d+\|?>")
@@ -62,7 +64,10 @@ class AssembleArguments:
     vision: str | None = HfArg(default=None, help=f"encoder: a folder, a Hub id (ID or ID@REVISION), or {_KNOWN}")
     text: str | None = HfArg(default=None, help="language model with a chat template: the same, or a GGUF file")
     image_size: int | None = HfArg(default=None, help="side of the square images in pixels; by default the encoder's")
-    trained: str | None = HfArg(default=None, help="folder or Hub id that granulon-publish --trainable_only wrote")
+    trained: str | None = HfArg(
+        default=None,
+        help="trained parts: a folder or Hub id; it names encoder and language model if they are not given",
+    )
     tiny: bool = HfArg(default=False, help="write a small random model, offline, instead of --vision and --text")
 
 
@@ -122,23 +127,31 @@ def assemble(
     models, projector, gains and controller are new.
 
     Args:
-        vision: encoder (of a CLIP or SigLIP pair the image half): a folder, a Hub id, or the name of a known part.
+        vision: encoder (of a CLIP or SigLIP pair the image half): a folder, a Hub id, or the name of a known part;
+            None for the one that `trained` was trained with.
         text: causal language model with a chat template: the same, or a GGUF file.
         output: folder to write. It appears when it is complete; after an error nothing is left of it.
         image_size: pixels per side of the model's images, a multiple of the patch size.
-        trained: a folder or Hub id that `granulon-publish --trainable_only` wrote. Levels, settings, dtype, image size
-            and the weights of projector, gains and controller are taken from it.
+        trained: trained parts, a folder or a Hub id that `granulon-publish --trainable_only` wrote. Levels, settings,
+            dtype, image size, chat template and the weights of projector, gains and controller are taken from it, and
+            its adapters are merged into the language model.
         settings: values of the configuration that differ from the defaults.
         chat_template: Jinja of a text model, in place of the language model's own.
 
     Raises:
         ValueError: an output that exists, a source that is not found, not supported or incomplete, an image size that
-            is not a multiple of the patch size.
+            is not a multiple of the patch size, trained parts of other models.
     """
     output = Path(output).expanduser()
     check_is_new(output)  # before anything large is loaded
-    vision, text = Source.fetch(vision), Source.fetch(text)
     trained = Source.fetch(trained) if trained else None
+    given, manifest = {"vision": vision, "text": text}, {}
+    if trained and ((trained.folder / MANIFEST).is_file() or None in given.values()):
+        manifest = read_manifest(trained.folder)
+    sources = {part: Source.fetch(name or _source_of(manifest[part])) for part, name in given.items()}
+    for part, found in sources.items() if manifest else ():
+        _check_trained_on(manifest[part], found, trained)
+    vision, text = sources["vision"], sources["text"]
 
     config, processor = _config_and_processor(vision, text, image_size, trained, settings or {}, chat_template)
     model = _combined_model(config, vision, text)
@@ -156,10 +169,10 @@ def assemble(
             part.name_or_path = ""  # the path of a local folder; the manifest names the source
         config.save_pretrained(folder)
         processor.save_pretrained(folder)
-        _copy_licences({"vision": vision, "text": text}, folder)
-        manifest = {"versions": versions("granulon", "transformers", "torch"), "image_token": processor.image_token}
-        sources = {"vision": vision.describe(config.vision_config), "text": text.describe(config.text_config)}
-        write_manifest(folder, manifest | sources)
+        _copy_licences(sources, folder)
+        about = {"versions": versions("granulon", "transformers", "torch"), "image_token": processor.image_token}
+        parts = {"vision": vision.describe(config.vision_config), "text": text.describe(config.text_config)}
+        write_manifest(folder, about | parts | {key: manifest[key] for key in ("training",) if key in manifest})
     return output
 
 
@@ -167,7 +180,10 @@ def _config_and_processor(vision: Source, text: Source, image_size, trained: Sou
     """Configuration and processor, from the two models' configurations; checked before weights are loaded."""
     vision_config, text_config = vision.config(), text.config()
     vision_config = getattr(vision_config, "vision_config", vision_config)  # of a CLIP or SigLIP pair
+    own_template = trained.folder / "chat_template.jinja" if trained else None
     tokenizer, image_token = _tokenizer_with_placeholder(text, chat_template)
+    if own_template and own_template.is_file():
+        tokenizer.chat_template = own_template.read_text(encoding="utf-8")
     image_token_id = tokenizer.convert_tokens_to_ids(image_token)
     text_config.vocab_size = max(getattr(text_config, "vocab_size", 0), image_token_id + 1)
     trained_settings, trained_size = _trained_settings(trained) if trained else ({}, None)
@@ -218,16 +234,46 @@ def _trained_settings(trained: Source) -> tuple[dict, int]:
     return kept, json.loads(file.read_text())["image_processor"]["size"]["height"]
 
 
+def _source_of(part: dict) -> str:
+    """The known part, or the repository and revision, that trained parts name as one of their models."""
+    known = [name for name, entry in KNOWN_PARTS.items() if entry.repo_id == part["source"]]
+    return (known or ["@".join(filter(None, (part["source"], part.get("revision"))))])[0]
+
+
+def _check_trained_on(part: dict, found: Source, trained: Source):
+    """Raises ValueError for a model of the Hub that is not the one that `trained` names; a folder may be any copy."""
+    if "/" in found.name and found.name.lower() != part["source"].lower():
+        raise ValueError(
+            f"{trained.name} was trained with {part['source']}, not with {found.name}; leave the name out"
+        )
+
+
 def _load_trained(model: GranulonForConditionalGeneration, trained: Source):
-    """Cast the model to the trained dtype and load projector, gains and controller, exactly these."""
-    weights = load_file(trained.folder / TRAINABLE) if (trained.folder / TRAINABLE).is_file() else {}
-    expected = {name: value.shape for name, value in model.state_dict().items() if name.startswith(TRAINABLE_WEIGHTS)}
+    """Cast the model to the trained dtype, load projector, gains and controller, and merge the adapters."""
+    weights, scale = {}, 1.0
+    if (trained.folder / TRAINABLE).is_file():
+        with safe_open(trained.folder / TRAINABLE, "pt") as stored:
+            weights = {name: stored.get_tensor(name) for name in stored.keys()}
+            scale = float((stored.metadata() or {}).get(ADAPTER_SCALE, 1))
+    first, second = ADAPTER_ENDINGS
+    adapters = {name.removesuffix(first) for name in weights if name.endswith(first)}
+    pairs = {name: (weights.pop(name + first), weights.pop(name + second, None)) for name in sorted(adapters)}
+    state = model.state_dict()
+    expected = {name: value.shape for name, value in state.items() if name.startswith(TRAINABLE_WEIGHTS)}
+    expected |= {name: getattr(state.get(f"{name}.weight"), "shape", None) for name in pairs}
     found = {name: value.shape for name, value in weights.items()}
-    if found != expected:
-        wrong = sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
+    found |= {name: None if b is None else torch.Size((len(b), a.shape[1])) for name, (a, b) in pairs.items()}
+    if found != expected or None in found.values():
+        wrong = sorted(
+            n for n in expected.keys() | found.keys() if not found.get(n) or expected.get(n) != found.get(n)
+        )
         names = f"{', '.join(wrong[:2])}, {len(wrong)} in all, are missing or have another shape"
         raise ValueError(f"{trained.name} does not fit these two models ({names}): use those that its card names")
     model.to(GranulonConfig.from_pretrained(trained.folder).dtype).load_state_dict(weights, strict=False)
+    with torch.no_grad():
+        for name, (a, b) in pairs.items():
+            weight = model.get_submodule(name).weight
+            weight.copy_(weight.float() + scale * b.float() @ a.float())
 
 
 def with_image_parts(template: str | dict[str, str], image_token: str) -> str | dict[str, str]:
@@ -361,11 +407,11 @@ def main():
     try:
         if arguments.tiny:
             output = assemble_tiny(arguments.output)
-        elif arguments.vision and arguments.text:
+        elif arguments.trained or (arguments.vision and arguments.text):
             options = {"image_size": arguments.image_size, "trained": arguments.trained}
             output = assemble(arguments.vision, arguments.text, arguments.output, **options)
         else:
-            raise ValueError("give --vision and --text, or --tiny")
+            raise ValueError("give --vision and --text, --trained, or --tiny")
     except (OSError, ValueError) as error:
         sys.exit(f"granulon-assemble: {error}")
     print(f"wrote {output}")

@@ -137,7 +137,7 @@ def encode(model, processor, conversations: list[list[dict]], granularity=None) 
     return Prompt(inputs, visual)
 
 
-def describe(model, prompt: Prompt, visual_view: str = "full") -> list[dict]:
+def describe(model, prompt: Prompt, visual_view: str = "auto") -> list[dict]:
     """
     What was chosen and what is read, for each conversation: granularity, view, tokens and images as in
     `GranulonVisualOutput.describe`, with the text tokens of the prompt in `tokens["text"]`.
@@ -151,7 +151,7 @@ def describe(model, prompt: Prompt, visual_view: str = "full") -> list[dict]:
 
 @torch.no_grad()
 def generate(
-    model, processor, prompt: Prompt, visual_view: str = "full", streamer: BaseStreamer | None = None, **options
+    model, processor, prompt: Prompt, visual_view: str = "auto", streamer: BaseStreamer | None = None, **options
 ) -> tuple[list[str], list[int]]:
     """
     The answers to encoded conversations, and the number of tokens of each.

@@ -23,6 +23,7 @@ from safetensors.torch import save
 from .assemble import TRAINABLE, TRAINABLE_WEIGHTS
 from .licences import LICENCE, Terms, licence_text, public_name, training_data
 from .manifest import LICENCE_FILES, MANIFEST, read_manifest, weights_sha256
+from .parts import KNOWN_PARTS
 
 KINDS = MODEL, ADAPTER, TRAINABLE_ONLY = "model", "adapter", "trainable"
 CARD, NOTICE, INDEX = "README.md", "NOTICE", "model.safetensors.index.json"
@@ -134,7 +135,7 @@ def make_package(
 def _card(folder: Path, manifest: dict, kind: str, terms: Terms, base, results: list[EvalResultEntry], **names) -> str:
     """The model card, from the manifest, the requirements of the licences and the evaluation results."""
     parts = [manifest[name] | {"name": name, "licence": terms.licences[name]} for name in ("vision", "text")]
-    vision, text = ("{source}@{revision}".format(**part) for part in parts)
+    pinned = [f"--{part['name']} {part['source']}@{part['revision']} " for part in parts if part["revision"]]
     config = json.loads((folder / "config.json").read_text()) if (folder / "config.json").is_file() else {}
     data = ModelCardData(
         **terms.metadata,
@@ -144,7 +145,7 @@ def _card(folder: Path, manifest: dict, kind: str, terms: Terms, base, results: 
         base_model_relation="adapter" if kind == ADAPTER else "finetune",
         tags=["granulon", "custom_code"],
     )
-    values = {"kind": kind, "base": base, "vision": vision, "text": text, "parts": parts, "results": results}
+    values = {"kind": kind, "base": base, "pinned": "".join(pinned), "parts": parts, "results": results}
     values |= {"credits": terms.credits, "warnings": terms.warnings, "granularities": config.get("granularities")}
     values["training"] = [_training_row(run) for run in manifest.get("training", [])]
     template = str(Path(__file__).with_name("model_card.md"))
@@ -214,7 +215,8 @@ def _read_results(files: dict[str, Path | bytes]) -> list[EvalResultEntry]:
 
 def _check_files(folder: Path, kind: str, kept: dict[str, Path]):
     """All weights and the processor are there, and the code is byte for byte the code of this package."""
-    weights = {ADAPTER_WEIGHTS if kind == ADAPTER else "model.safetensors"}
+    only_trained = kind == TRAINABLE_ONLY and (folder / TRAINABLE).is_file()
+    weights = {ADAPTER_WEIGHTS if kind == ADAPTER else TRAINABLE if only_trained else "model.safetensors"}
     if kind != ADAPTER and "config.json" not in kept:
         raise ValueError(f"{folder} has neither config.json nor {ADAPTER_CONFIG}: no model and no adapter")
     if kind != ADAPTER and (folder / INDEX).is_file():
@@ -233,7 +235,7 @@ def _check_files(folder: Path, kind: str, kept: dict[str, Path]):
     modules = [file for file in package_files("modeling_granulon").iterdir() if file.name.endswith(".py")]
     expected = {file.name: file.read_bytes() for file in modules if file.name != "__init__.py"}
     found = {name: path.read_bytes() for name, path in kept.items() if name.endswith(".py")}
-    if kind == ADAPTER:  # only the processor's modules
+    if kind == ADAPTER or only_trained:  # only the processor's modules, or none
         expected = {name: expected.get(name) for name in found}
     if other := sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name)):
         names, remedy = ", ".join(other[:3]), "load the model and save it again with the installed version"
@@ -241,21 +243,31 @@ def _check_files(folder: Path, kind: str, kept: dict[str, Path]):
 
 
 def _trainable_weights(folder: Path, manifest: dict) -> bytes:
-    """Projector, gains and controller of a model whose encoder and language model were not trained."""
+    """Projector, gains and controller of a model whose encoder and language model were not trained.
+
+    A folder that holds trained parts alone has them as they are, adapters included.
+    """
+    if local := [part for part in ("vision", "text") if not _can_be_had(manifest[part])]:
+        reason = f"the {' and '.join(local)} part came from a local folder, which others do not have"
+        raise ValueError(f"{reason}: publish the whole model")
+    if (folder / TRAINABLE).is_file():
+        return (folder / TRAINABLE).read_bytes()
     stages = [run["stage"] for run in manifest.get("training", [])]
     if changed := [stage for stage in stages if stage not in ("align", "controller")]:
         raise ValueError(
             f"the language model was trained too (stages {changed}): publish the whole model or an adapter"
         )
-    if local := [part for part in ("vision", "text") if not manifest[part].get("revision")]:
-        reason = f"the {' and '.join(local)} part came from a local folder, which others do not have"
-        raise ValueError(f"{reason}: publish the whole model")
     weights = {}
     for file in sorted(folder.glob("model*.safetensors")):
         with safe_open(file, "pt") as stored:
             names = [name for name in stored.keys() if name.startswith(TRAINABLE_WEIGHTS)]
             weights |= {name: stored.get_tensor(name) for name in names}
     return save(weights, {"format": "pt"})
+
+
+def _can_be_had(part: dict) -> bool:
+    """Whether a part is a revision of the Hub or a known part."""
+    return bool(part.get("revision")) or part["source"] in [known.repo_id for known in KNOWN_PARTS.values()]
 
 
 def _adapter_base(config: dict, file: Path, given: str | None) -> tuple[str, str]:

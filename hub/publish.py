@@ -222,7 +222,10 @@ def _verify(package: Package, repo_id: str, commit: str, api: HfApi, folder: Pat
         if package.kind == ADAPTER:
             sources = [(*package.base, local_folder), (*package.base, repo_id, commit)]
         elif package.kind == TRAINABLE_ONLY:
-            sources = [(local_folder,), (assemble_published(folder, repo_id, commit, work, api),)]
+            local = local_folder if (folder / "model.safetensors").is_file() else str(work / "local")
+            if local != local_folder:
+                assemble(None, None, local, trained=folder)
+            sources = [(local,), (assemble_published(folder, repo_id, commit, work, api),)]
         else:
             sources = [(local_folder,), (repo_id, commit)]
         (local, answer), (published, published_answer) = (cold_load(work, api, *source) for source in sources)
@@ -234,9 +237,10 @@ def _verify(package: Package, repo_id: str, commit: str, api: HfApi, folder: Pat
 def assemble_published(folder: Path, repo_id: str, commit: str, work: Path, api: HfApi) -> str:
     """Rebuild the full model from the uploaded weights with the card's command, in a new process; its folder."""
     manifest, output = read_manifest(folder), str(work / "assembled")
-    vision, text = ("{source}@{revision}".format(**manifest[part]) for part in ("vision", "text"))
-    command = ["-m", "granulon.hub.assemble", "--vision", vision, "--text", text, "--output", output]
-    failure = f"{repo_id} at {commit} cannot be assembled with {vision} and {text}"
+    parts = {part: "{source}@{revision}".format(**manifest[part]) for part in ("vision", "text")}
+    pinned = [word for part in parts if manifest[part]["revision"] for word in (f"--{part}", parts[part])]
+    command = ["-m", "granulon.hub.assemble", *pinned, "--output", output]
+    failure = f"{repo_id} at {commit} cannot be assembled with {' and '.join(parts.values())}"
     _run_in_new_process(failure, [*command, "--trained", f"{repo_id}@{commit}"], work, api)
     return output
 

@@ -130,7 +130,7 @@ def _check_options(options, config):
             config.granularity_index(options["granularity"])
     except ValueError as error:
         raise HTTPException(400, f"granularity: {error}") from error
-    if (view := options.get("visual_view", "full")) not in VISUAL_VIEWS:
+    if (view := options.get("visual_view", "auto")) not in VISUAL_VIEWS:
         raise HTTPException(400, f"visual_view: {view!r} is none of {', '.join(VISUAL_VIEWS)}")
 
 

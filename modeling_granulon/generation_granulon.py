@@ -36,8 +36,9 @@ class GranulonGenerationMixin(GenerationMixin):
         Args:
             inputs: (B,T) prompt ids, also as `input_ids`; or `inputs_embeds` (B,T,E).
             visual: what `encode` returned for these prompts, in place of the pixel values.
-            visual_view: "full", "pixel", "semantic" or "auto" (each row as its level's `view` says). A full prompt is
-                shortened before it is read; what is returned still starts with the prompt that was passed.
+            visual_view: "full", "pixel", "semantic" or "auto" (each row as its level's `view` says), the default for a
+                full prompt, which is shortened before it is read; what is returned still starts with the prompt that
+                was passed.
             kwargs: `pixel_values`, `question_input_ids`, `question_attention_mask` and `granularity` as in `forward`,
                 and everything that `GenerationMixin.generate` takes, except `prefill_chunk_size`.
 
@@ -64,6 +65,8 @@ class GranulonGenerationMixin(GenerationMixin):
         layout = self.model.layout(placeholder_BT, pixel_values, visual, visual_view)
         if visual is None:
             visual = self.model._encode(pixel_values, layout.images_per_row, *question, every_level=False)
+        if visual_view is None and layout.is_full:
+            visual_view = "auto"
         placed = visual.place(layout, visual_view)
         mask_BT = kwargs.pop("attention_mask", None)
         mask_BT = self._padding_mask(input_ids) if mask_BT is None else mask_BT

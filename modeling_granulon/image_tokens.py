@@ -29,6 +29,11 @@ class SlotLayout(NamedTuple):
     role_BR: torch.Tensor
     images_per_row: list[int]
 
+    @property
+    def is_full(self) -> bool:
+        """Whether the prompts have pixel and semantic slots, so that a view can hide one kind."""
+        return bool((self.role_BR == PIXEL_ROLE).any() and (self.role_BR == SEMANTIC_ROLE).any())
+
 
 def view_lengths(num_pixel: int, num_semantic: int) -> dict[str, int]:
     """Placeholders per image in each view; the pixel view comes first where it is as long as another one."""

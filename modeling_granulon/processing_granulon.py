@@ -4,6 +4,7 @@ import base64
 import os
 import re
 from collections import deque
+from copy import copy
 from functools import lru_cache
 from os.path import commonprefix
 
@@ -110,6 +111,16 @@ class GranulonProcessor(ProcessorMixin):
                 "on prompts and completions"
             )
         return output
+
+    def for_view(self, visual_view: str) -> "GranulonProcessor":
+        """This processor, whose prompts have slots for one view alone unless a call names another."""
+
+        class Kwargs(GranulonProcessorKwargs, total=False):
+            _defaults = {"images_kwargs": {"visual_view": visual_view}}
+
+        processor = copy(self)
+        processor.valid_processor_kwargs = Kwargs
+        return processor
 
     def escape_control_tokens(self, text: str) -> str:
         """The text with a zero-width space inside each control token, which is then read as plain text."""

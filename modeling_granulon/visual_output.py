@@ -111,7 +111,7 @@ class GranulonVisualOutput(ModelOutput):
             return [FULL if visual_view == "auto" else visual_view] * len(self.images_per_row)
         return [self.config.granularities[level]["view"] for level in self.granularity_index.tolist()]
 
-    def describe(self, visual_view: str = FULL) -> list[dict]:
+    def describe(self, visual_view: str = "auto") -> list[dict]:
         """What was chosen and what the language model reads, row by row, in plain Python values.
 
         Args:

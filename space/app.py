@@ -37,7 +37,7 @@ MAX_TOKENS = 512
 SECONDS = 60  # time limit of an answer
 ENCODE_SECONDS, TOKEN_SECONDS = 10, 0.1  # GPU time requested from ZeroGPU for an image and for each token
 QUEUE = 100  # waiting requests; further ones are refused
-VIEWS = ("full", "pixel", "semantic", "auto")
+VIEWS = ("auto", "full", "pixel", "semantic")
 SESSIONS = 1000  # open pages that are remembered
 WORKER = ThreadPoolExecutor(1)  # generates answers: a new thread for each would leak memory
 BY_QUESTION = "auto"  # the controller chooses the level
@@ -352,7 +352,7 @@ def handlers(granulon):
             level, chosen_by, probabilities, tokens, clusters, and cluster_map: for each patch the number of its
             cluster from 0.
         """
-        return as_json(describe(*check(image, question, level, "full", 1, 0, 0)))
+        return as_json(describe(*check(image, question, level, "auto", 1, 0, 0)))
 
     return {"respond": respond, "compare": compare, "answer": answer, "explain": explain}
 
@@ -429,7 +429,7 @@ def build(granulon):
                     stop = gr.Button("Stop", variant="stop", elem_id="stop", min_width=90)
                     compare = gr.Button("Compare all levels", elem_id="compare", min_width=190)
                 with gr.Accordion("More settings", open=False, elem_id="settings"):
-                    view = gr.Radio(list(VIEWS), value="full", label="Image tokens that are read", elem_id="view")
+                    view = gr.Radio(list(VIEWS), value="auto", label="Image tokens that are read", elem_id="view")
                     tokens = gr.Slider(1, MAX_TOKENS, 128, step=1, label="Maximal length of the answer, in tokens")
                     temperature = gr.Slider(0, 2, 0, step=0.05, label="Temperature (0: always the most likely word)")
                     seed = gr.Number(0, precision=0, minimum=0, label="Seed")

@@ -1,6 +1,6 @@
 """The Space under load: 50 users for 5 minutes, 30 % of their uploads malformed, bombs among them.
 
-    python tests/space_load.py --model build/demo/checkpoint [--users 50] [--seconds 300]
+    python tests/space_load.py --model build/granulon-small [--users 50] [--seconds 300]
 
 Prints the figures, and exits with 1 if the app exited, an upload had a wrong outcome, or memory does not return to
 within 10 % of its size after warming up. All traffic goes to an app that is started here.
@@ -154,7 +154,7 @@ def ask_as_user(address, number, until, files, counts, waits):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="build/demo/checkpoint")
+    parser.add_argument("--model", default="build/granulon-small")
     parser.add_argument("--users", type=int, default=50)
     parser.add_argument("--seconds", type=int, default=300)
     arguments = parser.parse_args()

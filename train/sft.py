@@ -34,7 +34,6 @@ from granulon.hub.assemble import assemble_tiny
 from granulon.hub.inference import load_model, load_processor
 from granulon.train.controller.replay import QuestionReplay, load_corpus
 from granulon.train.data import DataSource, load_rows
-
 from modeling_granulon.image_tokens import SEMANTIC
 
 from .arguments import GranulonSFTConfig

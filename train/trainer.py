@@ -22,9 +22,7 @@ from trl import SFTTrainer
 from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
 
 from granulon.train.controller.replay import QuestionReplay
-from modeling_granulon import GranulonProcessor
 from modeling_granulon.image_tokens import FULL, PIXEL, SEMANTIC
-from modeling_granulon.processing_granulon import GranulonProcessorKwargs
 
 from .answer_scores import AnswerScores, add_answer_scores
 from .arguments import GranulonSFTConfig
@@ -105,7 +103,9 @@ class GranulonTrainer(SFTTrainer):
         rows = self.train_dataset if train_dataset is None else train_dataset
         grouped = self.args.train_sampling_strategy == "group_by_length"
         if grouped and "length" in (getattr(rows, "column_names", None) or ()):
-            return GroupedByLength(rows.with_format("numpy")["length"][:], self._train_batch_size * self.args.world_size, self.args.seed)
+            return GroupedByLength(
+                rows.with_format("numpy")["length"][:], self._train_batch_size * self.args.world_size, self.args.seed
+            )
         return super()._get_train_sampler(train_dataset)
 
     def get_batch_samples(self, *args, **kwargs):
@@ -329,7 +329,7 @@ class GranulonCollator(DataCollatorForVisionLanguageModeling):
     visual_view: str = FULL
 
     def __post_init__(self):
-        self.processor = prompts_for_view(self.processor, self.visual_view)
+        self.processor = self.processor.for_view(self.visual_view)
 
     def torch_call(self, examples: list[dict]) -> dict:
         examples = [dict(example) for example in examples]  # upstream changes them
@@ -350,17 +350,6 @@ class GranulonCollator(DataCollatorForVisionLanguageModeling):
         if name not in self.levels:
             raise ValueError(f"row {row} of a batch names the level {name!r}; the model has {self.levels}")
         return self.levels.index(name)
-
-
-def prompts_for_view(processor: GranulonProcessor, view: str) -> GranulonProcessor:
-    """The processor, whose prompts have slots for one view alone by default."""
-
-    class Kwargs(GranulonProcessorKwargs, total=False):
-        _defaults = {"images_kwargs": {"visual_view": view}}
-
-    processor = copy(processor)
-    processor.valid_processor_kwargs = Kwargs
-    return processor
 
 
 class PartsInProgressBar(ProgressCallback):

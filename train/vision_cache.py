@@ -2,8 +2,8 @@
 
 The cache stands between the model and its tower. It knows an image by the SHA-256 of its processed pixels, so that an
 altered picture or another image processor finds nothing, and its folder is named after the tower's weights, feature
-layer and dtype. Every process appends to files of its own and reads those of all: features, then the relation map whose
-columns are summed, then a line in the index. A kill leaves at most an entry without a line, which is overwritten.
+layer and dtype. Every process appends to files of its own and reads those of all: features, then the relation map with
+summed columns, then a line in the index. A kill leaves at most an entry without a line, which is overwritten.
 """
 
 import hashlib

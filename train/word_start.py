@@ -5,7 +5,7 @@
 A new projector writes noise into the language model, which takes tens of thousands of answers to find out that there
 is something to read. Where it is known what the patches show (train/data/cutouts.py writes it), the projector can be
 fitted without the language model, in minutes: features are centred and scaled once, and every token, semantic or
-pixel, is drawn to the mean word embedding of what most of its patches show, and away from all else.
+pixel, is drawn to the word embedding of what most of its patches show, and away from all else.
 
 Shapes by suffix: S scenes, N patches, K tokens of a level, M training tokens, D vision width, E text width, W texts.
 """
@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from granulon.hub.files import atomic_folder
 from granulon.hub.inference import load_model, load_processor, open_image
-from granulon.hub.manifest import append_training_record
+from granulon.hub.manifest import append_training_record, read_manifest, write_manifest
 
 from .vision_cache import VisionCache
 
@@ -32,10 +32,11 @@ SHARPNESS = 20.0  # of the softmax over texts, whose logits are cosines
 
 
 def word_targets(model, processor, texts: list[str]) -> Tensor:
-    """The mean word embedding of each text (W,E), fp32."""
+    """The mean word embedding of each text (W,E), fp32; of its tokens the first, with which it is said, weighs most."""
     words = model.get_input_embeddings().weight.detach().float()
     ids = processor.tokenizer([f" {text}" for text in texts], add_special_tokens=False)["input_ids"]
-    return torch.stack([words[torch.tensor(row)].mean(0) for row in ids])
+    shares = [torch.tensor([1 / place for place in range(1, len(row) + 1)]) for row in ids]
+    return torch.stack([share @ words[row] / share.sum() for row, share in zip(ids, shares, strict=True)])
 
 
 def majority(assignment_SN: Tensor, text_SN: Tensor, tokens: int, texts: int) -> tuple[Tensor, Tensor]:
@@ -113,7 +114,9 @@ def fit(projector, tokens: dict[int, tuple], target_WE: Tensor, steps: int, batc
 def main(argv: list[str] | None = None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, help="checkpoint folder whose projector is new")
-    parser.add_argument("--scenes", type=Path, required=True, help="folder of images with -patches.npy and -texts.json")
+    parser.add_argument(
+        "--scenes", type=Path, required=True, help="folder of images with -patches.npy and -texts.json"
+    )
     parser.add_argument("--output", required=True, help="folder to write")
     parser.add_argument("--vision_cache", help="folder that keeps what the tower says of each image")
     parser.add_argument("--steps", type=int, default=3000)
@@ -131,18 +134,16 @@ def main(argv: list[str] | None = None):
     if len(images) != len(patches):
         sys.exit(f"{options.scenes} has {len(images)} images and patches of {len(patches)}; write the scenes again")
     tokens = collect(model, processor, images, patches, len(texts))
-    projector, dtype = model.model.multi_modal_projector, model.dtype
+    projector = model.model.multi_modal_projector
     right = fit(
         projector.float(), tokens, word_targets(model, processor, texts), options.steps, options.batch_size,
         options.learning_rate,
     )  # fmt: skip
     print(f"{right:.3f} of the training tokens are nearest to the words for what they show", file=sys.stderr)
-    model.model._vision = type(model.model)._vision.__get__(model.model)
     with atomic_folder(Path(options.output)) as folder:
         model.save_pretrained(folder)
         processor.save_pretrained(folder)
-        for name in ("granulon_manifest.json",):
-            (folder / name).write_bytes((Path(options.model) / name).read_bytes())
+        write_manifest(folder, read_manifest(options.model))
         append_training_record(folder, ("granulon", "torch", "transformers"), stage="words", rows=len(images))
 
 

@@ -1,4 +1,4 @@
-"""`make demo`: train a small Granulon on drawn scenes and ask it about new ones; offline, in minutes.
+"""`make train-demo`: train a small Granulon on drawn scenes and ask it about new ones; offline, in minutes.
 
 Without downloads nothing is pretrained, so tower and language model are trained first: the tower on the labels of the
 scenes, the language model on their descriptions. The rest is what a user does with real parts: assemble, train the
@@ -64,7 +64,7 @@ CHAT_TEMPLATE = (
 
 @dataclass
 class DemoArguments:
-    output: str = field(default="build/demo", metadata={"help": "folder for checkpoint, picture and scene"})
+    output: str = field(default="build/train-demo", metadata={"help": "folder for checkpoint, picture and scene"})
     seed: int = field(default=0, metadata={"help": "seed of scenes and training"})
     quick: bool = field(default=False, metadata={"help": "a few steps of everything, to check that it runs"})
 

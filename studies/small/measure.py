@@ -1,14 +1,12 @@
 """How well granulon-small answers: exact match of greedy answers, beside what needs no image.
 
-    python -m studies.small.measure --model build/granulon-small/model > build/granulon-small/measured.md
+    python -m studies.small.measure --model build/train-small/model > build/train-small/measured.md
 
 Sets are those of train/data/cutouts.py. "Other image" is the same question with the image of another row, "no image"
 the language model alone, "commonest" the answer that training rows of this kind of question have most often.
 """
 
 import argparse
-import json
-import sys
 from collections import Counter
 from pathlib import Path
 
@@ -20,12 +18,16 @@ from granulon.evaluation.statistics import interval
 from granulon.hub.files import read_jsonl
 from granulon.hub.inference import encode, generate, load_model, load_processor, open_image, question_about
 from granulon.hub.text import markdown_table, with_interval
-from granulon.train.data.cutouts import LEVEL_OF
+from granulon.train.data.cutouts import COLOURS, GROUNDS, KINDS, LEVEL_OF, NUMBERS, SIGNS, by_name
 from granulon.train.vision_cache import VisionCache
 
 SETS = {"scenes": "new scenes", "things": "new things", "phrasings": "new phrasings"}
 LEVELS = ("coarse", "medium", "fine")
 NAMING = ("place", "beside", "biggest", "single")
+CHOICES = dict.fromkeys(("single", "place", "beside", "biggest", "tiny"), len(by_name())) | {  # answers to choose from
+    "kinds": len(KINDS) * (len(KINDS) + 1) // 2, "ground": len(GROUNDS), "count": len(NUMBERS), "mostly": 2,
+    "exists": 2, "letter": len(SIGNS), "colour": len(COLOURS),
+}  # fmt: skip
 BATCH, LONGEST = 32, 12  # rows at a time, tokens of an answer
 VIEWS = ("semantic", "full", "pixel")
 
@@ -60,8 +62,10 @@ def answers(model, processor, rows, folder: Path, granularity=None, view="auto",
 
 def right(rows: list[dict], said: list[str]) -> np.ndarray:
     """Which answers are right, to the letter but for case and a full stop."""
+
     def plain(text):
         return text.strip().rstrip(".").lower()
+
     return np.array([plain(a) == plain(row["answer"]) for row, a in zip(rows, said, strict=True)], float)
 
 
@@ -69,7 +73,9 @@ def share(values: np.ndarray) -> str:
     """A mean and its 95% bootstrap interval."""
     if not len(values):
         return "-"
-    return with_interval(values.mean(), *interval(lambda sums: sums[:, 0] / sums[:, 1], np.stack([values, np.ones_like(values)], 1)))
+    return with_interval(
+        values.mean(), *interval(lambda sums: sums[:, 0] / sums[:, 1], np.stack([values, np.ones_like(values)], 1))
+    )
 
 
 def commonest(train: list[dict]) -> dict[str, str]:
@@ -81,9 +87,9 @@ def commonest(train: list[dict]) -> dict[str, str]:
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="build/granulon-small/model")
-    parser.add_argument("--scenes", type=Path, default=Path("build/granulon-small/scenes"))
-    parser.add_argument("--vision_cache", default="build/granulon-small/vision_cache")
+    parser.add_argument("--model", default="build/train-small/model")
+    parser.add_argument("--scenes", type=Path, default=Path("build/train-small/scenes"))
+    parser.add_argument("--vision_cache", default="build/train-small/vision_cache")
     parser.add_argument("--per_kind", type=int, default=100, help="questions of each kind, at most")
     options = parser.parse_args()
     model = load_model(options.model)
@@ -102,7 +108,10 @@ def main():
         guess = right(rows, [usual[kind] for kind in kinds])
         for group, chosen in groups.items():
             table.append([group, chosen.sum(), share(own[chosen]), share(other[chosen]), share(guess[chosen])])
-        print(f"## {title}\n\n{markdown_table(['questions', 'n', 'right', 'other image', 'commonest'], table)}\n", flush=True)
+        print(
+            f"## {title}\n\n{markdown_table(['questions', 'n', 'right', 'other image', 'commonest'], table)}\n",
+            flush=True,
+        )
 
 
 if __name__ == "__main__":

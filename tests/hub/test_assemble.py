@@ -2,6 +2,7 @@
 
 import inspect
 import json
+import shutil
 import subprocess
 import sys
 
@@ -10,6 +11,7 @@ import torch
 from jinja2 import Environment, nodes
 from PIL import Image
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from sources import PREPROCESSORS, TEMPLATES, VISION_CONFIGS, text_source, tokenizer_of, vision_source
 from transformers import (
     AutoConfig,
@@ -27,7 +29,16 @@ from transformers.utils.chat_template_utils import render_jinja_template
 
 from granulon.hub import assemble as module
 from granulon.hub import parts
-from granulon.hub.assemble import assemble, assemble_tiny, byte_tokenizer, with_image_parts
+from granulon.hub.assemble import (
+    ADAPTER_ENDINGS,
+    ADAPTER_SCALE,
+    TRAINABLE,
+    TRAINABLE_WEIGHTS,
+    assemble,
+    assemble_tiny,
+    byte_tokenizer,
+    with_image_parts,
+)
 
 IMAGE_PARTS = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "How many?"}]}]
 
@@ -551,3 +562,69 @@ def test_sanitised_parts_cannot_write_control_tokens(family):
 
     ends, _ = count("plain")
     assert [count(attack) for attack in attacks] == [[ends, 0], [ends, 0], [ends, 0], [ends, 1]]
+
+
+# ----- trained parts
+
+
+@pytest.fixture
+def trained(assembled, tmp_path):
+    """Trained parts of the assembled model: another projector and controller, and adapters of one layer."""
+    folder, random = tmp_path / "trained", torch.Generator().manual_seed(3)
+    folder.mkdir()
+    weights = {
+        name: torch.rand(value.shape, generator=random)
+        for name, value in load(assembled).state_dict().items()
+        if name.startswith(TRAINABLE_WEIGHTS)
+    }
+    layer = "model.language_model.layers.0.mlp.up_proj"
+    width, inner = load(assembled).get_submodule(layer).weight.T.shape
+    pair = torch.rand(4, width, generator=random), torch.rand(inner, 4, generator=random)
+    weights |= {layer + ending: value for ending, value in zip(ADAPTER_ENDINGS, pair, strict=True)}
+    save_file(weights, folder / TRAINABLE, {"format": "pt", ADAPTER_SCALE: "0.5"})
+    for name in ("config.json", "processor_config.json", "granulon_manifest.json"):
+        shutil.copyfile(assembled / name, folder / name)
+    (folder / "chat_template.jinja").write_text("<image>{{ messages[-1]['content'] }}")
+    return folder
+
+
+def test_adapters_among_the_trained_parts_are_merged_into_the_language_model(
+    assembled, visions, texts, trained, tmp_path
+):
+    before, weights = load(assembled).state_dict(), load_file(trained / TRAINABLE)
+    folder = assemble(visions["dinov3"], texts["qwen2"], tmp_path / "model", trained=trained)
+    after = load(folder).state_dict()
+    first, second = (next(name for name in weights if name.endswith(ending)) for ending in ADAPTER_ENDINGS)
+    layer = first.removesuffix(ADAPTER_ENDINGS[0]) + ".weight"
+    torch.testing.assert_close(after[layer], before[layer] + 0.5 * weights[second] @ weights[first])
+    for name, value in after.items():
+        if name != layer:
+            assert torch.equal(value, weights.get(name, before[name])), name
+    assert AutoProcessor.from_pretrained(folder).chat_template == (trained / "chat_template.jinja").read_text()
+
+
+def test_trained_parts_name_the_models_that_they_belong_to(assembled, visions, texts, trained, tmp_path, monkeypatch):
+    manifest = json.loads((trained / "granulon_manifest.json").read_text())
+    manifest["vision"]["source"], manifest["text"]["source"] = str(visions["dinov3"]), str(texts["qwen2"])
+    manifest["training"] = [{"stage": "sft", "rows": 3}]
+    (trained / "granulon_manifest.json").write_text(json.dumps(manifest))
+    named = assemble(None, None, tmp_path / "named", trained=trained)
+    given = assemble(visions["dinov3"], texts["qwen2"], tmp_path / "given", trained=trained)
+    assert (named / "model.safetensors").read_bytes() == (given / "model.safetensors").read_bytes()
+    assert json.loads((named / "granulon_manifest.json").read_text())["training"] == manifest["training"]
+
+
+def test_trained_parts_of_other_models_are_refused(assembled, visions, texts, trained, tmp_path):
+    origin = {"repo_id": "facebook/dinov2-base", "revision": None, "files": {}}
+    other = shutil.copytree(visions["dinov3"], tmp_path / "other")
+    (other / "origin.json").write_text(json.dumps(origin))
+    with pytest.raises(ValueError, match="was trained with dinov3, not with facebook/dinov2-base"):
+        assemble(other, texts["qwen2"], tmp_path / "model", trained=trained)
+    with pytest.raises(ValueError, match="trained does not fit these two models .*multi_modal_projector"):
+        assemble(visions["clip"], texts["qwen2"], tmp_path / "model", trained=trained)
+    weights = load_file(trained / TRAINABLE)
+    del weights[next(name for name in weights if name.endswith(ADAPTER_ENDINGS[1]))]
+    save_file(weights, trained / TRAINABLE)
+    with pytest.raises(ValueError, match="up_proj, 1 in all, are missing or have another shape"):
+        assemble(visions["dinov3"], texts["qwen2"], tmp_path / "model", trained=trained)
+    assert not (tmp_path / "model").exists()

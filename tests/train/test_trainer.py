@@ -100,6 +100,54 @@ def test_batches_of_any_size_add_up_to_the_same_step(tmp_path):
         close(together, loss_and_gradients(trainer, rows, accumulate), 1e-6)
 
 
+def test_prompts_of_semantic_tokens_alone_are_read_at_the_level_that_each_row_names(tmp_path):
+    rows, plain = make_rows(images=(1, 2, 0, 1, 1, 0, 1, 1)), {"pixel_loss_weight": 0.0, "semantic_loss_weight": 0.0}
+    options = {"visual_view": "semantic", "level_from_rows": True, "granularity_loss_weight": 0.0, **plain}
+    model = make_model(granularities=THREE_LEVELS)
+    trainer = make_trainer(tmp_path, rows, model=model, **options)
+    parts, loss, _ = loss_and_gradients(trainer, rows)
+    batch, full = trainer.data_collator(rows), make_trainer(tmp_path, rows, model=make_model()).data_collator(rows)
+    assert batch["input_ids"].shape[1] < full["input_ids"].shape[1]
+    total, tokens = 0.0, 0
+    for row in rows:
+        inputs = full_collator(trainer)([row])
+        inputs.pop("granularity_labels")
+        level = None if row["granularity"] is None or not row["images"] else row["granularity"]
+        tokens += (inputs["labels"] != -100).sum().item()
+        view = {"granularity": level, "visual_view": "semantic"} if row["images"] else {}
+        with torch.no_grad():
+            logits = trainer.model(**{k: v for k, v in inputs.items() if k != "labels"}, **view).logits
+        target = inputs["labels"][:, 1:]
+        total += torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), target.flatten(), reduction="sum")
+    assert parts["task"] == pytest.approx(total.item() / tokens, rel=1e-5) == pytest.approx(loss.item(), rel=1e-5)
+
+
+def full_collator(trainer):
+    """The trainer's collator, for full prompts."""
+    collator = copy.copy(trainer.data_collator)
+    collator.processor = trainer.processing_class
+    return collator
+
+
+def test_one_view_alone_has_no_partial_views(tmp_path):
+    with pytest.raises(ValueError, match="'semantic', which has no partial views"):
+        make_trainer(tmp_path, visual_view="semantic")
+    with pytest.raises(ValueError, match="visual_view is 'coarse'; choose one of"):
+        make_trainer(tmp_path, visual_view="coarse")
+
+
+def test_rows_of_similar_length_share_a_batch_if_their_length_is_known(tmp_path):
+    rows = [row | {"length": number % 2 * 50} for number, row in enumerate(make_rows())]
+    trainer = make_trainer(
+        tmp_path, rows, per_device_train_batch_size=4, train_sampling_strategy="group_by_length", max_steps=2
+    )
+    order = list(trainer._get_train_sampler())
+    assert sorted(order) == list(range(8)) and {frozenset(order[:4]), frozenset(order[4:])} == {
+        frozenset(range(0, 8, 2)), frozenset(range(1, 8, 2))
+    }  # fmt: skip
+    trainer.train()
+
+
 def test_each_part_is_what_its_equation_says(tmp_path):
     trainer, rows = make_trainer(tmp_path, token_cost=0.7, level_exploration=0.2), make_rows()
     parts, loss, _ = loss_and_gradients(trainer, rows)

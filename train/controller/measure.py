@@ -5,7 +5,7 @@ log-likelihood of the whole answer at level g, and tokens_g the number of image 
 A cost above 0 prefers cheaper levels that answer as well.
 
 The semantic view is measured by default: it is where levels differ, and its NLL_g are those of the training objective
-(Eq. 10), from one packed pass over all levels. The tower runs once per distinct image of a batch.
+(Eq. 10), from one short pass per level. The tower runs once per distinct image of a batch.
 
 Shapes: B rows, T prompt tokens, L answer tokens of the row with the most, I images, G levels.
 """
@@ -77,7 +77,7 @@ def measure_rows(
 
 
 def _measure_all(model, processor, rows, batch_size, settings: dict) -> Iterator[dict]:
-    collator = DataCollatorForVisionLanguageModeling(processor, completion_only_loss=True)
+    collator = DataCollatorForVisionLanguageModeling(processor.for_view(settings["view"]), completion_only_loss=True)
     numbered, read, without = enumerate(tqdm(rows, desc="measuring", leave=False, disable=None)), 0, 0
     while taken := list(islice(numbered, batch_size)):
         for number, row in taken:
@@ -122,12 +122,12 @@ def answer_nll(model, inputs: dict, view: str = SEMANTIC) -> tuple[torch.Tensor,
     names = model.config.granularity_names
     if view == SEMANTIC:
         visual = _encode(model, inputs, every_level=True)
-        states = model.model(**prompt, visual=visual, joint_views=names, predict=index_BL).last_hidden_state
-        states_BGLE = states.unflatten(1, (1 + len(names), -1))[:, 1:]  # (B,(1+G)*L,E), the full view first
-    else:
+        visuals = [visual.at_level(level) for level in range(len(names))]
+    else:  # a level's gain changes the pixel tokens too
         visuals = [_encode(model, inputs, granularity=name) for name in names]
-        passes = [model.model(**prompt, visual=visual, predict=index_BL) for visual in visuals]
-        visual, states_BGLE = visuals[0], torch.stack([output.last_hidden_state for output in passes], dim=1)
+        visual = visuals[0]
+    passes = [model.model(**prompt, visual=seen, visual_view=view, predict=index_BL) for seen in visuals]
+    states_BGLE = torch.stack([output.last_hidden_state for output in passes], dim=1)
     log_probs = model.lm_head(states_BGLE).float().log_softmax(-1)
     scored_BL = target_BL != -100
     target_BGL1 = target_BL.clamp_min(0)[:, None, :, None].expand(-1, len(names), -1, -1)

@@ -52,7 +52,8 @@ GROUNDS = {"grass": "grass.png", "gravel": "gravel.png", "bricks": "brick.png", 
 LARGE, TINY, SIGN = (0.24, 0.6), (0.14, 0.18), (0.15, 0.2)  # longest side, as a share of the picture
 MOST = 5  # things in a scene, beside the tiny one and the sign
 LEVELS = ("coarse", "medium", "fine")
-OTHER_LEVEL = 0.3  # of the questions for training are read at any level, so that levels can be compared
+OTHER_LEVEL = 0.2  # of the questions for training are read at any level, so that levels can be compared
+EASY = {"ground": 0.25, "mostly": 0.5, "exists": 0.5, "colour": 0.5}  # kinds asked less often in training
 NUMBERS = ("one", "two", "three", "four", "five")
 
 
@@ -519,15 +520,20 @@ def _write_scene(job) -> tuple[list[dict], list[str]]:
     name = f"{number:05}.jpg"
     scene.picture.save(images / name, quality=95, subsampling=0)
     asked, random = questions(scene, f"{split} {number}", other_words), Random(f"levels {split} {number}")
-    other = OTHER_LEVEL if split == "train" else 0
+    trains = split == "train"
+    if count is not None:
+        asked = [q for q in asked if q.kind in ("single", "kinds", "ground")]
     rows = [
         {
-            "image": f"{split}/{name}", "question": q.text, "answer": q.answer, "kind": q.kind,
-            "granularity": random.choice(LEVELS) if random.random() < other else q.level,
+            "image": f"{split}/{name}",
+            "question": q.text,
+            "answer": f" {q.answer}",  # with the space, a word is the token that it is within a sentence
+            "kind": q.kind,
+            "granularity": random.choice(LEVELS) if trains and random.random() < OTHER_LEVEL else q.level,
         }
         for q in asked
-        if count is None or q.kind in ("single", "kinds", "ground")
-    ]  # fmt: skip
+        if not trains or random.random() < EASY.get(q.kind, 1)
+    ]
     return rows, patch_texts(scene)
 
 
