@@ -36,8 +36,8 @@ from .manifest import LICENCE_FILES, MANIFEST, read_manifest, versions, write_ma
 from .parts import KNOWN_PARTS, SourceUnavailable, download_snapshot, fetch_gguf, fetch_part, read_origin
 from .text import first_line
 
-# The weights that come from neither of the two models, which granulon-publish --trainable_only uploads. Adapters of the
-# language model may be among them: pairs of ADAPTER_ENDINGS, and in the file's header what their product is scaled by.
+# The weights that come from neither of the two models, which granulon-publish --trainable_only uploads. Adapters of
+# the language model may be among them: pairs of ADAPTER_ENDINGS, and in the file's header what scales their product.
 TRAINABLE = "trainable.safetensors"
 TRAINABLE_WEIGHTS = ("model.multi_modal_projector.", "model.granularity_controller.")
 ADAPTER_ENDINGS, ADAPTER_SCALE = (".lora_A.weight", ".lora_B.weight"), "adapter_scale"

@@ -25,13 +25,14 @@ from safetensors import safe_open
 from transformers import HfArgumentParser
 from transformers.hf_argparser import HfArg
 
+from .assemble import assemble
 from .licences import terms
 from .manifest import read_manifest
 from .package import ADAPTER, ADAPTER_CONFIG, MODEL, TRAINABLE_ONLY, Package, make_package, matches, size_of
 from .text import first_line
 
 SPACE = Path(__file__).resolve().parent.parent / "space"
-SPACE_FILES = ["README.md", "requirements.txt", "*.py", "*.js", "*.css", "examples/*.png"]  # uploaded to a Space
+SPACE_FILES = ["README.md", "requirements.txt", "*.py", "*.js", "*.css", "examples/*.jpg"]  # uploaded to a Space
 NOTICE_SETTING, LLAMA_LINE = "MODEL_NOTICE", "Built with Llama"  # variable of the Space, and its value for Llama
 TIMEOUT = 3600  # seconds for a new process to download, load and answer
 HTTP_LIBRARIES = "httpx", "httpx2", "httpcore", "httpcore2"  # which one depends on the version of huggingface_hub
@@ -45,7 +46,7 @@ class PublishArguments:
     private: bool = HfArg(default=False, help="create new repositories as private ones")
     create_pr: bool = HfArg(default=False, help="open a pull request and change nothing else")
     base_model: str | None = HfArg(default=None, help="model on the Hub below the adapter, OWNER/NAME@REVISION")
-    trainable_only: bool = HfArg(default=False, help="publish only projector, gains and controller")
+    trainable_only: bool = HfArg(default=False, help="publish the trained parts alone")
     space: str | None = HfArg(default=None, help="also publish the demo for this model as this Space")
     results: str | None = HfArg(default=None, help="folder of granulon-evaluate, with results for the card")
     dry_run: bool = HfArg(default=False, help="print what would be uploaded, and upload nothing")

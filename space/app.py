@@ -51,9 +51,9 @@ INTRO = (
     "clusters or many small ones, and you see which. *For research; **not for clinical use**.*"
 )
 EXAMPLES = [
-    ("coarse", "What kind of place is this?"),
-    ("medium", "What colour is the object?"),
-    ("fine", "Which small mark can you find?"),
+    ("coarse", "What kinds of things are in the picture?"),
+    ("medium", "What is this?"),
+    ("fine", "Which character is on the small sign?"),
 ]
 
 
@@ -392,7 +392,7 @@ LINK = """(question, level, view, tokens, temperature, seed) => {
 
 def _examples(image, question):
     gr.Examples(
-        [[str(HERE / "examples" / f"{name}.png"), text] for name, text in EXAMPLES],
+        [[str(HERE / "examples" / f"{name}.jpg"), text] for name, text in EXAMPLES],
         [image, question],
         label="A question of each level",
         cache_examples=False,

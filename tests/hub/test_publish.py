@@ -387,7 +387,7 @@ def test_an_incomplete_folder_is_refused_before_anything_is_sent(checkpoint, hub
 def test_the_space_gets_its_files_and_the_model_it_shows(checkpoint, hub, unverified):
     publish(hub, checkpoint, space="jinlab/granulon")
     files = hub.files("jinlab/granulon", kind="space")
-    assert files["app.py"] == (module.SPACE / "app.py").read_bytes() and "examples/fine.png" in files
+    assert files["app.py"] == (module.SPACE / "app.py").read_bytes() and "examples/fine.jpg" in files
     front = ModelCard(files["README.md"].decode(), ignore_metadata_errors=True).data
     assert front.sdk == "gradio" and front.models == [REPO]
     assert hub.repos["space", "jinlab/granulon"].variables == {"MODEL_ID": REPO, "MODEL_REVISION": "v0.1.0"}
@@ -401,7 +401,7 @@ def test_the_space_is_its_own_files_and_no_others_of_its_folder(tmp_path, monkey
     names = module.space_files()
     assert set(listed.stdout.split()) <= set(names), "a file of the Space would not be uploaded"
     monkeypatch.setattr(module, "SPACE", shutil.copytree(module.SPACE, tmp_path / "space"))
-    for stray in (".env", "flagged.csv", "examples/mine.jpg", "app.py~", "build/app.py"):
+    for stray in (".env", "flagged.csv", "examples/mine.png", "app.py~", "build/app.py"):
         (module.SPACE / stray).parent.mkdir(exist_ok=True)
         (module.SPACE / stray).write_text("secret")
     assert module.space_files() == names

@@ -321,7 +321,7 @@ def test_a_link_sets_question_and_settings_and_skips_invalid_ones(space):
 def test_the_examples_are_pictures_with_a_question_of_each_level(space):
     for name, question in space.app.EXAMPLES:
         assert name in space.granulon.levels and question.endswith("?")
-        assert load_rgb(SPACE / "examples" / f"{name}.png").size == (512, 512)
+        assert load_rgb(SPACE / "examples" / f"{name}.jpg").size == (448, 448)
 
 
 # ----- the running app
