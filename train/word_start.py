@@ -5,7 +5,8 @@
 A new projector writes noise into the language model, which takes tens of thousands of answers to find out that there
 is something to read. Where it is known what the patches show (train/data/cutouts.py writes it), the projector can be
 fitted without the language model, in minutes: features are centred and scaled once, and every token, semantic or
-pixel, is drawn to the word embedding of what most of its patches show, and away from all else.
+pixel, is drawn to the word embedding of what most of its patches show, and away from all else. A semantic token also
+says in words where it lies and how large it is, so that places can be asked for.
 
 Shapes by suffix: S scenes, N patches, K tokens of a level, M training tokens, D vision width, E text width, W texts.
 """
@@ -28,6 +29,9 @@ from granulon.hub.manifest import append_training_record, read_manifest, write_m
 from .vision_cache import VisionCache
 
 PIXEL_TOKENS = 16  # of every scene, drawn at random
+PLACE_WORDS = ("top", "bottom", "left", "right", "small", "big")  # pairs, of a cluster's row, column and size
+PLACE_WEIGHT = 0.3  # of each pair beside the word for what a token shows
+SMALLEST = 5.5  # minus the logarithm of the share of an image that is as small as can be: a patch of 16 x 16
 SHARPNESS = 20.0  # of the softmax over texts, whose logits are cosines
 
 
@@ -37,6 +41,14 @@ def word_targets(model, processor, texts: list[str]) -> Tensor:
     ids = processor.tokenizer([f" {text}" for text in texts], add_special_tokens=False)["input_ids"]
     shares = [torch.tensor([1 / place for place in range(1, len(row) + 1)]) for row in ids]
     return torch.stack([share @ words[row] / share.sum() for row, share in zip(ids, shares, strict=True)])
+
+
+def place_targets(geometry_M5: Tensor, place_6E: Tensor) -> Tensor:
+    """Where clusters lie and how large they are, as mixtures of the words for it: (M,5) and (6,E) give (M,E)."""
+    row_M, column_M, size_M = geometry_M5[:, 0], geometry_M5[:, 1], 1 + 2 * geometry_M5[:, 4] / SMALLEST
+    towards_M3 = torch.stack([row_M, column_M, size_M], dim=1).clamp(-1, 1)
+    weight_M6 = torch.stack([(1 - towards_M3) / 2, (1 + towards_M3) / 2], dim=2).flatten(1)  # (M,3,2) -> (M,6)
+    return PLACE_WEIGHT * weight_M6 @ place_6E
 
 
 def majority(assignment_SN: Tensor, text_SN: Tensor, tokens: int, texts: int) -> tuple[Tensor, Tensor]:
@@ -76,7 +88,7 @@ def collect(model, processor, images: list[Path], text_SN: Tensor, texts: int, b
     }
 
 
-def fit(projector, tokens: dict[int, tuple], target_WE: Tensor, steps: int, batch: int, rate: float) -> float:
+def fit(projector, tokens: dict[int, tuple], target_WE: Tensor, place_6E: Tensor, steps, batch, rate) -> float:
     """Fit the projector; the share of tokens, at the end of training, whose nearest text is the one they show."""
     features = torch.cat([part[0] for part in tokens.values()]).float()
     mean_D, scale_D = features.mean(0), features.std(0)
@@ -99,7 +111,10 @@ def fit(projector, tokens: dict[int, tuple], target_WE: Tensor, steps: int, batc
             token_ME = projector(features[some].float().unsqueeze(0), level_1, placed)[0]
             cosine_MW = F.normalize(token_ME - centre_E, dim=-1) @ direction_WE.T
             apart_M = F.cross_entropy(SHARPNESS * cosine_MW, shown[some], reduction="none")
-            near_M = ((token_ME - target_WE[shown[some]]) ** 2).sum(-1) / scale**2
+            target_ME = target_WE[shown[some]]
+            if placed is not None:
+                target_ME = target_ME + place_targets(placed[0], place_6E)
+            near_M = ((token_ME - target_ME) ** 2).sum(-1) / scale**2
             loss = loss + ((apart_M + near_M) * share[some]).mean()
             hits, count = hits + (cosine_MW.argmax(-1) == shown[some]).sum().item(), count + batch
         optimizer.zero_grad()
@@ -135,10 +150,8 @@ def main(argv: list[str] | None = None):
         sys.exit(f"{options.scenes} has {len(images)} images and patches of {len(patches)}; write the scenes again")
     tokens = collect(model, processor, images, patches, len(texts))
     projector = model.model.multi_modal_projector
-    right = fit(
-        projector.float(), tokens, word_targets(model, processor, texts), options.steps, options.batch_size,
-        options.learning_rate,
-    )  # fmt: skip
+    targets = (word_targets(model, processor, words) for words in (texts, PLACE_WORDS))
+    right = fit(projector.float(), tokens, *targets, options.steps, options.batch_size, options.learning_rate)
     print(f"{right:.3f} of the training tokens are nearest to the words for what they show", file=sys.stderr)
     with atomic_folder(Path(options.output)) as folder:
         model.save_pretrained(folder)

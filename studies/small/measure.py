@@ -18,6 +18,8 @@ from granulon.evaluation.statistics import interval
 from granulon.hub.files import read_jsonl
 from granulon.hub.inference import encode, generate, load_model, load_processor, open_image, question_about
 from granulon.hub.text import markdown_table, with_interval
+from granulon.train.controller.fit import controller_logits, question_states
+from granulon.train.data import cutouts
 from granulon.train.data.cutouts import COLOURS, GROUNDS, KINDS, LEVEL_OF, NUMBERS, SIGNS, by_name
 from granulon.train.vision_cache import VisionCache
 
@@ -85,12 +87,53 @@ def commonest(train: list[dict]) -> dict[str, str]:
     return {kind: counts.most_common(1)[0][0] for kind, counts in by_kind.items()}
 
 
+def by_kind(model, processor, rows: list[dict], folder: Path, usual: dict[str, str]) -> str:
+    """Accuracy by kind of question, by level and of all naming, beside what needs no image."""
+    kinds = np.array([row["kind"] for row in rows])
+    columns = [right(rows, answers(model, processor, rows, folder, images=images)) for images in ("own", "other")]
+    columns.append(right(rows, [usual[kind] for kind in kinds]))
+    groups = {kind: kinds == kind for kind in LEVEL_OF if (kinds == kind).any()}
+    groups |= {f"*{level}*": np.array([LEVEL_OF[kind] == level for kind in kinds]) for level in LEVELS}
+    groups |= {"*naming*": np.isin(kinds, NAMING)}
+    lines = [[group, own.sum(), *(share(column[own]) for column in columns)] for group, own in groups.items()]
+    return markdown_table(["questions", "n", "right", "other image", "commonest"], lines)
+
+
+def by_policy(model, processor, rows: list[dict], folder: Path, view: str) -> str:
+    """Accuracy in a view when the level is fixed, meant, drawn, the controller's, or the best of each question."""
+    fixed_GN = np.stack([right(rows, answers(model, processor, rows, folder, level, view)) for level in LEVELS])
+    states = question_states(model, processor, [row["question"] for row in rows])
+    with torch.inference_mode():
+        chosen_N = controller_logits(model.model.granularity_controller, states).argmax(-1).numpy()
+    meant_N = np.array([LEVELS.index(LEVEL_OF[row["kind"]]) for row in rows])
+    row_N = np.arange(len(rows))
+    policies = {level: fixed_GN[number] for number, level in enumerate(LEVELS)} | {
+        "as the question is meant": fixed_GN[meant_N, row_N],
+        "at random": fixed_GN.mean(0),
+        "the controller's": fixed_GN[chosen_N, row_N],
+        "the best of each question (oracle)": fixed_GN.max(0),
+    }
+    patches = (cutouts.SIDE // cutouts.PATCH) ** 2
+    keep = np.array([level["keep"] for level in model.config.granularities])
+    read = {level: float(keep[number]) for number, level in enumerate(LEVELS)}
+    read |= {"as the question is meant": keep[meant_N].mean(), "at random": keep.mean()}
+    read |= {"the controller's": keep[chosen_N].mean()}
+    lines = []
+    for name, values in policies.items():
+        tokens = read.get(name)
+        tokens = "" if tokens is None else f"{tokens + (patches if view == 'full' else 0):.1f}"
+        parts = [share(values[meant_N == number]) for number in range(len(LEVELS))]
+        lines.append([name, tokens, share(values), *parts])
+    return markdown_table(["level", "image tokens", "all", *(f"{level} questions" for level in LEVELS)], lines)
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="build/train-small/model")
     parser.add_argument("--scenes", type=Path, default=Path("build/train-small/scenes"))
     parser.add_argument("--vision_cache", default="build/train-small/vision_cache")
     parser.add_argument("--per_kind", type=int, default=100, help="questions of each kind, at most")
+    parser.add_argument("--per_kind_in_full", type=int, default=20, help="the same for the full view, which is slower")
     options = parser.parse_args()
     model = load_model(options.model)
     processor = load_processor(options.model, model.config)
@@ -98,20 +141,14 @@ def main():
     usual = commonest(read_jsonl(options.scenes / "train.jsonl"))
     for name, title in SETS.items():
         rows = sample(read_jsonl(options.scenes / f"{name}.jsonl"), options.per_kind)
-        kinds = np.array([row["kind"] for row in rows])
-        own = right(rows, answers(model, processor, rows, options.scenes))
-        other = right(rows, answers(model, processor, rows, options.scenes, images="other"))
-        table = []
-        groups = {kind: kinds == kind for kind in LEVEL_OF if (kinds == kind).any()}
-        groups |= {f"*{level}*": np.array([LEVEL_OF[kind] == level for kind in kinds]) for level in LEVELS}
-        groups |= {"*naming*": np.isin(kinds, NAMING)}
-        guess = right(rows, [usual[kind] for kind in kinds])
-        for group, chosen in groups.items():
-            table.append([group, chosen.sum(), share(own[chosen]), share(other[chosen]), share(guess[chosen])])
-        print(
-            f"## {title}\n\n{markdown_table(['questions', 'n', 'right', 'other image', 'commonest'], table)}\n",
-            flush=True,
-        )
+        print(f"## {title}\n\n{by_kind(model, processor, rows, options.scenes, usual)}\n", flush=True)
+    rows = read_jsonl(options.scenes / "scenes.jsonl")
+    for view, count in (("semantic", options.per_kind), ("full", options.per_kind_in_full)):
+        table = by_policy(model, processor, sample(rows, count), options.scenes, view)
+        print(f"## Levels in the {view} view\n\n{table}\n", flush=True)
+    few = sample(rows, options.per_kind_in_full)
+    pixel = right(few, answers(model, processor, few, options.scenes, view="pixel"))
+    print(f"Pixel tokens alone, {len(few)} questions: {share(pixel)}")
 
 
 if __name__ == "__main__":

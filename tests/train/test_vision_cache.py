@@ -60,7 +60,7 @@ def test_losses_and_gradients_are_those_without_the_cache(tmp_path):
     assert trainer.granulon._vision.misses == 0, "the second trainer reads what the first has written"
 
 
-@pytest.mark.parametrize("cut", [1, 60, 100_000])
+@pytest.mark.parametrize("cut", [2, 60, 100_000])
 def test_what_a_kill_cut_off_is_asked_again(tmp_path, cut):
     plain = make_model().encode(pixels(), granularity="fine")
     model, cache, _ = cached(tmp_path)

@@ -83,8 +83,9 @@ def test_a_token_is_named_by_the_majority_of_its_patches():
     assert text[0, :2].tolist() == [2, 0] and share[0].tolist() == pytest.approx([2 / 3, 1, 0])
 
 
-def test_a_word_of_several_tokens_is_their_mean():
+def test_of_a_word_of_several_tokens_the_first_weighs_most():
     model, processor = make_model(), make_processor()
     ids = processor.tokenizer(" red", add_special_tokens=False)["input_ids"]
-    expected = model.get_input_embeddings().weight[ids].mean(0)
+    shares = torch.tensor([12, 6, 4, 3]) / 25
+    expected = shares @ model.get_input_embeddings().weight[ids]
     torch.testing.assert_close(word_targets(model, processor, ["red"])[0], expected)
