@@ -241,11 +241,13 @@ def _source_of(part: dict) -> str:
 
 
 def _check_trained_on(part: dict, found: Source, trained: Source):
-    """Raises ValueError for a model of the Hub that is not the one that `trained` names; a folder may be any copy."""
-    if "/" in found.name and found.name.lower() != part["source"].lower():
-        raise ValueError(
-            f"{trained.name} was trained with {part['source']}, not with {found.name}; leave the name out"
-        )
+    """Raises ValueError for a model of another kind, or of the Hub under another name, than `trained` names."""
+    config = found.config()
+    kind = getattr(config, "vision_config", config).model_type
+    other_name = "/" in found.name and found.name.lower() != part["source"].lower()
+    if other_name or kind != part["model_type"]:
+        was = f"{trained.name} was trained with {part['source']} ({part['model_type']})"
+        raise ValueError(f"{was}, not with {found.name} ({kind}); leave the name out to get what it was trained with")
 
 
 def _load_trained(model: GranulonForConditionalGeneration, trained: Source):

@@ -247,16 +247,17 @@ def _trainable_weights(folder: Path, manifest: dict) -> bytes:
 
     A folder that holds trained parts alone has them as they are, adapters included.
     """
-    if local := [part for part in ("vision", "text") if not _can_be_had(manifest[part])]:
-        reason = f"the {' and '.join(local)} part came from a local folder, which others do not have"
-        raise ValueError(f"{reason}: publish the whole model")
-    if (folder / TRAINABLE).is_file():
-        return (folder / TRAINABLE).read_bytes()
+    trained_alone = (folder / TRAINABLE).is_file()
     stages = [run["stage"] for run in manifest.get("training", [])]
-    if changed := [stage for stage in stages if stage not in ("align", "controller")]:
+    if changed := [stage for stage in stages if stage not in ("align", "words", "controller") and not trained_alone]:
         raise ValueError(
             f"the language model was trained too (stages {changed}): publish the whole model or an adapter"
         )
+    if local := [part for part in ("vision", "text") if not _can_be_had(manifest[part])]:
+        reason = f"the {' and '.join(local)} part came from a local folder, which others do not have"
+        raise ValueError(f"{reason}: publish the whole model")
+    if trained_alone:
+        return (folder / TRAINABLE).read_bytes()
     weights = {}
     for file in sorted(folder.glob("model*.safetensors")):
         with safe_open(file, "pt") as stored:

@@ -404,7 +404,9 @@ class GranulonModel(GranulonPreTrainedModel):
             packed, embeds, attention_mask = None, *prompt.insert(placed)
             if position_ids is None and attention_mask is not None and attention_mask.dim() == 2:
                 position_ids = positions(attention_mask)[:, -embeds.shape[1] :]
-            if predict is not None and attention_mask is not None:  # hidden slots and padding would cost their share
+            if (
+                predict is not None and attention_mask is not None and attention_mask.dim() == 2
+            ):  # hidden slots and padding would cost their share
                 index_BL, valid_BL = compact(attention_mask.bool())
                 predict = new_places(index_BL, embeds.shape[1]).gather(1, predict)
                 embeds, position_ids, attention_mask = take(embeds, index_BL), take(position_ids, index_BL), valid_BL

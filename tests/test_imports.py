@@ -23,7 +23,7 @@ MAY_IMPORT = {
     | {f"granulon.hub.{module}" for module in ("assemble", "files", "inference", "manifest", "text", "visualize")},
     "train/controller": {"modeling_granulon", "granulon.train.data"}
     | {f"granulon.hub.{module}" for module in ("files", "inference", "licences", "manifest", "text")},
-    "train/data": {"modeling_granulon"},
+    "train/data": {"modeling_granulon", "granulon.hub.files"},
     "evaluation": {"modeling_granulon", "granulon.hub", "granulon.train"},
     "evaluation/analyses": {"modeling_granulon", "granulon.hub", "granulon.train", "granulon.evaluation"},
     "evaluation/judge": {"modeling_granulon", "granulon.hub", "granulon.train", "granulon.evaluation"},

@@ -36,7 +36,7 @@ SHARPNESS = 20.0  # of the softmax over texts, whose logits are cosines
 
 
 def word_targets(model, processor, texts: list[str]) -> Tensor:
-    """The mean word embedding of each text (W,E), fp32; the first of its tokens, which begins an answer, weighs most."""
+    """The mean word embedding of each text (W,E), fp32; its first token, which begins an answer, counts most."""
     words = model.get_input_embeddings().weight.detach().float()
     ids = processor.tokenizer([f" {text}" for text in texts], add_special_tokens=False)["input_ids"]
     shares = [torch.tensor([1 / place for place in range(1, len(row) + 1)]) for row in ids]

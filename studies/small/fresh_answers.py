@@ -25,7 +25,8 @@ def main(model: str, file: Path):
         asked = [row for row in rows if image is None or image in row]
         chats = [chat(image and row[image], row["question"]) for row in asked]
         generate = GENERATE if image else {key: value for key, value in GENERATE.items() if key != "visual_view"}
-        said = pipe(text=chats, batch_size=32, generate_kwargs=generate, return_full_text=False)
+        options = {"batch_size": 32, "generate_kwargs": generate, "return_full_text": False}
+        said = pipe(text=chats, **options) if chats else []
         for row, found in zip(asked, said, strict=True):
             row[column] = found[0]["generated_text"].strip()
     seconds = []

@@ -38,7 +38,7 @@ from granulon.train.vision_cache import VisionCache
 from modeling_granulon.configuration_granulon import DEFAULT_GRANULARITIES
 
 LEVELS = [{**level, "view": "semantic"} for level in DEFAULT_GRANULARITIES]
-MEASURED = 4000  # training questions whose answers are scored at every level, for the controller
+MEASURED = 2400  # training questions whose answers are scored at every level, for the controller
 TOKEN_COST = 0.005  # nats that an image token costs, so that of two levels that answer as well the coarser is chosen
 ADAPTER_PREFIX = "base_model.model."
 
@@ -87,9 +87,10 @@ def main(argv: list[str] | None = None):
 def train_on_questions(output: Path, max_steps: int):
     data = f"{{path: {output}/scenes/train.jsonl, image_folder: {output}/scenes}}"
     recipe = output / "sft-small.yaml"
+    steps = f"max_steps: {max_steps}\n" if max_steps > 0 else ""
     recipe.write_text(
         f"base: sft-small\nmodel_name_or_path: {output}/words\noutput_dir: {output}/sft\ndata: [{data}]\n"
-        f"vision_cache: {output}/vision_cache\nmax_steps: {max_steps}\nuse_cpu: {not torch.cuda.is_available()}\n"
+        f"vision_cache: {output}/vision_cache\n{steps}use_cpu: {not torch.cuda.is_available()}\n"
     )
     sft.main(["--config", str(recipe), "--resume", "true"])
 

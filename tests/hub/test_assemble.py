@@ -618,9 +618,11 @@ def test_trained_parts_of_other_models_are_refused(assembled, visions, texts, tr
     origin = {"repo_id": "facebook/dinov2-base", "revision": None, "files": {}}
     other = shutil.copytree(visions["dinov3"], tmp_path / "other")
     (other / "origin.json").write_text(json.dumps(origin))
-    with pytest.raises(ValueError, match="was trained with dinov3, not with facebook/dinov2-base"):
+    with pytest.raises(ValueError, match=r"was trained with dinov3 \(dinov3_vit\), not with facebook/dinov2-base"):
         assemble(other, texts["qwen2"], tmp_path / "model", trained=trained)
-    with pytest.raises(ValueError, match="trained does not fit these two models .*multi_modal_projector"):
+    with pytest.raises(
+        ValueError, match=r"was trained with dinov3 \(dinov3_vit\), not with clip \(clip_vision_model\)"
+    ):
         assemble(visions["clip"], texts["qwen2"], tmp_path / "model", trained=trained)
     weights = load_file(trained / TRAINABLE)
     del weights[next(name for name in weights if name.endswith(ADAPTER_ENDINGS[1]))]

@@ -19,7 +19,7 @@ def batch(processor, rows=slice(None), **kwargs):
 
 
 def answers(model, inputs, **kwargs):
-    kwargs = {"max_new_tokens": NEW, "do_sample": False, "granularity": LEVELS, **kwargs}
+    kwargs = {"max_new_tokens": NEW, "do_sample": False, "granularity": LEVELS, "visual_view": "full", **kwargs}
     output = model.generate(**inputs, **kwargs)
     assert torch.equal(output[:, : inputs["input_ids"].shape[1]], inputs["input_ids"]), "starts with the prompt"
     return output[:, inputs["input_ids"].shape[1] :]
@@ -37,7 +37,6 @@ MODES = {
     "no cache": {"use_cache": False},
     "static cache": {"cache_implementation": "static"},
     "one beam group": {"num_beams": 1, "num_return_sequences": 1},
-    "full view": {"visual_view": "full"},
 }
 
 
@@ -45,6 +44,21 @@ MODES = {
 def test_modes_give_the_same_greedy_tokens(setup, mode):
     model, _, inputs, expected = setup
     assert torch.equal(answers(model, inputs, **MODES[mode]), expected)
+
+
+def test_a_full_prompt_is_read_in_the_view_that_the_chosen_level_names(setup):
+    _, processor, inputs, _ = setup
+    views = {"coarse": "semantic", "fine": "pixel"}
+    levels = [{**level, "view": views.get(level["name"], "full")} for level in make_model().config.granularities]
+    model = make_model(granularities=levels)
+    model.generation_config.eos_token_id = None
+    default = answers(model, inputs, visual_view=None)
+    assert not torch.equal(default, answers(model, inputs))
+    for row, level in enumerate(LEVELS):
+        assert torch.equal(default[row], answers(model, inputs, visual_view=views[level])[row])
+    short = batch(processor, slice(0, 1), visual_view="pixel")
+    expected = answers(model, batch(processor, slice(0, 1)), granularity="coarse", visual_view="pixel")
+    assert torch.equal(answers(model, short, granularity="coarse", visual_view=None), expected), "read as it is"
 
 
 def test_greedy_tokens_are_those_of_repeated_forward_passes(setup):
@@ -164,11 +178,11 @@ def test_embeddings_in_place_of_ids_give_the_same_tokens(setup):
     model, _, inputs, expected = setup
     embeds = model.get_input_embeddings()(inputs["input_ids"])
     rest = {name: value for name, value in inputs.items() if name != "input_ids"}
-    for view in (None, "semantic"):
+    for view in ("full", "semantic"):
         output = model.generate(
             inputs_embeds=embeds, **rest, max_new_tokens=NEW, do_sample=False, granularity=LEVELS, visual_view=view
         )
-        assert torch.equal(output, expected if view is None else answers(model, inputs, visual_view=view))
+        assert torch.equal(output, expected if view == "full" else answers(model, inputs, visual_view=view))
 
 
 def test_a_streamer_gets_every_new_token(setup):

@@ -15,7 +15,7 @@ from granulon.hub.inference import load_model
 from granulon.train import sft
 
 RECIPES = {file.stem: sft.read_recipe(file.stem) for file in sorted(sft.RECIPES.glob("*.yaml"))}
-PAPER = [name for name in RECIPES if name.startswith("sft-")]
+PAPER = [name for name in RECIPES if name.startswith("sft-") and name != "sft-small"]
 ALIGNMENT = [name for name in RECIPES if name.startswith("align-")]
 BASELINES = [name for name in PAPER + ALIGNMENT if len(name.split("-")) > 3]
 LEVELS = ("coarse", "medium", "fine")  # of the corpus that recipes replay
