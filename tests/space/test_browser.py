@@ -309,7 +309,7 @@ def test_pictures_for_the_documentation(chromium, tmp_path):
         for name, options in looks.items():
             page = chromium.new_context(**options).new_page()
             page.goto(address)
-            page.get_by_text("medium: What colour").click()
+            page.get_by_text("medium: What is this?").click()
             page.wait_for_function("document.querySelector('#question textarea, #question input').value !== ''")
             page.locator("#image img").wait_for()
             page.get_by_role("button", name="Ask", exact=True).click()
