@@ -5,12 +5,12 @@ import shutil
 
 import pytest
 import yaml
-from checkpoints import changed_manifest, cut_short, make_adapter, make_checkpoint, save_parts
 from huggingface_hub import ModelCard, parse_eval_result_entries
 
-from granulon.hub.assemble import assemble
+from checkpoints import changed_manifest, cut_short, make_adapter, make_checkpoint, save_parts
+from granulon.hub.assemble import TRAINABLE, assemble
 from granulon.hub.licences import terms
-from granulon.hub.manifest import weights_sha256
+from granulon.hub.manifest import ROOT, weights_sha256
 from granulon.hub.package import ADAPTER, MODEL, TRAINABLE_ONLY, evaluation_files, make_package, size_of
 
 REPO = "jinlab/granulon-qwen1.5b"
@@ -216,3 +216,14 @@ def test_the_newest_run_of_a_task_counts(results, checkpoint):
 def test_a_run_with_other_weights_settings_or_data_does_not_count(results, checkpoint, change):
     with pytest.raises(ValueError, match="none of the 1 runs in .* has the weights of"):
         evaluation_files(results(**change), checkpoint)
+
+
+def test_trained_parts_alone_are_published_as_they_are_with_their_adapters():
+    folder = ROOT / "checkpoints/granulon-small"
+    package = package_of(folder, TRAINABLE_ONLY)
+    assert package.files[TRAINABLE] == (folder / TRAINABLE).read_bytes()
+    assert {"config.json", "processor_config.json", "chat_template.jinja", "NOTICE"} < package.files.keys()
+    assert not any(name.endswith(".py") for name in package.files)
+    card = package.files["README.md"].decode()
+    assert f"granulon-assemble --trained {REPO}@v0.1.0" in card, "encoder and language model are named by the manifest"
+    assert "adapters of the language model" in card
