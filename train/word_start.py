@@ -70,6 +70,11 @@ def collect(model, processor, images: list[Path], text_SN: Tensor, texts: int, b
         pictures = [open_image(str(path)) for path in images[start : start + batch]]
         text = text_SN[start : start + batch]
         vision = granulon._vision(processor.image_processor(pictures, return_tensors="pt")["pixel_values"])
+        if vision.features.shape[1] != text.shape[1]:
+            raise ValueError(
+                f"the model makes {vision.features.shape[1]} patches of an image and the scenes name {text.shape[1]}; "
+                "assemble it for images of their size"
+            )
         relation = granulon._relation(vision)
         for level, entry in enumerate(model.config.granularities):
             made = granulon.aggregation(
@@ -148,7 +153,10 @@ def main(argv: list[str] | None = None):
     texts = json.loads(Path(f"{options.scenes}-texts.json").read_text())
     if len(images) != len(patches):
         sys.exit(f"{options.scenes} has {len(images)} images and patches of {len(patches)}; write the scenes again")
-    tokens = collect(model, processor, images, patches, len(texts))
+    try:
+        tokens = collect(model, processor, images, patches, len(texts))
+    except ValueError as error:
+        sys.exit(f"{options.model}: {error}")
     projector = model.model.multi_modal_projector
     targets = (word_targets(model, processor, words) for words in (texts, PLACE_WORDS))
     right = fit(projector.float(), tokens, *targets, options.steps, options.batch_size, options.learning_rate)

@@ -2,6 +2,7 @@
 
 import json
 import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -58,6 +59,7 @@ def test_training_runs_through_its_stages_and_can_be_called_again(tmp_path, monk
     vision, text = (
         vision_source(tmp_path / "vision", "dinov2"), text_source(tmp_path / "text", "llama", tie=True)
     )  # fmt: skip
+    monkeypatch.setattr(run, "assemble", partial(assemble, image_size=64))  # 16 x 16 patches, as the scenes name
     monkeypatch.setattr(run, "fetch_part", {"dinov2-small": vision, "smollm2-135m-instruct": text}.get)
     monkeypatch.setattr(
         cutouts.write, "__defaults__", ({"train": (30, 5, False, False), "phrasings": (2, 0, False, True)},)

@@ -1,6 +1,7 @@
 """The projector's first lesson: what a token shows is where its word is."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -68,6 +69,16 @@ def test_tokens_of_new_pictures_are_nearest_to_the_words_for_what_they_show(fold
             assert torch.equal(value, after.state_dict()[name]), f"{name} changed"
     manifest = json.loads((folder / "start" / "granulon_manifest.json").read_text())
     assert manifest["training"][-1]["stage"] == "words"
+
+
+def test_patches_of_another_grid_are_refused(folder, tmp_path):
+    scenes = shutil.copytree(folder / "scenes", tmp_path / "scenes")
+    shutil.copy(folder / "scenes-texts.json", tmp_path)
+    np.save(tmp_path / "scenes-patches.npy", np.zeros((60, 25), np.int16))
+    with pytest.raises(SystemExit, match="36 patches of an image and the scenes name 25"):
+        word_start.main(
+            ["--model", str(folder / "model"), "--scenes", str(scenes), "--output", str(tmp_path / "start")]
+        )
 
 
 def test_images_without_patches_are_refused(folder, tmp_path):
