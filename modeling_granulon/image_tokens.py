@@ -153,15 +153,19 @@ def compact(keep_BT: torch.Tensor, pad_left: bool = False) -> tuple[torch.Tensor
     return index_BL, keep_BT.gather(1, index_BL)
 
 
-def new_places(index_BL: torch.Tensor, width: int) -> torch.Tensor:
-    """Where `compact` moved each of `width` tokens, (B,T) long; 0 for tokens that it left out."""
-    place_BL = torch.arange(index_BL.shape[1], device=index_BL.device).expand_as(index_BL)
-    return index_BL.new_zeros(len(index_BL), width).scatter(1, index_BL, place_BL)
-
-
 def take(values: torch.Tensor, index_BL: torch.Tensor) -> torch.Tensor:
     """Values (B,T) or (B,T,E) at the given places, (B,L) or (B,L,E)."""
     return values.gather(1, index_BL if values.dim() == 2 else index_BL.unsqueeze(-1).expand(-1, -1, values.shape[-1]))
+
+
+def without_hidden(
+    embeds_BTE: torch.Tensor, position_ids_BT: torch.Tensor, mask_BT: torch.Tensor, predict_BL: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Embeddings, positions and mask of the tokens that are seen alone, and the new places of predicted tokens."""
+    index_BS, valid_BS = compact(mask_BT.bool())
+    place_BS = torch.arange(index_BS.shape[1], device=index_BS.device).expand_as(index_BS)
+    place_BT = torch.zeros_like(position_ids_BT).scatter(1, index_BS, place_BS)
+    return take(embeds_BTE, index_BS), take(position_ids_BT, index_BS), valid_BS, place_BT.gather(1, predict_BL)
 
 
 class PlacedImages(NamedTuple):

@@ -28,12 +28,11 @@ from .image_tokens import (
     Prompt,
     SlotLayout,
     check_images_present,
-    compact,
-    new_places,
     positions,
     slot_layout,
     slot_roles,
     take,
+    without_hidden,
 )
 from .joint_views import PackedViews, PartialView, pack_views
 from .multi_modal_projector import GEOMETRY, GranulonMultiModalProjector
@@ -407,9 +406,9 @@ class GranulonModel(GranulonPreTrainedModel):
             if (
                 predict is not None and attention_mask is not None and attention_mask.dim() == 2
             ):  # hidden slots and padding would cost their share
-                index_BL, valid_BL = compact(attention_mask.bool())
-                predict = new_places(index_BL, embeds.shape[1]).gather(1, predict)
-                embeds, position_ids, attention_mask = take(embeds, index_BL), take(position_ids, index_BL), valid_BL
+                embeds, position_ids, attention_mask, predict = without_hidden(
+                    embeds, position_ids, attention_mask, predict
+                )
         outputs = self.language_model(
             inputs_embeds=embeds,
             attention_mask=attention_mask,

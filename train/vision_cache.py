@@ -3,7 +3,7 @@
 The cache stands between the model and its tower. It knows an image by the SHA-256 of its processed pixels, so that an
 altered picture or another image processor finds nothing, and its folder is named after the tower's weights, feature
 layer and dtype. Every process appends to files of its own and reads those of all: features, then the relation map with
-summed columns, then a line in the index. A kill leaves at most an entry without a line, which is overwritten.
+summed columns, then a line in the index. A kill leaves at most an entry without a line, which nothing reads.
 """
 
 import hashlib
@@ -51,11 +51,11 @@ class VisionCache:
         if any(parameter.requires_grad for parameter in tower.parameters()):
             raise ValueError("vision_cache keeps what a frozen tower says; freeze the tower or turn the cache off")
         self.model, self.tower_says = model, model._vision
-        self.layer, self.dtype = model.config.vision_feature_layer, tower.dtype
-        self.folder = Path(folder) / tower_key(tower, self.layer)
+        self.dtype = tower.dtype
+        self.folder = Path(folder) / tower_key(tower, model.config.vision_feature_layer)
         self.folder.mkdir(parents=True, exist_ok=True)
         self.own, self.entries, self.maps = f"{process}-{os.getpid()}", {}, {}
-        self.hits = self.misses = 0
+        self.misses = 0
         self.writes = True
         for index in sorted(self.folder.glob("*.jsonl")):
             self._read_index(index)
@@ -71,7 +71,7 @@ class VisionCache:
             return self.tower_says(pixel_values, **kwargs)
         keys = [_key(image) for image in pixel_values]
         new = [place for place, key in enumerate(keys) if key not in self.entries and key not in keys[:place]]
-        self.hits, self.misses = self.hits + len(keys) - len(new), self.misses + len(new)
+        self.misses += len(new)
         fresh = {}
         if new:
             with torch.autocast(pixel_values.device.type, enabled=False):  # what is kept depends on the tower alone

@@ -31,11 +31,7 @@ TRAINED = Path(__file__).parents[2] / "checkpoints/granulon-small"
 SETS = {"scenes": (160, 20, False, False), "things": (110, 15, True, False)}  # as cutouts.SPLITS
 TITLES = {"scenes": "new scenes", "things": "new things", "photographs": "photographs"}
 PER_KIND = {"scenes": 12, "things": 5}
-QUESTIONS = {
-    "coarse": "What kinds of things are in the picture?",
-    "medium": "What is this?",
-    "fine": "What is the tiny thing?",
-}
+QUESTIONS = {"coarse": "What kinds of things are in the picture?", "medium": "What is this?"}
 SIDE, GAP, LINE = 236, 12, 20
 INK, FAINT = (20, 20, 20), (110, 110, 110)
 
@@ -87,15 +83,15 @@ def scene_rows(folder: Path) -> Iterator[dict]:
 
 
 def photograph_rows(folder: Path) -> Iterator[dict]:
-    """A question of each level about photographs as they are, which hold things that it does not know too."""
+    """A coarse and a medium question about photographs as they are, which hold things that it does not know too."""
     folder.mkdir(parents=True, exist_ok=True)
     for name in ("chelsea.png", "coffee.png", "astronaut.png", "rocket.jpg", "motorcycle_left.png"):
         whole = cutouts.photograph(name)
         side, path = min(whole.size), folder / f"{Path(name).stem}.jpg"
         left = (whole.width - side) // 2
         whole.crop((left, 0, left + side, side)).save(path)
-        for level in ("coarse", "medium"):
-            yield {"set": "photographs", "image": str(path), "question": QUESTIONS[level], "granularity": level}
+        for level, question in QUESTIONS.items():
+            yield {"set": "photographs", "image": str(path), "question": question, "granularity": level}
 
 
 def table(rows: list[dict]) -> str:

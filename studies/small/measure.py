@@ -2,8 +2,8 @@
 
     python -m studies.small.measure --model build/train-small/model > build/train-small/measured.md
 
-Sets are those of train/data/cutouts.py. "Other image" is the same question with the image of another row, "no image"
-the language model alone, "commonest" the answer that training rows of this kind of question have most often.
+Sets are those of train/data/cutouts.py. "Other image" is the same question with the image of another row, "commonest"
+the answer that training rows of this kind of question have most often.
 """
 
 import argparse
@@ -20,18 +20,16 @@ from granulon.hub.inference import encode, generate, load_model, load_processor,
 from granulon.hub.text import markdown_table, with_interval
 from granulon.train.controller.fit import controller_logits, question_states
 from granulon.train.data import cutouts
-from granulon.train.data.cutouts import COLOURS, GROUNDS, KINDS, LEVEL_OF, NUMBERS, SIGNS, by_name
+from granulon.train.data.cutouts import COLOURS, GROUNDS, KINDS, LEVEL_OF, LEVELS, NUMBERS, SIGNS, by_name
 from granulon.train.vision_cache import VisionCache
 
 SETS = {"scenes": "new scenes", "things": "new things", "phrasings": "new phrasings"}
-LEVELS = ("coarse", "medium", "fine")
 NAMING = ("place", "beside", "biggest", "single")
 CHOICES = dict.fromkeys(("single", "place", "beside", "biggest", "tiny"), len(by_name())) | {  # answers to choose from
     "kinds": len(KINDS) * (len(KINDS) + 1) // 2, "ground": len(GROUNDS), "count": len(NUMBERS), "mostly": 2,
     "exists": 2, "letter": len(SIGNS), "colour": len(COLOURS),
 }  # fmt: skip
 BATCH, LONGEST = 32, 12  # rows at a time, tokens of an answer
-VIEWS = ("semantic", "full", "pixel")
 
 
 def sample(rows: list[dict], per_kind: int, seed: int = 0) -> list[dict]:
@@ -45,19 +43,15 @@ def sample(rows: list[dict], per_kind: int, seed: int = 0) -> list[dict]:
 
 @torch.inference_mode()
 def answers(model, processor, rows, folder: Path, granularity=None, view="auto", images="own") -> list[str]:
-    """The greedy answers to rows, in order; `images` are each row's own, those of "other" rows, or "none"."""
+    """The greedy answers to rows, in order; `images` are each row's own, or those of "other" rows."""
     shift = len(rows) // 2 + 1 if images == "other" else 0
     pictures = [rows[(number + shift) % len(rows)]["image"] for number in range(len(rows))]
     found = []
     for start in tqdm(range(0, len(rows), BATCH), desc=f"{granularity or 'own level'}, {view}, {images}", leave=False):
         part = rows[start : start + BATCH]
-        if images == "none":
-            chats = [[{"role": "user", "content": row["question"]}] for row in part]
-        else:
-            opened = [open_image(str(folder / name)) for name in pictures[start : start + BATCH]]
-            chats = [question_about(image, row["question"]) for image, row in zip(opened, part, strict=True)]
-        levels = granularity[start : start + BATCH] if isinstance(granularity, list) else granularity
-        prompt = encode(model, processor, chats, levels)
+        opened = [open_image(str(folder / name)) for name in pictures[start : start + BATCH]]
+        chats = [question_about(image, row["question"]) for image, row in zip(opened, part, strict=True)]
+        prompt = encode(model, processor, chats, granularity)
         found += generate(model, processor, prompt, visual_view=view, max_new_tokens=LONGEST, do_sample=False)[0]
     return found
 
@@ -81,10 +75,11 @@ def share(values: np.ndarray) -> str:
 
 
 def commonest(train: list[dict]) -> dict[str, str]:
-    by_kind = {}
+    """The answer that each kind of question has most often."""
+    answers_of = {}
     for row in train:
-        by_kind.setdefault(row["kind"], Counter())[row["answer"]] += 1
-    return {kind: counts.most_common(1)[0][0] for kind, counts in by_kind.items()}
+        answers_of.setdefault(row["kind"], Counter())[row["answer"]] += 1
+    return {kind: counts.most_common(1)[0][0] for kind, counts in answers_of.items()}
 
 
 def by_kind(model, processor, rows: list[dict], folder: Path, usual: dict[str, str]) -> str:

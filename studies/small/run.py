@@ -8,6 +8,7 @@ Each stage has a folder and is skipped once that is complete. Last come the trai
 """
 
 import argparse
+import json
 import shutil
 import time
 from collections.abc import Iterator
@@ -123,8 +124,8 @@ def write_release(output: Path, folder: Path):
         for name in adapter.keys():
             if name.endswith(ADAPTER_ENDINGS):
                 weights[name.removeprefix(ADAPTER_PREFIX)] = adapter.get_tensor(name)
-    settings = sft.read_recipe("sft-small")
-    header = {"format": "pt", ADAPTER_SCALE: str(settings["lora_alpha"] / settings["lora_r"])}
+    settings = json.loads((output / "sft/adapter/adapter_config.json").read_text())
+    header = {"format": "pt", ADAPTER_SCALE: str(settings["lora_alpha"] / settings["r"])}
     with atomic_folder(folder) as draft:
         save_file({name: value.bfloat16().contiguous() for name, value in weights.items()}, draft / TRAINABLE, header)
         for name in ("config.json", "processor_config.json", "chat_template.jinja", "granulon_manifest.json"):

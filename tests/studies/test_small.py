@@ -3,7 +3,6 @@
 import json
 import sys
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -81,8 +80,6 @@ def test_training_runs_through_its_stages_and_can_be_called_again(tmp_path, monk
 
 
 def test_the_release_is_what_the_repository_holds():
-    if not demo.TRAINED.exists():
-        pytest.skip("no release")
-    files = {path.name for path in Path(demo.TRAINED).iterdir()}
+    files = {path.name for path in demo.TRAINED.iterdir()}
     assert {TRAINABLE, "config.json", "granulon_manifest.json", "README.md"} <= files
-    assert sum(path.stat().st_size for path in Path(demo.TRAINED).rglob("*") if path.is_file()) <= 12e6
+    assert sum(path.stat().st_size for path in demo.TRAINED.rglob("*") if path.is_file()) <= 12e6

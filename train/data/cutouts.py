@@ -29,6 +29,8 @@ from PIL import Image, ImageDraw
 
 from granulon.hub.files import write_atomically, write_jsonl
 
+from .scenes import LEVELS, Question
+
 SIDE, PATCH = 224, 14
 SPLITS = {  # scenes of each set, how many of them show a single thing, held-out stamps, held-out phrasings
     "train": (12_000, 2_000, False, False),
@@ -51,7 +53,6 @@ GROUNDS = {"grass": "grass.png", "gravel": "gravel.png", "bricks": "brick.png", 
            "paper": "page.png", "mist": None, "a plain wall": None}  # fmt: skip
 LARGE, TINY, SIGN = (0.24, 0.6), (0.14, 0.18), (0.15, 0.2)  # longest side, as a share of the picture
 MOST = 5  # things in a scene, beside the tiny one and the sign
-LEVELS = ("coarse", "medium", "fine")
 OTHER_LEVEL = 0.2  # of the questions for training are read at any level, so that levels can be compared
 EASY = {"ground": 0.25, "mostly": 0.5, "exists": 0.5, "colour": 0.5}  # kinds asked less often in training
 NUMBERS = ("one", "two", "three", "four", "five")
@@ -100,16 +101,6 @@ class Scene:
     def main(self) -> list[Thing]:
         """The things without the tiny one."""
         return [thing for thing in self.things if not thing.tiny]
-
-
-@dataclass(frozen=True)
-class Question:
-    """A question, its answer, its level and the kind of question, a key of `PHRASINGS`."""
-
-    text: str
-    answer: str
-    level: str
-    kind: str
 
 
 @cache

@@ -78,7 +78,7 @@ class Scene:
 
 @dataclass(frozen=True)
 class Question:
-    """A question, its answer, its level, and its kind, whose possible answers are `ANSWERS[kind]`."""
+    """A question, its answer, its level, and its kind, a key of the world's phrasings."""
 
     text: str
     answer: str
