@@ -76,5 +76,5 @@ bench: setup
 	$(PY) benchmarks/training.py > benchmarks/results/training.md
 
 style: setup
-	$(PY) -m ruff check .
+	$(PY) -m ruff check --no-cache .
 	$(PY) -m ruff format --check .

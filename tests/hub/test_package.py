@@ -6,8 +6,8 @@ import shutil
 import pytest
 import yaml
 from huggingface_hub import ModelCard, parse_eval_result_entries
+from published_files import changed_manifest, cut_short, make_adapter, make_checkpoint, save_parts
 
-from checkpoints import changed_manifest, cut_short, make_adapter, make_checkpoint, save_parts
 from granulon.hub.assemble import TRAINABLE, assemble
 from granulon.hub.licences import terms
 from granulon.hub.manifest import ROOT, weights_sha256

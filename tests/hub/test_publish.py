@@ -9,9 +9,9 @@ from pathlib import Path
 import huggingface_hub
 import pytest
 import torch
-from checkpoints import changed_manifest, contents, make_adapter, make_checkpoint, save_parts
 from fake_hub import FakeHub
 from huggingface_hub import HfApi, ModelCard
+from published_files import changed_manifest, contents, make_adapter, make_checkpoint, save_parts
 from safetensors.torch import load_file, save_file
 from transformers import AutoProcessor
 
