@@ -64,7 +64,7 @@ class GranulonGenerationMixin(GenerationMixin):
         placeholder_BT = self.model.placeholders(input_ids, inputs_embeds)
         layout = self.model.layout(placeholder_BT, pixel_values, visual, visual_view)
         if visual is None:
-            visual = self.model._encode(pixel_values, layout.images_per_row, *question, every_level=False)
+            visual = self.model._encode(pixel_values, layout.images_per_row, question, every_level=False)
         if visual_view is None and layout.is_full:
             visual_view = "auto"
         placed = visual.place(layout, visual_view)

@@ -13,6 +13,8 @@ import torch
 
 from .image_tokens import compact, positions, take
 
+PACKABLE = "sdpa", "eager", "flex_attention"  # kinds of attention that take a mask of blocks
+
 
 class PartialView(NamedTuple):
     """What a view shows of each prompt.
@@ -30,16 +32,40 @@ class PackedViews(NamedTuple):
 
     source_BP: long, the prompt token that each packed token copies.
     view_BP: long, number of the token's view: 0 full, 1 the first partial view, ...; -1 on padding.
-    mask_BPP: bool, which token may attend to which; every token at least to itself.
+    shared_BP: long, how many tokens of the full prompt the token may attend to beside those of its own view.
     position_ids_BP: long, a token's position within its own view.
     widths: packed tokens of each view, whose sum is P.
     """
 
     source_BP: torch.Tensor
     view_BP: torch.Tensor
-    mask_BPP: torch.Tensor
+    shared_BP: torch.Tensor
     position_ids_BP: torch.Tensor
     widths: list[int]
+
+    def sees(self, row, query, key) -> torch.Tensor:
+        """Whether one packed token may attend to another: bool, of indices that broadcast; each sees itself."""
+        source, view = self.source_BP, self.view_BP
+        same = view[row, query] == view[row, key]
+        shared = (view[row, key] == 0) & (source[row, key] < self.shared_BP[row, query])
+        before = source[row, key] <= source[row, query]
+        return (view[row, key] >= 0) & before & (same | shared) | (query == key)
+
+    def mask(self, attention: str, dtype: torch.dtype):
+        """What `sees` says, as the attention of this name takes it: (B,1,P,P), or a block mask for FlexAttention."""
+        rows, length = self.source_BP.shape
+        device = self.source_BP.device
+        if attention == "flex_attention":
+            from torch.nn.attention.flex_attention import create_block_mask  # not in every build of torch
+
+            return create_block_mask(
+                lambda row, head, query, key: self.sees(row, query, key), rows, None, length, length, device=device
+            )
+        place_P = torch.arange(length, device=device)
+        mask = self.sees(torch.arange(rows, device=device).view(-1, 1, 1, 1), place_P.unsqueeze(-1), place_P)
+        if attention != "sdpa":  # eager attention adds the mask
+            mask = torch.zeros_like(mask, dtype=dtype).masked_fill(~mask, torch.finfo(dtype).min)
+        return mask
 
     def embed(self, embeds_VBTE: list[torch.Tensor]) -> torch.Tensor:
         """The packed sequence (B,P,E) from each view's own embeddings of the prompt, (B,T,E)."""
@@ -80,12 +106,8 @@ def pack_views(role_BT: torch.Tensor, mask_BT: torch.Tensor, partial_views: list
     view_P = view_V.repeat_interleave(torch.tensor(widths, device=role_BT.device), output_size=source.shape[1])
     starts_BV = torch.stack([torch.zeros_like(role_BT[:, 0]), *(copy[3] for copy in copies)], dim=1)
 
-    same_view_PP = view_P.unsqueeze(1) == view_P
-    before_BPP = source.unsqueeze(1) <= source.unsqueeze(2)
-    shared_BPP = (view_P == 0) & (source.unsqueeze(1) < starts_BV[:, view_P].unsqueeze(2))
-    mask_BPP = valid.unsqueeze(1) & before_BPP & (same_view_PP | shared_BPP)
-    mask_BPP |= torch.eye(source.shape[1], dtype=torch.bool, device=source.device)
-    return PackedViews(source, view_P.expand_as(source).masked_fill(~valid, -1), mask_BPP, position_ids, widths)
+    view_BP = view_P.expand_as(source).masked_fill(~valid, -1)
+    return PackedViews(source, view_BP, starts_BV[:, view_P], position_ids, widths)
 
 
 def _view_copy(role_BT: torch.Tensor, view: PartialView):

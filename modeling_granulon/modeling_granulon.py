@@ -1,7 +1,8 @@
 """Granulon: a frozen pixel-level tower, a question that picks the granularity, and one language-model pass.
 
-Equations are those of docs/method.md. Shapes: B rows of text, T tokens, I images, H x W patch grid, N = H * W patches,
-K semantic slots (K_max), R image slots of a row, D vision width, E text width, G granularities, V packed views.
+Equations are those of docs/method.md. Shapes: B rows of text, T tokens, I images, J images of the rows (I, unless rows
+share images), H x W patch grid, N = H * W patches, K semantic slots (K_max), R image slots of a row, D vision width,
+E text width, G granularities, V packed views.
 """
 
 from collections.abc import Sequence
@@ -34,7 +35,7 @@ from .image_tokens import (
     take,
     without_hidden,
 )
-from .joint_views import PackedViews, PartialView, pack_views
+from .joint_views import PACKABLE, PackedViews, PartialView, pack_views
 from .multi_modal_projector import GEOMETRY, GranulonMultiModalProjector
 from .vision_features import COLUMN_STRIDE, VisionFeatures, feature_width_of, patch_grid, vision_features
 from .visual_output import (
@@ -171,6 +172,7 @@ class GranulonModel(GranulonPreTrainedModel):
         question_attention_mask: torch.Tensor | None = None,
         granularity: str | int | Sequence | torch.Tensor | None = None,
         every_level: bool = False,
+        image_index: torch.LongTensor | None = None,
     ) -> GranulonVisualOutput:
         """Images and the questions of their rows become image tokens: Eq. 1-8 up to the language model.
 
@@ -186,17 +188,20 @@ class GranulonModel(GranulonPreTrainedModel):
             granularity: name or index for all rows, or one per row, instead of the controller's choice; None leaves
                 the choice to the controller.
             every_level: also compute the semantic tokens of the levels that were not chosen (`level_hidden_states`).
+            image_index: (J,) long, which of `pixel_values` each of the rows' images is, where rows share images; by
+                default every image is there once.
 
         Raises:
             ValueError: placeholders and images that do not fit, an unknown level, features that are not finite.
         """
+        images = len(pixel_values) if image_index is None else len(image_index)
         if input_ids is None:
-            images_per_row = [1] * len(pixel_values)
+            images_per_row = [1] * images
         else:
-            images_per_row = self.layout(input_ids == self.config.image_token_id, pixel_values).images_per_row
-        return self._encode(
-            pixel_values, images_per_row, question_input_ids, question_attention_mask, granularity, every_level
-        )
+            placeholder_BT = input_ids == self.config.image_token_id
+            images_per_row = self.layout(placeholder_BT, pixel_values, images=images).images_per_row
+        question = question_input_ids, question_attention_mask, granularity
+        return self._encode(pixel_values, images_per_row, question, every_level, image_index)
 
     @torch.no_grad()
     def explain(self, pixel_values: torch.FloatTensor, **inputs) -> GranulonVisualOutput:
@@ -204,27 +209,28 @@ class GranulonModel(GranulonPreTrainedModel):
         return self.encode(pixel_values, **inputs)
 
     def _encode(
-        self, pixel_values, images_per_row, question_input_ids, question_attention_mask, granularity, every_level
+        self, pixel_values, images_per_row: list[int], question: tuple, every_level: bool, image_index_J=None
     ) -> GranulonVisualOutput:
         vision = self._vision(pixel_values)
+        if image_index_J is None:
+            image_index_J = torch.arange(len(pixel_values))
+        image_index_J = image_index_J.to(vision.features.device)
         count_B = torch.tensor(images_per_row)
         finite_I = vision.features.isfinite().flatten(1).all(-1)
         if not self.config.granularities:
             _check_finite(finite_I.tolist())
-            tokens_ISE = self.multi_modal_projector(vision.features)
-            return GranulonVisualOutput.of(self.config, image_hidden_states=tokens_ISE, images_per_row=count_B)
+            tokens_JSE = self.multi_modal_projector(vision.features[image_index_J])
+            return GranulonVisualOutput.of(self.config, image_hidden_states=tokens_JSE, images_per_row=count_B)
 
-        logits_BG, index_B, chosen_B = self._choose_levels(
-            len(images_per_row), question_input_ids, question_attention_mask, granularity, vision.features.device
-        )
-        level_I = index_B.repeat_interleave(count_B.to(index_B.device), output_size=len(pixel_values))
+        logits_BG, index_B, chosen_B = self.choose_levels(len(images_per_row), *question, vision.features.device)
+        level_J = index_B.repeat_interleave(count_B.to(index_B.device), output_size=len(image_index_J))
         # The level decides how many tokens there are, so it is read on the host, here and once.
-        levels, finite = torch.stack([level_I, finite_I.long()]).tolist()
+        levels, finite = torch.stack([level_J, finite_I[image_index_J].long()]).tolist()
         _check_finite(finite)
-        pixel_INE = self.multi_modal_projector(vision.features, level_I)
+        pixel_JNE = self.multi_modal_projector(vision.features[image_index_J], level_J)
         return GranulonVisualOutput.of(
             self.config,
-            **self._semantic_slots(vision, pixel_INE, levels, every_level),
+            **self._semantic_slots(vision, pixel_JNE, levels, every_level, image_index_J),
             granularity_logits=logits_BG,
             granularity_index=index_B,
             chosen_by=chosen_B,
@@ -264,34 +270,37 @@ class GranulonModel(GranulonPreTrainedModel):
         tokens_IKE = self.multi_modal_projector(clusters.tokens[:, :used], level_I, clusters.geometry[:, :used])
         return tokens_IKE, clusters
 
-    def _semantic_slots(self, vision: VisionFeatures, pixel_INE: torch.Tensor, levels: list[int], every_level: bool):
+    def _semantic_slots(
+        self, vision: VisionFeatures, pixel_JNE: torch.Tensor, levels: list[int], every_level: bool, image_index_J
+    ):
         """Image tokens at each image's own level, and, if asked for, the semantic tokens of every level."""
-        images, slots, device = len(levels), self.config.max_semantic_tokens, pixel_INE.device
-        semantic_IKE = pixel_INE.new_zeros(images, slots, pixel_INE.shape[-1])
-        mask_IK = torch.zeros(images, slots, dtype=torch.bool, device=device)
-        map_IHW = torch.zeros(images, *vision.grid, dtype=torch.long, device=device)
-        scores_IK = torch.zeros(images, slots, device=device)
+        images, slots, device = len(levels), self.config.max_semantic_tokens, pixel_JNE.device
+        semantic_JKE = pixel_JNE.new_zeros(images, slots, pixel_JNE.shape[-1])
+        mask_JK = torch.zeros(images, slots, dtype=torch.bool, device=device)
+        map_JHW = torch.zeros(images, *vision.grid, dtype=torch.long, device=device)
+        scores_JK = torch.zeros(images, slots, device=device)
         relation, every = self._relation(vision), []
         for level in range(len(self.config.granularities)) if every_level else sorted(set(levels)):
             own = [number for number, chosen in enumerate(levels) if chosen == level]
-            own_I = torch.tensor(own, dtype=torch.long, device=device)
+            own_j = torch.tensor(own, dtype=torch.long, device=device)
+            wanted = image_index_J[own_j]
             tokens_IKE, clusters = self._semantic_tokens(
-                vision, relation, level, slice(None) if every_level else own_I
+                vision, relation, level, slice(None) if every_level else wanted
             )
             used = tokens_IKE.shape[1]
             if every_level:
-                every.append(nn.functional.pad(tokens_IKE, (0, 0, slots - used, 0)))
-                tokens_IKE, clusters = tokens_IKE[own_I], AggregationOutput(*(field[own_I] for field in clusters))
+                every.append(nn.functional.pad(tokens_IKE, (0, 0, slots - used, 0))[image_index_J])
+                tokens_IKE, clusters = tokens_IKE[wanted], AggregationOutput(*(field[wanted] for field in clusters))
             # Used slots stand last, so that whatever follows an image follows a real token.
-            semantic_IKE[own_I, slots - used :] = tokens_IKE.to(semantic_IKE.dtype)
-            mask_IK[own_I, :used] = True
-            map_IHW[own_I] = clusters.assignment
-            scores_IK[own_I, : clusters.scores.shape[1]] = clusters.scores
+            semantic_JKE[own_j, slots - used :] = tokens_IKE.to(semantic_JKE.dtype)
+            mask_JK[own_j, :used] = True
+            map_JHW[own_j] = clusters.assignment
+            scores_JK[own_j, : clusters.scores.shape[1]] = clusters.scores
         return {
-            "image_hidden_states": torch.cat([pixel_INE, semantic_IKE], dim=1),
-            "semantic_mask": mask_IK,
-            "cluster_map": map_IHW,
-            "cluster_scores": scores_IK,
+            "image_hidden_states": torch.cat([pixel_JNE, semantic_JKE], dim=1),
+            "semantic_mask": mask_JK,
+            "cluster_map": map_JHW,
+            "cluster_scores": scores_JK,
             "level_hidden_states": torch.stack(every, dim=1) if every_level else None,
         }
 
@@ -305,8 +314,8 @@ class GranulonModel(GranulonPreTrainedModel):
             states_BTE = question_states(self.language_model, input_ids, attention_mask, self.config.controller_layers)
         return self.granularity_controller(states_BTE, attention_mask.to(states_BTE.device))
 
-    def _choose_levels(self, num_rows, question_input_ids, question_attention_mask, granularity, device):
-        """The level of each row (Eq. 1-3): the request's, else the controller's, else the default.
+    def choose_levels(self, num_rows, question_input_ids, question_attention_mask, granularity, device):
+        """The level of each row or question (Eq. 1-3): the request's, else the controller's, else the default.
 
         Returns:
             logits (B,G) or None, index (B,) long, and who chose it (B,) long, one of visual_output's codes.
@@ -350,15 +359,18 @@ class GranulonModel(GranulonPreTrainedModel):
         return (inputs_embeds == self.get_input_embeddings()(token)).all(-1)
 
     def layout(
-        self, placeholder_BT: torch.Tensor, pixel_values=None, visual=None, visual_view: str | None = None
+        self, placeholder_BT: torch.Tensor, pixel_values=None, visual=None, visual_view: str | None = None, images=None
     ) -> SlotLayout:
-        """Which placeholder takes which image token, for images that are given as pixels or already encoded."""
+        """Which placeholder takes which image token, for images that are given as pixels or already encoded.
+
+        images: how many there are, if rows share the `pixel_values`.
+        """
         slots = self.config.max_semantic_tokens
         if visual is not None:
             images, num_pixel = visual.image_hidden_states.shape[0], visual.image_hidden_states.shape[1] - slots
         else:
             height, width = patch_grid(self.config.vision_config, pixel_values)
-            images, num_pixel = len(pixel_values), height * width
+            images, num_pixel = len(pixel_values) if images is None else images, height * width
         return slot_layout(placeholder_BT, images, num_pixel, slots, visual_view)
 
     @can_return_tuple
@@ -432,7 +444,7 @@ class GranulonModel(GranulonPreTrainedModel):
         layout = self.layout(placeholder_BT, pixel_values, visual, visual_view)
         if visual is None:
             every_level = any(view in self.config.granularity_names for view in views)
-            visual = self._encode(pixel_values, layout.images_per_row, *question, every_level)
+            visual = self._encode(pixel_values, layout.images_per_row, question, every_level)
         return layout, visual
 
     def _partial_views(self, joint_views: bool | Sequence[str], visual_view: str | None) -> tuple[str, ...]:
@@ -447,7 +459,7 @@ class GranulonModel(GranulonPreTrainedModel):
                 "and goes without visual_view"
             )
         implementation = self.config.text_config._attn_implementation
-        if implementation not in ("sdpa", "eager"):
+        if implementation not in PACKABLE:
             raise ValueError(
                 f"joint_views needs a block mask, which {implementation!r} attention does not take; run one pass per "
                 "visual_view instead, or load the model with attn_implementation='sdpa'"
@@ -470,11 +482,8 @@ class GranulonModel(GranulonPreTrainedModel):
                 PartialView(HIDDEN_ROLE[PIXEL if view == PIXEL else SEMANTIC], _seen(view_mask_BT, role_BT))
             )
         packed = pack_views(role_BT, _seen(mask_BT, role_BT), partial)
-        embeds = packed.embed(sources)
-        mask = packed.mask_BPP.unsqueeze(1)
-        if self.config.text_config._attn_implementation != "sdpa":  # eager attention adds the mask
-            mask = torch.zeros_like(mask, dtype=embeds.dtype).masked_fill(~mask, torch.finfo(embeds.dtype).min)
-        return packed, embeds, mask, packed.position_ids_BP
+        mask = packed.mask(self.config.text_config._attn_implementation, embeds.dtype)
+        return packed, packed.embed(sources), mask, packed.position_ids_BP
 
     def _zero_loss_for_ddp(self, visual: GranulonVisualOutput | None) -> torch.Tensor:
         """A zero that depends on controller and projector: every process reduces their gradients, images or not.

@@ -91,7 +91,7 @@ class GranulonProcessor(ProcessorMixin):
         images = None if isinstance(images, (list, tuple)) and not any(map(_is_filled, images)) else images
         features = super().__call__(images=images, text=text, **kwargs)
         if images is not None and texts is not None:
-            features.update(self._question_inputs([self.question(prompt) for prompt in texts], features["input_ids"]))
+            features.update(self.question_inputs(texts, features["input_ids"]))
         return features
 
     def apply_chat_template(self, conversation, chat_template=None, sanitize_control_tokens: bool = True, **kwargs):
@@ -230,9 +230,9 @@ class GranulonProcessor(ProcessorMixin):
         longest_first = sorted(tokens, key=len, reverse=True)
         return re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
 
-    def _question_inputs(self, questions: list[str], like) -> dict:
-        """The questions' tokens and mask, right-padded, in the form of `like`: lists, numpy or torch."""
-        ids = [self.tokenizer(question, add_special_tokens=False)["input_ids"] for question in questions]
+    def question_inputs(self, prompts: list[str], like) -> dict:
+        """Tokens and mask of the prompts' questions, right-padded, in the form of `like`: lists, numpy or torch."""
+        ids = [self.tokenizer(self.question(prompt), add_special_tokens=False)["input_ids"] for prompt in prompts]
         width = max(1, *map(len, ids))
         pad = self.tokenizer.pad_token_id or 0
         padded = [row + [pad] * (width - len(row)) for row in ids]

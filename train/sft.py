@@ -64,6 +64,9 @@ class SFTArguments:
     max_bad_share: float = field(
         default=0.01, metadata={"help": "stop if more than this share of a source's rows is unusable"}
     )
+    answers_per_row: int | None = field(
+        default=None, metadata={"help": "answers of a conversation that share a row; by default all that fit"}
+    )
     granularities: list[str] | None = field(
         default=None, metadata={"help": "levels that replace the checkpoint's, in JSON; [] for none"}
     )
@@ -81,6 +84,8 @@ class SFTArguments:
             raise ValueError(f"stage is {self.stage!r}; choose one of {tuple(STAGES)}")
         self.data = [DataSource.of(entry) for entry in self.data]
         self.eval_data = [DataSource.of(entry) for entry in self.eval_data]
+        if self.answers_per_row is not None and self.answers_per_row < 1:
+            raise ValueError(f"answers_per_row is {self.answers_per_row}; give a number above 0, or leave it out")
         if self.granularities is not None:
             self.granularities = [level for entry in self.granularities for level in _levels(entry)]
 
@@ -364,6 +369,7 @@ def _rows(run: Run, sources: list[DataSource], quarantine: str, processor, model
         max_length=args.max_length,
         levels=model.config.granularity_names,
         level_tokens={level["name"]: level["keep"] for level in levels} if args.visual_view == SEMANTIC else None,
+        answers_per_row=run.sft.answers_per_row,
         num_proc=args.dataset_num_proc,
     )
 

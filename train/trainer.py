@@ -2,15 +2,15 @@
 
 `SFTTrainer` with a loss of its own: the answers are scored under every view in one pass (answer_scores.py) and the
 losses of the views are added. Every likelihood is a sum over answer tokens divided by the answer tokens of the whole
-step, and every part of the controller's loss a sum over rows divided by their number in the step, so that neither
+step, and every part of the controller's loss a sum over questions divided by their number in the step, so that neither
 gradient accumulation nor the number of devices changes what is learned.
 
-Shapes by suffix: B rows, T prompt tokens, L answer tokens of the row with the most, G levels, S levels of this step.
+Shapes by suffix: B rows, T prompt tokens, A answers of all rows, each with its question, G levels, S levels of this
+step.
 """
 
 import time
 from copy import copy
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -19,20 +19,21 @@ from torch.nn import functional as F
 from transformers import ProgressCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl import SFTTrainer
-from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
 
 from granulon.train.controller.replay import QuestionReplay
 from modeling_granulon.image_tokens import FULL, PIXEL, SEMANTIC
+from modeling_granulon.joint_views import PACKABLE
 
-from .answer_scores import AnswerScores, add_answer_scores
+from .answer_scores import Answers, AnswerScores, add_answer_scores
 from .arguments import GranulonSFTConfig
 from .checkpoints import finish_checkpoint, remove_checkpoint
+from .collator import GranulonCollator
 from .meters import Meter, peak_memory_gb
 from .sampling import GroupedByLength
 from .vision_cache import VisionCache
 
 LIKELIHOODS = ("task", "pixel", "semantic")  # parts of the loss that count answer tokens
-CONTROLLER_PARTS = ("controller", "labels", "replay")  # parts that count rows
+CONTROLLER_PARTS = ("controller", "labels", "replay")  # parts that count questions
 SHOWN = ("loss_task", "loss_pixel", "loss_semantic", "token_accuracy_full", "tokens_per_second")  # in the progress bar
 
 
@@ -41,8 +42,8 @@ class GranulonTrainer(SFTTrainer):
     `SFTTrainer` that adds the pixel-only, the semantic-only and the controller's loss, and logs each part.
 
     Takes what `SFTTrainer` takes; `args` is a `GranulonSFTConfig`, `processing_class` a `GranulonProcessor`. Rows are
-    prompts and completions with `images`, or `messages` with `assistant_only_loss`, and may name their level in a
-    column `granularity`.
+    prompts and completions with `images`, or `messages` with `assistant_only_loss`, and may name their level, or that
+    of each answer, in a column `granularity`.
 
     Args:
         replay: questions with known levels that the controller goes on learning beside the rows.
@@ -90,8 +91,8 @@ class GranulonTrainer(SFTTrainer):
         self.granulon = head_of(self.model).model
         if self.args.vision_cache:
             VisionCache(self.granulon, self.args.vision_cache, self.args.process_index).attach()
-        self.packs_views = config.text_config._attn_implementation in ("sdpa", "eager")
-        self.replay, self.rows_of_step = replay, None
+        self.packs_views = config.text_config._attn_implementation in PACKABLE
+        self.replay, self.questions_of_step = replay, None
         self.meters = {mode: Meter(meter_names(self.level_names), self.args.device) for mode in ("train", "eval")}
         self.timed_until = time.perf_counter()
         if any(type(callback) is ProgressCallback for callback in self.callback_handler.callbacks):
@@ -109,7 +110,7 @@ class GranulonTrainer(SFTTrainer):
         return super()._get_train_sampler(train_dataset)
 
     def get_batch_samples(self, *args, **kwargs):
-        """As upstream; also counts the rows of the step over all processes, which divide the controller's losses.
+        """As upstream; also counts the step's questions over all processes, which divide the controller's losses.
 
         A run that is resumed at `max_steps` takes no further step.
         """
@@ -117,32 +118,33 @@ class GranulonTrainer(SFTTrainer):
             return [], None
         batches, num_items = super().get_batch_samples(*args, **kwargs)
         if self.learns_levels and batches:
-            self.rows_of_step = self.accelerator.reduce(sum(map(self._count_rows, batches)), reduction="sum")
+            self.questions_of_step = self.accelerator.reduce(sum(map(self._count_questions, batches)), reduction="sum")
         return batches, num_items
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """The joint objective of a batch, and TRL's own metrics of the full view."""
-        level_B = inputs.pop("granularity_labels", None)
+        label_A = inputs.pop("granularity_labels", None)
         named = None
-        if self.args.level_from_rows and level_B is not None:
-            named = [level if level >= 0 else None for level in level_B.tolist()]
+        if self.args.level_from_rows and label_A is not None:
+            named = [level if level >= 0 else None for level in label_A.tolist()]
         scores = model(**inputs, views=self._views(), packed=self.packs_views, granularity=named)
         super().compute_loss(lambda **_: scores.full, dict(inputs), num_items_in_batch=num_items_in_batch)
         processes = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
         if num_items_in_batch is None:
-            tokens, processes = scores.tokens_B.sum(), 1
+            tokens, processes = scores.full.label_mask.sum(), 1
         else:  # the count is that of all processes, and their gradients are averaged
             tokens = torch.as_tensor(num_items_in_batch, device=self.args.device)
-        nll_BS, logits_BS = self._levels(scores, inputs)
-        likelihoods = self._likelihoods(scores, nll_BS, logits_BS)
-        controller = self._controller_losses(scores, inputs, level_B, nll_BS, logits_BS)
+        asked_A = self._asked(inputs)
+        nll_AS, logits_AS = self._levels(scores, asked_A)
+        likelihoods = self._likelihoods(scores, nll_AS, logits_AS)
+        controller = self._controller_losses(scores, asked_A, label_A, nll_AS, logits_AS)
         self._stop_unless_finite(likelihoods | {name: total for name, (total, *_) in controller.items()}, "loss")
-        self._measure(inputs, scores, likelihoods, controller, nll_BS)
+        self._measure(scores, likelihoods, controller, asked_A, label_A, nll_AS)
 
         weights = dict(zip(LIKELIHOODS, (1, self.args.pixel_loss_weight, self.args.semantic_loss_weight)))
         loss = sum(weights[name] * total for name, total in likelihoods.items()) / tokens.clamp_min(1)
-        for total, rows, _ in controller.values():
-            loss = loss + self.args.granularity_loss_weight * total / rows.clamp_min(1)
+        for total, questions, _ in controller.values():
+            loss = loss + self.args.granularity_loss_weight * total / questions.clamp_min(1)
         return loss * processes
 
     def _views(self) -> tuple[str, ...]:
@@ -160,53 +162,54 @@ class GranulonTrainer(SFTTrainer):
             names = [names[level] for level in chosen.tolist()]
         return (FULL, *pixel, *names)
 
-    def _levels(self, scores: AnswerScores, inputs: dict) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    def _levels(self, scores: AnswerScores, asked_A) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         """Each level's negative log-likelihood of the answers, and the controller's logits of these levels.
 
-        (B,S) each, or None without levels. A row whose level the controller does not choose has equal logits.
+        (A,S) each, or None without levels. An answer whose level the controller does not choose has equal logits.
         """
         levels = [level for level, name in enumerate(self.level_names) if name in scores.log_probs]
         if not levels:
             return None, None
-        nll_BS = torch.stack([-scores.log_probs[self.level_names[level]].sum(-1) for level in levels], dim=1)
-        logits_BG = scores.granularity_logits
-        if logits_BG is None:
-            return nll_BS, torch.zeros_like(nll_BS)
-        return nll_BS, logits_BG[:, levels].float() * self._asked_rows(inputs).unsqueeze(-1)
+        nll_AS = torch.stack([-scores.by_answer(scores.log_probs[self.level_names[level]]) for level in levels], dim=1)
+        logits_AG = scores.granularity_logits
+        if logits_AG is None:
+            return nll_AS, torch.zeros_like(nll_AS)
+        return nll_AS, logits_AG[:, levels].float() * asked_A.unsqueeze(-1)
 
-    def _likelihoods(self, scores: AnswerScores, nll_BS, logits_BS) -> dict[str, torch.Tensor]:
+    def _likelihoods(self, scores: AnswerScores, nll_AS, logits_AS) -> dict[str, torch.Tensor]:
         """The parts of Eq. 9: sums over answer tokens, in nats."""
         parts = {"task": -scores.log_probs[FULL].sum()}
         if PIXEL in scores.log_probs:
             parts["pixel"] = -scores.log_probs[PIXEL].sum()
         if SEMANTIC in scores.log_probs:
             parts["semantic"] = -scores.log_probs[SEMANTIC].sum()
-        if nll_BS is not None and self.args.semantic_loss_weight > 0:
+        if nll_AS is not None and self.args.semantic_loss_weight > 0:
             share = self.args.level_exploration
-            weights_BS = (1 - share) * logits_BS.detach().softmax(-1) + share / logits_BS.shape[1]  # no level starves
-            parts["semantic"] = (weights_BS * nll_BS).sum()
+            weights_AS = (1 - share) * logits_AS.detach().softmax(-1) + share / logits_AS.shape[1]  # no level starves
+            parts["semantic"] = (weights_AS * nll_AS).sum()
         return parts
 
-    def _controller_losses(self, scores: AnswerScores, inputs: dict, level_B, nll_BS, logits_BS) -> dict[str, tuple]:
+    def _controller_losses(self, scores: AnswerScores, asked_A, label_A, nll_AS, logits_AS) -> dict[str, tuple]:
         """Eq. 11: the answer's likelihood over all levels, and the cross-entropy of known and of replayed levels.
 
-        Each part is a sum, the number of rows that divides it (of the whole step) and that of this batch.
+        Each part is a sum, the number of questions that divides it (of the whole step) and that of this batch.
         """
         if not self.args.granularity_loss_weight:
             return {}
-        parts, logits_BG = {}, scores.granularity_logits
-        if logits_BG is not None:
-            own = self._count_rows(inputs | {"granularity_labels": level_B})
-            asked, labelled = own if self.rows_of_step is None or not self.model.training else self.rows_of_step
-            asked_B = self._asked_rows(inputs)
-            if nll_BS is not None:
-                cost_BS = nll_BS.detach() + self.args.token_cost * self._token_shares(scores)
+        parts, logits_AG = {}, scores.granularity_logits
+        if logits_AG is not None:
+            own = _counts(asked_A, label_A)
+            asked, labelled = (
+                own if self.questions_of_step is None or not self.model.training else self.questions_of_step
+            )
+            if nll_AS is not None:
+                cost_AS = nll_AS.detach() + self.args.token_cost * self._token_shares(scores)
                 # Its gradient is p minus the posterior of the levels: none where all levels answer equally well.
-                loss_B = -(logits_BS.log_softmax(-1) - cost_BS).logsumexp(-1)
-                parts["controller"] = (loss_B * asked_B).sum(), asked, own[0]
-            if level_B is not None:
-                level_B = level_B.masked_fill(~asked_B, -100)
-                parts["labels"] = F.cross_entropy(logits_BG.float(), level_B, reduction="sum"), labelled, own[1]
+                loss_A = -(logits_AS.log_softmax(-1) - cost_AS).logsumexp(-1)
+                parts["controller"] = (loss_A * asked_A).sum(), asked, own[0]
+            if label_A is not None:
+                known_A = label_A.masked_fill(~asked_A, -100)
+                parts["labels"] = F.cross_entropy(logits_AG.float(), known_A, reduction="sum"), labelled, own[1]
         if self.replay is not None:
             ids, mask, target_QG = self.replay.sample(self.args.seed + self.state.global_step, self.args.device)
             logits_QG = self.granulon.question_logits(ids, mask)
@@ -222,17 +225,16 @@ class GranulonTrainer(SFTTrainer):
         shares = [keep[name] / max(keep.values()) for name in scores.levels(self.level_names)]
         return torch.tensor(shares, device=self.args.device)
 
-    def _asked_rows(self, inputs: dict) -> torch.Tensor:
-        """Rows with an image and a question, (B,) bool: those whose level the controller chooses."""
-        sees_B = (inputs["input_ids"] == self.granulon.config.image_token_id).any(-1)
+    def _asked(self, inputs: dict) -> torch.Tensor:
+        """Answers with an image and a question before them, (A,) bool: those whose level the controller chooses."""
+        answers = Answers.of(inputs["labels"], inputs.get("answer_ids"))
+        sees_A = answers.see(inputs["input_ids"] == self.granulon.config.image_token_id)
         mask = inputs.get("question_attention_mask")
-        return sees_B & mask.any(-1).to(sees_B.device) if mask is not None else torch.zeros_like(sees_B)
+        return sees_A & mask.any(-1).to(sees_A.device) if mask is not None else torch.zeros_like(sees_A)
 
-    def _count_rows(self, inputs: dict) -> torch.Tensor:
-        """How many rows the controller chooses for, and how many of these name their level, (2,) long."""
-        asked_B, level_B = self._asked_rows(inputs), inputs.get("granularity_labels")
-        labelled_B = torch.zeros_like(asked_B) if level_B is None else asked_B & (level_B != -100).to(asked_B.device)
-        return torch.stack([asked_B.sum(), labelled_B.sum()]).to(self.args.device)
+    def _count_questions(self, inputs: dict) -> torch.Tensor:
+        """How many questions the controller chooses for, and how many of these name their level, (2,) long."""
+        return _counts(self._asked(inputs), inputs.get("granularity_labels")).to(self.args.device)
 
     def training_step(self, *args, **kwargs):
         """As upstream; the gradients of a complete step are looked at before they change the weights."""
@@ -274,82 +276,53 @@ class GranulonTrainer(SFTTrainer):
         )
 
     @torch.no_grad()
-    def _measure(self, inputs: dict, scores: AnswerScores, likelihoods: dict, controller: dict, nll_BS):
+    def _measure(self, scores: AnswerScores, likelihoods: dict, controller: dict, asked_A, label_A, nll_AS):
         meter = self.meters["train" if self.model.training else "eval"]
-        count = scores.tokens_B.sum()
+        count = scores.full.label_mask.sum()
         for name, total in likelihoods.items():
             meter.add(f"loss_{name}", total, count)
-        for name, (total, _, rows) in controller.items():
-            meter.add(f"loss_{name}", total, rows)
+        for name, (total, _, questions) in controller.items():
+            meter.add(f"loss_{name}", total, questions)
         for view in (FULL, PIXEL):
             if view in scores.correct:
                 meter.add(f"token_accuracy_{view}", scores.correct[view].sum(), count)
         for view in (SEMANTIC, *scores.levels(self.level_names)):
             if view in scores.correct:
                 meter.add("token_accuracy_semantic", scores.correct[view].sum(), count)
-        slots_BT = inputs["input_ids"] == self.granulon.config.image_token_id
-        empty = 0 if scores.semantic_mask is None else (~scores.semantic_mask).sum().to(slots_BT.device)
-        read = inputs["attention_mask"].sum() - empty
-        meter.add("visual_token_share", slots_BT.sum() - empty, read)
+        read = scores.text_tokens + scores.visual_tokens
+        meter.add("visual_token_share", scores.visual_tokens, read)
+        meter.add("padding_share", scores.slots - scores.used_slots, scores.slots)
         meter.add("tokens_per_second", read, 0)
         if scores.granularity_index is not None:
-            self._measure_levels(meter, inputs, scores, nll_BS)
+            self._measure_levels(meter, scores, asked_A, label_A, nll_AS)
 
-    def _measure_levels(self, meter: Meter, inputs: dict, scores: AnswerScores, nll_BS):
+    def _measure_levels(self, meter: Meter, scores: AnswerScores, asked_A, label_A, nll_AS):
         """How often each level acts, how well the answers are read at it, and how good the controller's choice is."""
-        levels, asked_B, tokens_B = scores.levels(self.level_names), self._asked_rows(inputs), scores.tokens_B
+        levels, tokens_A, sees_A = scores.levels(self.level_names), scores.tokens_A, scores.sees_A
         if scores.granularity_logits is not None:
-            entropy_B = torch.distributions.Categorical(logits=scores.granularity_logits.float()).entropy()
-            meter.add("controller_entropy", (entropy_B * asked_B).sum(), asked_B.sum())
+            entropy_A = torch.distributions.Categorical(logits=scores.granularity_logits.float()).entropy()
+            meter.add("controller_entropy", (entropy_A * asked_A).sum(), asked_A.sum())
             if len(levels) == len(self.level_names):
-                best_B = nll_BS.argmin(1) == scores.granularity_logits.argmax(1)
-                meter.add("controller_agreement", (best_B & asked_B).sum(), asked_B.sum())
-        seeing_B = (inputs["input_ids"] == self.granulon.config.image_token_id).any(-1)
+                self._measure_choices("controller_agreement", meter, scores, nll_AS.argmin(1), asked_A)
+            if label_A is not None:
+                self._measure_choices("controller_accuracy", meter, scores, label_A, asked_A & (label_A >= 0))
         for place, name in enumerate(levels):
-            meter.add(f"loss_semantic/{name}", (nll_BS[:, place] * seeing_B).sum(), (tokens_B * seeing_B).sum())
+            meter.add(f"loss_semantic/{name}", (nll_AS[:, place] * sees_A).sum(), (tokens_A * sees_A).sum())
+        nll_A, correct_A = -scores.by_answer(scores.log_probs[FULL]), scores.by_answer(scores.correct[FULL])
         for level, name in enumerate(self.level_names):
-            chosen_B = seeing_B & (scores.granularity_index == level)
-            meter.add(f"level_share/{name}", chosen_B.sum(), seeing_B.sum())
-            level_tokens = (tokens_B * chosen_B).sum()
-            meter.add(f"loss/{name}", -(scores.log_probs[FULL].sum(-1) * chosen_B).sum(), level_tokens)
-            meter.add(f"token_accuracy/{name}", (scores.correct[FULL].sum(-1) * chosen_B).sum(), level_tokens)
+            chosen_A = sees_A & (scores.granularity_index == level)
+            meter.add(f"level_share/{name}", chosen_A.sum(), sees_A.sum())
+            level_tokens = (tokens_A * chosen_A).sum()
+            meter.add(f"loss/{name}", (nll_A * chosen_A).sum(), level_tokens)
+            meter.add(f"token_accuracy/{name}", (correct_A * chosen_A).sum(), level_tokens)
 
-
-@dataclass
-class GranulonCollator(DataCollatorForVisionLanguageModeling):
-    """TRL's collator, with `granularity_labels` (B,) long, -100 where a row names no level; it cuts nothing.
-
-    levels: names of the model's levels; without any, the rows' levels are left aside.
-    visual_view: "full", "pixel" or "semantic": which image tokens the prompts have slots for.
-    longest: the most tokens that a row may have.
-    """
-
-    levels: list[str] = field(default_factory=list)
-    longest: int | None = None
-    visual_view: str = FULL
-
-    def __post_init__(self):
-        self.processor = self.processor.for_view(self.visual_view)
-
-    def torch_call(self, examples: list[dict]) -> dict:
-        examples = [dict(example) for example in examples]  # upstream changes them
-        named = [example.pop("granularity", None) for example in examples]
-        batch = super().torch_call(examples)
-        for row, length in enumerate(batch["attention_mask"].sum(-1).tolist()):
-            if self.longest is not None and length > self.longest:
-                raise ValueError(
-                    f"row {row} of a batch has {length} tokens and max_length is {self.longest}; rows are never cut: "
-                    "raise max_length, or leave the row out (load_rows with max_length does)"
-                )
-        batch["granularity_labels"] = torch.tensor([self._level(row, name) for row, name in enumerate(named)])
-        return batch
-
-    def _level(self, row: int, name: str | None) -> int:
-        if name is None or not self.levels:
-            return -100
-        if name not in self.levels:
-            raise ValueError(f"row {row} of a batch names the level {name!r}; the model has {self.levels}")
-        return self.levels.index(name)
+    def _measure_choices(self, what: str, meter: Meter, scores: AnswerScores, right_A, counted_A):
+        """How often the controller chooses the right level, over all questions and over those of each level."""
+        hit_A = scores.granularity_logits.argmax(1) == right_A
+        meter.add(what, (hit_A & counted_A).sum(), counted_A.sum())
+        for level, name in enumerate(self.level_names):
+            of_level_A = counted_A & (right_A == level)
+            meter.add(f"{what}/{name}", (hit_A & of_level_A).sum(), of_level_A.sum())
 
 
 class PartsInProgressBar(ProgressCallback):
@@ -385,8 +358,15 @@ def gradient_norm(parameters: list) -> torch.Tensor | None:
 
 
 def meter_names(levels: list[str]) -> list[str]:
-    by_level = ("level_share", "loss", "token_accuracy", "loss_semantic")
+    choices = ("controller_agreement", "controller_accuracy")
+    by_level = ("level_share", "loss", "token_accuracy", "loss_semantic", *choices)
     losses = [f"loss_{part}" for part in (*LIKELIHOODS, *CONTROLLER_PARTS)]
     accuracies = [f"token_accuracy_{view}" for view in (FULL, PIXEL, SEMANTIC)]
-    others = ["controller_entropy", "controller_agreement", "visual_token_share", "tokens_per_second"]
+    others = ["controller_entropy", *choices, "visual_token_share", "padding_share", "tokens_per_second"]
     return [*losses, *accuracies, *others, *(f"{name}/{level}" for name in by_level for level in levels)]
+
+
+def _counts(asked_A: torch.Tensor, label_A: torch.Tensor | None) -> torch.Tensor:
+    """How many questions are asked, and how many of these name their level, (2,) long."""
+    labelled_A = torch.zeros_like(asked_A) if label_A is None else asked_A & (label_A != -100).to(asked_A.device)
+    return torch.stack([asked_A.sum(), labelled_A.sum()])

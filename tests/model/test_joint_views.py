@@ -28,8 +28,9 @@ def test_the_packed_sequence_shares_the_prefix_and_copies_only_what_differs():
     assert packed.position_ids_BP[0][view == 1].tolist() == [3, 4, 5]
     assert packed.position_ids_BP[0][view == 2].tolist() == [1, 2, 3, 4, 5]
     assert packed.widths == [8, 3, 5]
+    mask_PP = packed.mask("sdpa", torch.float32)[0, 0]
     last_pixel, last_semantic = (view == 1).nonzero()[-1], (view == 2).nonzero()[-1]
-    seen = lambda query: sorted(source[packed.mask_BPP[0, query.item()]].tolist())  # noqa: E731
+    seen = lambda query: sorted(source[mask_PP[query.item()]].tolist())  # noqa: E731
     assert seen(last_pixel) == [0, 1, 2, 3, 6, 7]
     assert seen(last_semantic) == [0, 1, 4, 5, 6, 7]
 

@@ -7,9 +7,9 @@ import pytest
 import torch
 from conftest import count_calls, make_image, make_model, make_processor
 
+from granulon.train.collator import GranulonCollator
 from granulon.train.controller.corpus import check_rows
 from granulon.train.controller.measure import answer_nll, compare_levels, measure_rows
-from granulon.train.trainer import GranulonCollator
 
 ANSWERS = ["a dog", "two large cats on a sofa", "no", "blue, and then some more words", "x"]
 

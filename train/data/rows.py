@@ -3,10 +3,11 @@
 LLaVA JSON, messages with images, prompts with completions, or columns of questions and answers, from files, folders,
 the Hub, WebDataset shards or memory, become rows for TRL's collator:
 
-    {"prompt": [messages], "completion": [one answer], "images": [RGB pictures], "granularity": a level's name or None}
+    {"prompt": [messages], "completion": [an answer, a question, an answer, ...], "images": [RGB pictures],
+     "granularity": a level's name or None; a list of them for several answers}
 
-Every answer of a conversation becomes a separate row with the preceding messages as its prompt: the controller reads
-the latest question, so each answer needs the image at the level of its own question.
+The answers of a conversation share rows, up to `answers_per_row`: every answer is learned, and what stands before it
+is read once.
 
 Too many invalid rows stop the run. Rows in memory are checked before training, which decodes every image once
 (`num_proc` processes, cached by `datasets`); this builds a table of row numbers, and images are decoded again when a
@@ -14,8 +15,10 @@ batch needs them. Streamed rows are checked during training.
 """
 
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass, field, fields
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from accelerate import PartialState
@@ -29,8 +32,8 @@ from datasets import (
     interleave_datasets,
 )
 from datasets.fingerprint import Hasher
-from trl import apply_chat_template
 
+from .conversations import Rendered, render
 from .formats import BadRow, Reader, Turn, open_image, without_bytes
 from .quarantine import Quarantine
 from .sources import DataSource, first_row, open_source
@@ -40,8 +43,9 @@ CHECKED = Features(
     {
         "source": Value("int32"),
         "row": Value("int64"),
-        "turn": Value("int32"),
-        "length": Value("int32"),  # tokens of the row, those of its images included
+        "turn": Value("int32"),  # the last answer of the row
+        "answers": Value("int32"),  # how many answers it has
+        "length": Value("int32"),  # its tokens, those of its images included
         "reason": Value("string"),
     }
 )
@@ -49,9 +53,8 @@ STREAMED = Features(
     {
         "source": Value("int32"),
         "row": Value("int64"),
-        "turn": Value("int32"),
         "reason": Value("string"),
-        "content": Value("string"),  # the rest of the row in JSON, or for a bad row its content for the quarantine
+        "content": Value("string"),  # all turns of the row in JSON, or for a bad row its content for the quarantine
         "images": List({"bytes": Value("binary"), "path": Value("string")}),
     }
 )
@@ -68,6 +71,7 @@ def load_rows(
     max_length: int | None = None,
     levels: list[str] | None = None,
     level_tokens: dict[str, int] | None = None,
+    answers_per_row: int | None = 1,
     num_proc: int | None = None,
 ) -> Dataset | IterableDataset:
     """
@@ -92,6 +96,9 @@ def load_rows(
         levels (`list[str]`, *optional*): names of the model's levels; rows with others are invalid. `[]` checks none.
         level_tokens (`dict[str, int]`, *optional*): of prompts that show semantic tokens alone, how many each level
             has. By default an image counts with all its slots.
+        answers_per_row (`int`, *optional*): the most answers of a conversation that share a row; None for all that fit
+            into `max_length`. A chat template that writes earlier turns differently once there are later ones gives
+            one answer per row.
         num_proc (`int`, *optional*): number of processes that check rows in memory.
 
     Returns:
@@ -104,7 +111,7 @@ def load_rows(
     sources = [DataSource.of(entry) for entry in sources]
     _check_weights(sources, streaming)
     quarantined = Quarantine(quarantine, max_bad_share, list(map(str, sources)))
-    check = Check(processor, levels, max_length, level_tokens)
+    check = Check(processor, levels, max_length, level_tokens, answers_per_row)
     with PartialState().main_process_first():  # fills the caches for the others
         opened = [open_source(source, streaming) for source in sources]
         if streaming:
@@ -131,24 +138,59 @@ def _check_weights(sources: list[DataSource], streaming: bool):
 
 @dataclass
 class Check:
-    """Checks whether a turn can be used: level, chat template, length."""
+    """Checks whether turns can be used (level, chat template, length) and which of them share a row."""
 
     processor: object
     levels: list[str] | None = None
     max_length: int | None = None
     level_tokens: dict[str, int] | None = None
+    answers_per_row: int | None = 1
     span_lengths: dict = field(default_factory=dict, repr=False)
 
     def __call__(self, turn: Turn, pictures: list) -> int:
-        """The turn's tokens; raises `BadRow`. `pictures` are the turn's images, opened."""
+        """The tokens of a row of this turn alone; raises `BadRow`. `pictures` are the turn's images, opened."""
+        rendered = self._render(turn)
+        return self._fitting(self._words(*rendered), self._spans(pictures, turn.granularity))
+
+    def rows(self, turns: list[Turn], pictures: list) -> Iterator[tuple[int, int, int | None, str | None]]:
+        """Last turn, number of answers and tokens of every row of a conversation, or the turn, 1, None and why it
+        cannot be used. `pictures` are those of the whole conversation, opened."""
+        row = None  # number of the last turn, answers, words and how they were rendered
+        for number, turn in enumerate(turns):
+            spans = self._spans(pictures[: len(turn.images)], turn.granularity)
+            try:
+                rendered = self._render(turn)
+                if row and self._has_room(row) and rendered.continues(row.rendered):
+                    words = row.words + self._words(rendered.after(row.rendered), rendered.answer)
+                    if self.max_length is None or words + spans <= self.max_length:
+                        row = OpenRow(number, row.answers + 1, words, max(spans, row.spans), rendered)
+                        continue
+                words = self._words(*rendered)
+                self._fitting(words, spans)
+            except BadRow as error:
+                if row:
+                    yield row.entry()
+                row = None
+                yield number, 1, None, str(error)
+                continue
+            if row:
+                yield row.entry()
+            row = OpenRow(number, 1, words, spans, rendered)
+        if row:
+            yield row.entry()
+
+    def _has_room(self, row: "OpenRow") -> bool:
+        return self.answers_per_row is None or row.answers < self.answers_per_row
+
+    def _render(self, turn: Turn) -> Rendered:
         if turn.granularity is not None and self.levels and turn.granularity not in self.levels:
             raise BadRow(f"its level is {turn.granularity!r}, the model has {self.levels}")
         try:
-            texts = apply_chat_template({"prompt": turn.prompt, "completion": turn.completion}, self.processor)
-            (texts["prompt"] + texts["completion"]).encode()  # fails for half of a surrogate pair
+            rendered = render(self.processor, turn.prompt, turn.completion)
+            "".join(rendered).encode()  # fails for half of a surrogate pair
         except Exception as error:  # a chat template may raise anything
             raise BadRow(f"it cannot be rendered: {str(error) or type(error).__name__}") from error
-        return self._length([texts["prompt"], texts["completion"]], pictures, turn.granularity)
+        return rendered
 
     def key(self) -> str:
         """Everything that the result depends on, as text."""
@@ -158,18 +200,23 @@ class Check:
         if isinstance(backend, dict):  # left over from the latest call
             backend = {name: value for name, value in backend.items() if name not in ("padding", "truncation")}
         spans = [self.processor.patch_size, self.processor.num_semantic_tokens, self.level_tokens]
-        parts += [repr(self.max_length), repr(spans), self.processor.image_processor.to_json_string()]
+        parts += [repr((self.max_length, self.answers_per_row, spans))]
+        parts += [self.processor.image_processor.to_json_string()]
         parts += [json.dumps(backend, sort_keys=True)]
         return "\n".join(parts)
 
-    def _length(self, texts: list[str], pictures: list, level: str | None) -> int:
-        """Counts as the collator does: prompt and completion separately, each image with its span of placeholders."""
-        ids = self.processor.tokenizer(texts, add_special_tokens=False)["input_ids"]
-        words = sum(map(len, ids)) - len(pictures)
-        if self.level_tokens is None:
-            spans = sum(self._span_length(picture.size) for picture in pictures)
-        else:
-            spans = len(pictures) * self.level_tokens.get(level, max(self.level_tokens.values()))
+    def _words(self, *texts: str) -> int:
+        """Tokens of texts without those of images; as the collator counts, each text by itself."""
+        ids = self.processor.tokenizer(list(texts), add_special_tokens=False)["input_ids"]
+        return sum(map(len, ids)) - sum(text.count(self.processor.image_token) for text in texts)
+
+    def _spans(self, pictures: list, level: str | None) -> int:
+        """Tokens of images, each with its span of placeholders."""
+        if self.level_tokens is not None:
+            return len(pictures) * self.level_tokens.get(level, max(self.level_tokens.values()))
+        return sum(self._span_length(picture.size) for picture in pictures)
+
+    def _fitting(self, words: int, spans: int) -> int:
         if self.max_length is not None and words + spans > self.max_length:
             raise BadRow(
                 f"it has {words + spans} tokens, {spans} of them for images, and max_length is {self.max_length}; "
@@ -184,9 +231,22 @@ class Check:
         return self.span_lengths[size]
 
 
+class OpenRow(NamedTuple):
+    """A row that the next turn of its conversation may join."""
+
+    turn: int
+    answers: int
+    words: int
+    spans: int
+    rendered: Rendered
+
+    def entry(self) -> tuple[int, int, int, None]:
+        return self.turn, self.answers, self.words + self.spans, None
+
+
 @dataclass
 class RowCheck:
-    """For `Dataset.map`: converts stored rows to one entry of `CHECKED` per turn or invalid row."""
+    """For `Dataset.map`: converts stored rows to one entry of `CHECKED` per row for training or invalid turn."""
 
     number: int
     reader: Reader
@@ -204,20 +264,14 @@ class RowCheck:
         reader = {known.name: str(getattr(self.reader, known.name)) for known in fields(self.reader)}
         return json.dumps([self.number, reader, self.check.key()])
 
-    def _verdicts(self, stored: dict) -> list[tuple[int | None, int | None, str | None]]:
-        """(turn, its length, None) or (turn, None, why it is invalid); (None, None, reason) for the whole row."""
+    def _verdicts(self, stored: dict) -> list[tuple]:
+        """What `Check.rows` says; (None, None, None, reason) for a stored row that cannot be read."""
         try:
             turns = self.reader.turns(stored)
             pictures = [open_image(image) for image in (turns[-1].images if turns else [])]
         except ValueError as error:
-            return [(None, None, str(error))]
-        verdicts = []
-        for number, turn in enumerate(turns):
-            try:
-                verdicts.append((number, self.check(turn, pictures[: len(turn.images)]), None))
-            except BadRow as error:
-                verdicts.append((number, None, str(error)))
-        return verdicts
+            return [(None, None, None, str(error))]
+        return list(self.check.rows(turns, pictures))
 
 
 @dataclass
@@ -230,16 +284,13 @@ class BuildRows:
     def __call__(self, batch: dict[str, list]) -> dict[str, list]:
         if "turn" not in batch:  # a column that was asked for by name
             return batch
-        turns = []
-        for source, row, number in zip(batch["source"], batch["row"], batch["turn"], strict=True):
-            stored = self.raws[source][row : row + 1].to_pylist()[0]
-            turns.append((source, row, self.readers[source].turns(stored)[number]))
-        return {
-            "prompt": [turn.prompt for _, _, turn in turns],
-            "completion": [turn.completion for _, _, turn in turns],
-            "images": [self._pictures(*entry) for entry in turns],
-            "granularity": [turn.granularity for _, _, turn in turns],
-        }
+        places = zip(batch["source"], batch["row"], batch["turn"], batch["answers"], strict=True)
+        return _columns([self._row(*place) for place in places])
+
+    def _row(self, source: int, row: int, last: int, answers: int) -> dict:
+        stored = self.raws[source][row : row + 1].to_pylist()[0]
+        turns = self.readers[source].turns(stored)[last + 1 - answers : last + 1]
+        return training_row(turns) | {"images": self._pictures(source, row, turns[-1])}
 
     def _pictures(self, source: int, row: int, turn: Turn) -> list:
         try:
@@ -249,6 +300,33 @@ class BuildRows:
                 f"row {row} of {self.readers[source].label} was valid when it was checked: {error}; restore the "
                 "image, or restart to quarantine the row"
             ) from error
+
+
+def training_row(turns: list[Turn]) -> dict:
+    """The row of successive turns of a conversation, without its images."""
+    first, last = turns[0], turns[-1]
+    between = last.prompt[len(first.prompt) :]
+    return {
+        "prompt": first.prompt,
+        "completion": between + last.completion,
+        "granularity": [turn.granularity for turn in turns] if len(turns) > 1 else last.granularity,
+    }
+
+
+def turns_of(row: dict) -> list[Turn]:
+    """The turns of a training row, with its images: the inverse of `training_row`."""
+    prompt, completion, levels = row["prompt"], row["completion"], row["granularity"]
+    places = [place for place, message in enumerate(completion) if message["role"] == "assistant"]
+    turns = []
+    for place, level in zip(places, levels if isinstance(levels, list) else [levels], strict=True):
+        before = prompt + completion[:place]
+        shown = sum(part["type"] == "image" for message in before for part in message["content"])
+        turns.append(Turn(before, completion[place : place + 1], row["images"][:shown], level))
+    return turns
+
+
+def _columns(rows: list[dict]) -> dict[str, list]:
+    return {name: [row[name] for row in rows] for name in ("prompt", "completion", "images", "granularity")}
 
 
 def _checked_table(number: int, raw: Dataset, check: RowCheck, num_proc: int | None) -> Dataset:
@@ -314,7 +392,7 @@ def _mixed(parts: list, sources: list[DataSource], seed: int):
 
 @dataclass
 class StreamRead:
-    """For `IterableDataset.map`: converts stored rows to one entry of `STREAMED` per turn or invalid row."""
+    """For `IterableDataset.map`: converts a stored row to an entry of `STREAMED`; an empty line gives none."""
 
     number: int
     reader: Reader
@@ -327,17 +405,16 @@ class StreamRead:
                 turns = self.reader.turns(stored)
             except BadRow as error:
                 content = json.dumps(self.reader.for_quarantine(stored), default=str)
-                entries.append((self.number, index, None, str(error), content, []))
+                entries.append((self.number, index, str(error), content, []))
                 continue
-            for number, turn in enumerate(turns):
-                content = {"prompt": turn.prompt, "completion": turn.completion, "granularity": turn.granularity}
-                entries.append((self.number, index, number, None, json.dumps(content), turn.images))
+            if turns:
+                entries.append((self.number, index, None, json.dumps(training_row(turns)), turns[-1].images))
         return {name: [entry[place] for entry in entries] for place, name in enumerate(STREAMED)}
 
 
 @dataclass
 class StreamCheck:
-    """For `IterableDataset.map`, one row at a time: returns a training row, or none and quarantines it."""
+    """For `IterableDataset.map`, one stored row at a time: returns its training rows, quarantines what is invalid."""
 
     check: Check
     quarantined: Quarantine
@@ -345,19 +422,30 @@ class StreamCheck:
     def __call__(self, batch: dict[str, list]) -> dict[str, list]:
         entry = {name: values[0] for name, values in batch.items()}
         content = json.loads(entry["content"])
-        self.quarantined.rows[entry["source"]] += 1
+        if entry["reason"] is not None:
+            self._put(entry, None, entry["reason"], content)
+            return _columns([])
+        turns = turns_of(content | {"images": entry["images"]})
         try:
-            if entry["reason"] is not None:
-                raise BadRow(entry["reason"])
             pictures = [open_image(image) for image in entry["images"]]
-            self.check(Turn(**content, images=entry["images"]), pictures)
         except ValueError as error:
-            shown = content if entry["reason"] else {**content, "images": without_bytes(entry["images"])}
-            self.quarantined.put(entry["source"], entry["row"], entry["turn"], str(error), shown, once=True)
-            self.quarantined.stop_if_too_many(entry["source"])
-            return {"prompt": [], "completion": [], "images": [], "granularity": []}
-        row = {"prompt": content["prompt"], "completion": content["completion"], "images": pictures}
-        return {name: [value] for name, value in {**row, "granularity": content["granularity"]}.items()}
+            self._put(entry, None, str(error), content | {"images": without_bytes(entry["images"])})
+            return _columns([])
+        rows = []
+        for last, answers, _, reason in self.check.rows(turns, pictures):
+            of_row = turns[last + 1 - answers : last + 1]
+            row = training_row(of_row)
+            if reason is None:
+                self.quarantined.rows[entry["source"]] += 1
+                rows.append(row | {"images": pictures[: len(of_row[-1].images)]})
+            else:
+                self._put(entry, last, reason, row | {"images": without_bytes(of_row[-1].images)})
+        return _columns(rows)
+
+    def _put(self, entry: dict, turn: int | None, reason: str, shown: dict):
+        self.quarantined.rows[entry["source"]] += 1
+        self.quarantined.put(entry["source"], entry["row"], turn, reason, shown, once=True)
+        self.quarantined.stop_if_too_many(entry["source"])
 
 
 def _streamed(sources, opened, check: Check, quarantined: Quarantine, seed: int) -> IterableDataset:
