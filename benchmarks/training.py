@@ -21,6 +21,7 @@ from granulon.evaluation.timing import interleaved, machine, medians, millisecon
 from granulon.hub.assemble import byte_tokenizer, with_image_parts
 from granulon.hub.text import markdown_table
 from granulon.train.arguments import GranulonSFTConfig
+from granulon.train.meters import peak_flops
 from granulon.train.trainer import GranulonTrainer
 from modeling_granulon import GranulonProcessor
 
@@ -38,7 +39,6 @@ STEPS = {  # settings of the trainer, and whether one pass holds all views; CACH
 }
 GOALS = {196: 1.9, 784: 1.5}  # patches: the largest ratio of packed views to plain fine-tuning
 QUESTION, ANSWER = "which is left?", "The red circle is left of the square."  # one token a letter
-DENSE_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "RTX 4090": 165e12}  # bfloat16
 PREFACE = f"""\
 # Training step
 
@@ -152,7 +152,7 @@ def measure(name: str, size: int, options, folder: str) -> dict:
     }
 
 
-def table_of(result: dict, peak_flops: float | None) -> str:
+def table_of(result: dict, peak: float | None) -> str:
     """Time, memory and products of each of STEPS, with MFU where the device's peak is known."""
     header = [
         f"{result['patches']} patches, {result['tokens']} tokens, {result['scored']} scored",
@@ -172,9 +172,9 @@ def table_of(result: dict, peak_flops: float | None) -> str:
                 f"{products / result['products'][PLAIN]:.2f}x",
             ]
         )
-        if peak_flops is not None:
-            rows[-1].append(f"{products / seconds / peak_flops:.1%}")
-    return markdown_table(header if peak_flops is None else [*header, "MFU"], rows)
+        if peak is not None:
+            rows[-1].append(f"{products / seconds / peak:.1%}")
+    return markdown_table(header if peak is None else [*header, "MFU"], rows)
 
 
 def verdict(result: dict) -> str:
@@ -194,8 +194,6 @@ def verdict(result: dict) -> str:
 
 def section(name: str, options) -> str:
     """The Markdown section of one model."""
-    gpu = torch.cuda.get_device_name() if options.device == "cuda" else ""
-    peak_flops = next((flops for known, flops in DENSE_FLOPS.items() if known in gpu), None)
     with tempfile.TemporaryDirectory() as folder:
         results = [measure(name, size, options, folder) for size in options.sizes]
     trained, in_head = results[0]["trained"] / 1e6, results[0]["in_head"] / 1e6
@@ -203,7 +201,7 @@ def section(name: str, options) -> str:
         f"## {name.capitalize()} shapes: {SHAPES[name][0]}",
         f"{trained:,.0f} million weights train, {in_head:,.0f} of them in the head, which is tied to the embedding of "
         f"{results[0]['vocabulary']:,} words.",
-        *(table_of(result, peak_flops) for result in results),
+        *(table_of(result, peak_flops(torch.device(options.device))) for result in results),
     ]
     verdicts = [f"- {verdict(result)}" for result in results if result["patches"] in GOALS]
     return "\n\n".join([*parts, "\n".join(verdicts)] if verdicts else parts)

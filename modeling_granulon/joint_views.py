@@ -59,7 +59,10 @@ class PackedViews(NamedTuple):
             from torch.nn.attention.flex_attention import create_block_mask  # not in every build of torch
 
             return create_block_mask(
-                lambda row, head, query, key: self.sees(row, query, key), rows, None, length, length, device=device
+                lambda row, head, query, key: self.sees(row, query, key),
+                *(rows, None, length, length),
+                device=device,
+                _compile=device.type == "cuda",  # or the mask is made in full first
             )
         place_P = torch.arange(length, device=device)
         mask = self.sees(torch.arange(rows, device=device).view(-1, 1, 1, 1), place_P.unsqueeze(-1), place_P)

@@ -34,6 +34,7 @@ class AnswerScores(ModelOutput):
     granularity_logits (A,G), granularity_index (A,): the controller's choices; None without images or levels.
     text_tokens, visual_tokens: how many of each the language model reads in the full view.
     slots, used_slots: places of the sequence that holds all views, and those that are not padding.
+    patches: of all images that pass the tower.
     """
 
     full: FusedCausalLMOutput | None = None
@@ -47,6 +48,7 @@ class AnswerScores(ModelOutput):
     visual_tokens: torch.Tensor | None = None
     slots: torch.Tensor | None = None
     used_slots: torch.Tensor | None = None
+    patches: int | None = None
 
     def by_answer(self, values_RL: torch.Tensor) -> torch.Tensor:
         """Sums over the tokens of each answer, (A,) fp32."""
@@ -140,8 +142,8 @@ def score_views(
         question_input_ids, question_attention_mask: (A,Tq), the question of each answer.
         granularity: the level that each answer is read at, None for the controller's choice.
     """
-    base, level_names = model.model, model.config.granularity_names
-    answers, placeholder_BT = Answers.of(labels, answer_ids), input_ids == model.config.image_token_id
+    base, config, level_names = model.model, model.config, model.config.granularity_names
+    answers, placeholder_BT = Answers.of(labels, answer_ids), input_ids == config.image_token_id
     sees_A, answer_BT = answers.see(placeholder_BT), answers.token_BT
     visual = logits_AG = level_A = None
     if pixel_values is not None:
@@ -167,7 +169,7 @@ def score_views(
     )
     with _packing_of(base) as packing:
         outputs = _score_each(score, model, visual, views, target_RL, packed)
-    placeholder_RT = input_ids == model.config.image_token_id
+    placeholder_RT = input_ids == config.image_token_id
     visual_R = _visual_tokens(visual, placeholder_RT)
     text_R = attention_mask.sum(-1) - placeholder_RT.sum(-1)
     read_R = text_R + visual_R
@@ -183,6 +185,9 @@ def score_views(
         visual_tokens=visual_R.sum(),
         slots=read_R.amax() * len(read_R) if packing[0] is None else read_R.new_tensor(packing[0].view_BP.numel()),
         used_slots=read_R.sum() if packing[0] is None else (packing[0].view_BP >= 0).sum(),
+        patches=0
+        if visual is None
+        else len(pixel_values) * (visual.image_hidden_states.shape[1] - config.max_semantic_tokens),
     )
 
 

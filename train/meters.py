@@ -34,3 +34,12 @@ def peak_memory_gb(device: torch.device) -> float:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e9
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+
+
+def peak_flops(device: torch.device) -> float | None:
+    """Operations per second in bfloat16 that the GPU is made for; None where there is none."""
+    if device.type != "cuda":
+        return None
+    from torch._inductor.utils import get_device_tflops  # imports Triton
+
+    return get_device_tflops(torch.bfloat16) * 1e12

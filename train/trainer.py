@@ -28,7 +28,7 @@ from .answer_scores import Answers, AnswerScores, add_answer_scores
 from .arguments import GranulonSFTConfig
 from .checkpoints import finish_checkpoint, remove_checkpoint
 from .collator import GranulonCollator
-from .meters import Meter, peak_memory_gb
+from .meters import Meter, peak_flops, peak_memory_gb
 from .sampling import GroupedByLength
 from .vision_cache import VisionCache
 
@@ -94,7 +94,8 @@ class GranulonTrainer(SFTTrainer):
         self.packs_views = config.text_config._attn_implementation in PACKABLE
         self.replay, self.questions_of_step = replay, None
         self.meters = {mode: Meter(meter_names(self.level_names), self.args.device) for mode in ("train", "eval")}
-        self.timed_until = time.perf_counter()
+        self.timed_until, self.peak_flops = time.perf_counter(), peak_flops(self.args.device)
+        self.flops_per_token, self.flops_per_image_token = self._flops()
         if any(type(callback) is ProgressCallback for callback in self.callback_handler.callbacks):
             self.remove_callback(ProgressCallback)
             self.add_callback(PartsInProgressBar)
@@ -263,7 +264,21 @@ class GranulonTrainer(SFTTrainer):
     def _count_seconds(self, mode: str):
         """What passed since the last call belongs to `mode`, so that evaluation takes no time from training."""
         seconds, self.timed_until = time.perf_counter() - self.timed_until, time.perf_counter()
-        self.meters[mode].add("tokens_per_second", 0, seconds / self.accelerator.num_processes)
+        self.meters[mode].add("tokens_per_second", 0, seconds)
+        if mode == "train" and self.peak_flops:
+            self.meters[mode].add("mfu", 0, seconds * self.peak_flops)
+
+    def _flops(self) -> tuple[float, float]:
+        """Operations of a step for a token of the decoder and for an image token of the tower, in matrix products.
+
+        Two per weight and token forward and two backward, and two more where the weight is trained: attention and the
+        head are left out.
+        """
+        layers, tower = self.granulon.language_model.layers, self.granulon.vision_tower
+        trained = sum(p.numel() for p in layers.parameters() if p.requires_grad)
+        towers_trained = any(p.requires_grad for p in tower.parameters())
+        decoder = sum(p.numel() for p in layers.parameters())
+        return 4 * decoder + 2 * trained, (6 if towers_trained else 2) * sum(p.numel() for p in tower.parameters())
 
     def _stop_unless_finite(self, values: dict[str, torch.Tensor], what: str):
         finite = torch.stack([value.detach().float() for value in values.values()]).isfinite() if values else None
@@ -293,6 +308,8 @@ class GranulonTrainer(SFTTrainer):
         meter.add("visual_token_share", scores.visual_tokens, read)
         meter.add("padding_share", scores.slots - scores.used_slots, scores.slots)
         meter.add("tokens_per_second", read, 0)
+        flops = self.flops_per_token * scores.used_slots + self.flops_per_image_token * scores.patches
+        meter.add("mfu", flops, 0)
         if scores.granularity_index is not None:
             self._measure_levels(meter, scores, asked_A, label_A, nll_AS)
 
@@ -362,7 +379,7 @@ def meter_names(levels: list[str]) -> list[str]:
     by_level = ("level_share", "loss", "token_accuracy", "loss_semantic", *choices)
     losses = [f"loss_{part}" for part in (*LIKELIHOODS, *CONTROLLER_PARTS)]
     accuracies = [f"token_accuracy_{view}" for view in (FULL, PIXEL, SEMANTIC)]
-    others = ["controller_entropy", *choices, "visual_token_share", "padding_share", "tokens_per_second"]
+    others = ["controller_entropy", *choices, "visual_token_share", "padding_share", "tokens_per_second", "mfu"]
     return [*losses, *accuracies, *others, *(f"{name}/{level}" for name in by_level for level in levels)]
 
 

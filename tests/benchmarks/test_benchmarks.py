@@ -18,6 +18,7 @@ BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
             ["tower", "controller", "relation map", "AdaTA, coarse", "prefill, semantic", "first token, full"],
         ),
         ("training", ["plain fine-tuning", "separate passes", "packed views, every level"]),
+        ("conversations", ["an answer per row, at random", "a conversation per row, by length"]),
     ],
 )
 def test_quick_form_prints_a_table_of_numbers(name, rows):

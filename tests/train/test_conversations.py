@@ -5,9 +5,12 @@ import copy
 import pytest
 import torch
 from conftest import make_image, make_model, make_processor
+from datasets import Dataset
 from test_trainer import THREE_LEVELS, close, loss_and_gradients, make_trainer
 
 from granulon.train.answer_scores import Answers
+from granulon.train.collator import GranulonCollator
+from granulon.train.data import load_rows
 from granulon.train.data.conversations import Rendered, render_answers
 from granulon.train.data.rows import Check, training_row, turns_of
 from modeling_granulon.image_tokens import FULL, PIXEL
@@ -149,14 +152,8 @@ def test_a_conversation_is_split_where_its_limits_say(limit, longest, expected):
         assert reason or length <= lengths[turn]
         shared = training_row(turns[turn + 1 - answers : turn + 1]) | {"images": pictures}
         if reason is None:
-            collated = make_trainer_collator(processor)([shared])
+            collated = GranulonCollator(processor, completion_only_loss=True, levels=LEVELS)([shared])
             assert collated["attention_mask"].sum() == length
-
-
-def make_trainer_collator(processor):
-    from granulon.train.collator import GranulonCollator
-
-    return GranulonCollator(processor, completion_only_loss=True, levels=LEVELS)
 
 
 def test_an_invalid_answer_parts_a_conversation_and_the_others_stay():
@@ -187,3 +184,25 @@ def test_a_turn_adds_what_the_earlier_one_lacks():
     later = Rendered("ask say ask again ", "say again")
     assert later.continues(earlier) and later.after(earlier) == "ask again "
     assert later.after(None) == later.prompt and not earlier.continues(later)
+
+
+def test_an_epoch_has_as_many_rows_as_the_source_has_conversations(tmp_path):
+    conversations = []
+    for number in range(24):
+        turns = [{"from": who, "value": f"{who} {number} {turn}"} for turn in range(5) for who in ("human", "gpt")]
+        conversations.append({"conversations": turns[: 2 + 2 * (number % 5)]})
+    answers = sum(len(entry["conversations"]) // 2 for entry in conversations)
+    given = {"seed": 0, "quarantine": tmp_path / "bad.jsonl"}
+    for limit, expected in ((None, 24), (1, answers)):
+        rows = load_rows([Dataset.from_list(conversations)], make_processor(), answers_per_row=limit, **given)
+        stream = load_rows(
+            [Dataset.from_list(conversations)], make_processor(), answers_per_row=limit, streaming=True, **given
+        )
+        texts = [str(row["prompt"] + row["completion"]) for row in rows]
+        assert len(rows) == expected and sorted(texts) == sorted(
+            str(row["prompt"] + row["completion"]) for row in stream
+        )
+    trainer = make_trainer(tmp_path, max_steps=-1, per_device_train_batch_size=4, num_train_epochs=1)
+    rows = load_rows([Dataset.from_list(conversations)], make_processor(), answers_per_row=None, **given)
+    trainer.train_dataset = rows
+    assert len(trainer.get_train_dataloader()) == 6

@@ -297,6 +297,17 @@ def test_evaluation_between_two_log_lines_takes_no_time_from_training(tmp_path, 
     assert trained["tokens_per_second"] * 4 / 3 == pytest.approx(evaluated["eval_tokens_per_second"])
 
 
+def test_the_share_of_a_gpus_operations_follows_from_tokens_and_time(tmp_path, monkeypatch):
+    monkeypatch.setattr("granulon.train.trainer.peak_flops", lambda device: 1e9)
+    rows = [row | {"images": []} for row in make_rows((0,) * 8)]
+    plain = {"pixel_loss_weight": 0.0, "semantic_loss_weight": 0.0, "granularity_loss_weight": 0.0}
+    trainer = make_trainer(tmp_path, rows, **plain)
+    trainer.train()
+    step = next(entry for entry in trainer.state.log_history if "loss" in entry)
+    weights = sum(weight.numel() for weight in trainer.granulon.language_model.layers.parameters())
+    assert step["mfu"] == pytest.approx(step["tokens_per_second"] * 6 * weights / 1e9)
+
+
 @pytest.mark.parametrize("arguments", [{"loss_type": "dft"}, {"label_smoothing_factor": 0.1}])
 def test_losses_that_the_objective_does_not_hold_are_refused(tmp_path, arguments):
     with pytest.raises(ValueError, match="leave them at 'nll' and 0"):
