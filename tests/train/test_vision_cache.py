@@ -60,6 +60,16 @@ def test_losses_and_gradients_are_those_without_the_cache(tmp_path):
     assert trainer.granulon._vision.misses == 0, "the second trainer reads what the first has written"
 
 
+def test_in_bfloat16_the_losses_stay_close(tmp_path):
+    rows = make_rows()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        parts, loss, _ = loss_and_gradients(make_trainer(tmp_path, rows), rows)
+        cached_run = make_trainer(tmp_path, rows, vision_cache=str(tmp_path / "cache"))
+        cached_parts, cached_loss, _ = loss_and_gradients(cached_run, rows)
+    assert cached_loss.item() == pytest.approx(loss.item(), rel=1e-3)
+    assert [cached_parts[part] for part in PARTS] == pytest.approx([parts[part] for part in PARTS], rel=1e-3)
+
+
 @pytest.mark.parametrize("cut", [2, 60, 100_000])
 def test_what_a_kill_cut_off_is_asked_again(tmp_path, cut):
     plain = make_model().encode(pixels(), granularity="fine")
