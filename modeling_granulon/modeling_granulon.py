@@ -126,6 +126,8 @@ class GranulonModel(GranulonPreTrainedModel):
             score_weights=tuple(config.score_weights),
         )
         self.post_init()
+        present = {type(module).__name__ for module in self.modules()}  # towers also name layers of their text models
+        self._no_split_modules = [name for name in self._no_split_modules if name in present]
         self.train(self.training)
 
     def train(self, mode: bool = True):
@@ -514,6 +516,7 @@ class GranulonForConditionalGeneration(GranulonPreTrainedModel, GranulonGenerati
         self.model = GranulonModel(config)
         self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
         self.post_init()
+        self._no_split_modules = self.model._no_split_modules
 
     def get_input_embeddings(self):
         return self.model.get_input_embeddings()

@@ -19,6 +19,8 @@ from pathlib import Path
 
 import torch
 import transformers
+import yaml
+from accelerate import PartialState
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from conftest import make_image, make_model, make_processor
 from datasets import Dataset
@@ -27,8 +29,11 @@ from transformers import TrainerCallback
 
 from granulon.train import checkpoints
 from granulon.train.arguments import GranulonSFTConfig
+from granulon.train.sharding import shard_decoder_layers
 from granulon.train.trainer import GranulonTrainer
 from modeling_granulon import GranulonForConditionalGeneration, GranulonProcessor
+
+FSDP2 = Path(checkpoints.__file__).parent / "cluster" / "fsdp2.yaml"
 
 
 @dataclass
@@ -45,14 +50,16 @@ class Run:
     torn: bool = False  # and the file written before it stays half
     kill_after: float | None = None  # seconds
     engine: str = "ddp"  # or "fsdp2", where there are several processes
+    state_dict_type: str | None = None  # of FSDP2's checkpoints, in place of the configuration's
+    save: bool = False  # the model, at the end
     rows: str = "mixed"  # or "text": no row has an image
     count: int = 10  # of rows: an epoch ends within the accumulation of a step
     arguments: dict = field(default_factory=dict)  # further ones of the trainer's configuration
 
 
-def make_base(folder: Path, dropout: float):
+def make_base(folder: Path, dropout: float, tower: str = "dinov3"):
     """A small checkpoint as `granulon-assemble` leaves it: tied weights, a manifest and licences."""
-    model = make_model(tie_word_embeddings=True)
+    model = make_model(tower, tie_word_embeddings=True)
     model.config.text_config.attention_dropout = dropout
     model.save_pretrained(folder)
     make_processor().save_pretrained(folder)
@@ -160,9 +167,11 @@ def train(folder: Path, run: Run) -> dict:
         callbacks=[Losses(output / "losses.jsonl")],
     )
     if run.engine == "fsdp2" and trainer.args.world_size > 1:
-        shard_on_cpu(trainer)
+        shard_on_cpu(trainer, run.state_dict_type)
     checkpoint = checkpoints.resume_point(output) if run.resume else None
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    if run.save:
+        trainer.save_model(str(output / "model"))
     after = {name: whole(value) for name, value in trainer.model.state_dict().items()}
     return {
         "resumed": checkpoint and checkpoint.name,
@@ -173,21 +182,16 @@ def train(folder: Path, run: Run) -> dict:
     }
 
 
-def shard_on_cpu(trainer):
-    """What Trainer and accelerate do under FSDP2, though accelerate turns it on for accelerators only.
-
-    The decoder's layers are sharded, and stay whole from forward to backward: the tower and the controller's extra
-    pass through the first layer happen where there are images, so that they must gather nothing.
-    """
+def shard_on_cpu(trainer, state_dict_type: str | None):
+    """What accelerate does with fsdp2.yaml, which it does for accelerators only."""
+    settings = yaml.safe_load(FSDP2.read_text())["fsdp_config"]
+    settings["fsdp_state_dict_type"] = state_dict_type or settings["fsdp_state_dict_type"]
+    os.environ.update({name.upper(): str(value) for name, value in settings.items()})
     state = trainer.accelerator.state
-    state.fsdp_plugin = FullyShardedDataParallelPlugin(
-        fsdp_version=2,
-        auto_wrap_policy="transformer_based_wrap",
-        transformer_cls_names_to_wrap=["Qwen2DecoderLayer"],
-        reshard_after_forward=False,
-    )
-    state.distributed_type = DistributedType.FSDP
+    state.fsdp_plugin = FullyShardedDataParallelPlugin()
+    state.distributed_type = PartialState._shared_state["distributed_type"] = DistributedType.FSDP
     trainer.is_fsdp_enabled = True
+    shard_decoder_layers(state.fsdp_plugin, trainer.granulon.language_model)
 
 
 def whole(value: torch.Tensor) -> torch.Tensor:

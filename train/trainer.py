@@ -30,6 +30,7 @@ from .checkpoints import finish_checkpoint, remove_checkpoint
 from .collator import GranulonCollator
 from .meters import Meter, peak_flops, peak_memory_gb
 from .sampling import GroupedByLength
+from .sharding import own_name, shard_decoder_layers
 from .vision_cache import VisionCache
 
 LIKELIHOODS = ("task", "pixel", "semantic")  # parts of the loss that count answer tokens
@@ -89,6 +90,8 @@ class GranulonTrainer(SFTTrainer):
         )
         add_answer_scores(head_of(self.model))
         self.granulon = head_of(self.model).model
+        if self.is_fsdp_enabled:
+            shard_decoder_layers(self.accelerator.state.fsdp_plugin, self.granulon.language_model)
         if self.args.vision_cache:
             VisionCache(self.granulon, self.args.vision_cache, self.args.process_index).attach()
         self.packs_views = config.text_config._attn_implementation in PACKABLE
@@ -254,6 +257,13 @@ class GranulonTrainer(SFTTrainer):
             means["peak_memory_gb"] = peak_memory_gb(self.args.device)
             logs.update({f"eval_{name}" if mode == "eval" else name: value for name, value in means.items()})
         super().log(logs, start_time)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False):
+        """As upstream; under FSDP2 too, a folder that loads anywhere, or with sharded checkpoints at the end alone."""
+        if self.is_fsdp_enabled and not _internal_call:
+            self.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
+        with own_name(head_of(self.model)):
+            super().save_model(output_dir, _internal_call)
 
     def _save_checkpoint(self, model, trial):
         folder = Path(self._get_output_dir(trial=trial), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")

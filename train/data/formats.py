@@ -1,7 +1,7 @@
 """Parse a stored row of any supported format into its answers.
 
-Every answer of a conversation becomes a `Turn` with the preceding messages as its prompt; rows.py says which of them share
-a row.
+Every answer of a conversation becomes a `Turn` with the preceding messages as its prompt; rows.py says which of them
+share a row.
 """
 
 import base64
