@@ -39,7 +39,7 @@ from granulon.train.vision_cache import VisionCache
 from modeling_granulon.configuration_granulon import DEFAULT_GRANULARITIES
 
 LEVELS = [{**level, "view": "semantic"} for level in DEFAULT_GRANULARITIES]
-MEASURED = 2400  # training questions whose answers are scored at every level, for the controller
+MEASURED = 4000  # training questions whose answers are scored at every level, for the controller
 TOKEN_COST = 0.005  # nats that an image token costs, so that of two levels that answer as well the coarser is chosen
 ADAPTER_PREFIX = "base_model.model."
 

@@ -25,7 +25,7 @@ from pathlib import Path
 from random import Random
 
 import numpy as np
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageFont
 
 from granulon.hub.files import write_atomically, write_jsonl
 
@@ -33,7 +33,7 @@ from .scenes import LEVELS, Question
 
 SIDE, PATCH = 224, 14
 SPLITS = {  # scenes of each set, how many of them show a single thing, held-out stamps, held-out phrasings
-    "train": (12_000, 2_000, False, False),
+    "train": (24_000, 5_000, False, False),
     "scenes": (600, 100, False, False),
     "things": (300, 50, True, False),
     "phrasings": (300, 50, False, True),
@@ -51,7 +51,8 @@ COLOURS = {
 }  # fmt: skip
 GROUNDS = {"grass": "grass.png", "gravel": "gravel.png", "bricks": "brick.png", "stars": "hubble_deep_field.jpg",
            "paper": "page.png", "mist": None, "a plain wall": None}  # fmt: skip
-LARGE, TINY, SIGN = (0.24, 0.6), (0.14, 0.18), (0.15, 0.2)  # longest side, as a share of the picture
+LARGE, TINY, SIGN = (0.24, 0.6), (0.18, 0.23), (0.16, 0.24)  # longest side, as a share of the picture
+ALONE = (0.3, 1.0)  # of a thing alone, which may fill the picture as in a photograph
 MOST = 5  # things in a scene, beside the tiny one and the sign
 OTHER_LEVEL = 0.2  # of the questions for training are read at any level, so that levels can be compared
 EASY = {"ground": 0.25, "mostly": 0.5, "exists": 0.5, "colour": 0.5}  # kinds asked less often in training
@@ -148,7 +149,10 @@ def photograph(name: str) -> Image.Image:
 
 
 def compose(seed: int | str, count: int | None = None, held_out: bool = False) -> Scene:
-    """The scene of a seed, of `count` things or of one to five; of `held_out` stamps or of those for training."""
+    """The scene of a seed, of `count` things or of one to five; of `held_out` stamps or of those for training.
+
+    A thing alone may fill the picture, as in a photograph.
+    """
     random = Random(f"scene {seed}")
     wanted = count or random.randint(1, MOST)
     ground = random.choice(list(GROUNDS))
@@ -156,15 +160,15 @@ def compose(seed: int | str, count: int | None = None, held_out: bool = False) -
     things = []
     for name in _names(random, wanted, held_out):
         cutout = random.choice(by_name(held_out)[name])
-        largest = LARGE[1] if wanted < 3 else 0.45
-        mask = _paste(random, picture, mask, stamp(f"{cutout.stamp}.png"), (LARGE[0], largest), cutout, things)
+        sizes = ALONE if count == 1 else LARGE if wanted < 3 else (LARGE[0], 0.45)
+        mask = _paste(random, picture, mask, stamp(f"{cutout.stamp}.png"), sizes, cutout, things)
     if count is None and random.random() < 0.5:
         taken = {thing.name for thing in things}
         name = random.choice([name for name in by_name(held_out) if name not in taken])
         cutout = random.choice(by_name(held_out)[name])
         mask = _paste(random, picture, mask, stamp(f"{cutout.stamp}.png"), TINY, cutout, things, tiny=True)
     sign = None
-    if count is None and random.random() < 0.6:
+    if count is None and random.random() < 0.5:
         sign = Sign(random.choice(list(SIGNS)), random.choice(list(COLOURS)))
         plate = _plate(random, sign)
         before = mask
@@ -215,10 +219,14 @@ def _plate(random: Random, sign: Sign) -> Image.Image:
     draw = ImageDraw.Draw(plate)
     shape = draw.ellipse if random.random() < 0.5 else draw.rectangle
     shape((0, 0, side - 1, side - 1), fill=COLOURS[sign.colour])
+    ink = (255, 255, 255) if sum(COLOURS[sign.colour]) < 400 else (0, 0, 0)
+    if random.random() < 0.5:  # another typeface
+        font = ImageFont.load_default(0.75 * side)
+        draw.text((side / 2, side / 2), sign.letter, ink, font, anchor="mm", stroke_width=random.randint(0, 4))
+        return plate
     letter = stamp(SIGNS[sign.letter]).getchannel("A")
     scale = 0.66 * side / max(letter.size)
     letter = letter.resize([max(1, round(scale * length)) for length in letter.size])
-    ink = (255, 255, 255) if sum(COLOURS[sign.colour]) < 400 else (0, 0, 0)
     plate.paste(ink, [(side - length) // 2 for length in letter.size], letter)
     return plate
 
@@ -230,8 +238,7 @@ def _paste(random, picture, mask, cut, sizes, cutout, things, tiny=False) -> np.
     """
     for _ in range(12):
         scale = SIDE * math.exp(random.uniform(*map(math.log, sizes))) / max(cut.size)
-        if scale > 2:
-            scale = 2
+        scale = min(scale, 2 if sizes != ALONE else 3)
         small = cut.resize([max(4, round(scale * length)) for length in cut.size], Image.Resampling.BILINEAR)
         if random.random() < 0.5 and cutout is not None:
             small = small.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
