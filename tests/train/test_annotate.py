@@ -145,6 +145,14 @@ def test_of_a_call_that_the_endpoint_refuses_each_question_is_asked_alone(comman
     assert server.asked["What is 50?"] == 2
 
 
+def test_a_question_without_label_in_every_call_does_not_stop_the_run(command, server, monkeypatch):
+    monkeypatch.setattr(journal, "SCHEMA_ATTEMPTS", 1)
+    distinct = list(dict.fromkeys(row["question"] for row in make_rows()))
+    server.always = dict.fromkeys(distinct[::2], "unknown level")
+    report = report_of(command(twice=0, questions_per_call=4, concurrency=1))
+    assert report["questions"] == len(distinct[1::2]) and not report["unanswered_rows"]
+
+
 def test_another_number_of_questions_per_call_repeats_none(command, server):
     command(twice=0, limit=20, questions_per_call=7)
     report = report_of(command(twice=0, questions_per_call=3))
@@ -453,9 +461,13 @@ def test_an_image_is_known_by_its_bytes_else_by_its_name():
     [
         ({"model": ""}, "no model is given"),
         ({"prices": None}, "--prices has 0 numbers"),
-        ({"limit": 0}, "--limit is 0, .*expected 1 or more"),
-        ({"questions_per_call": 101}, "--questions_per_call 101; expected .*1 to 100"),
-        ({"checkpoint": "c", "limit": 5}, "--limit chooses among questions to annotate"),
+        ({"limit": 0}, "--limit is 0; expected 1 or more"),
+        ({"questions_per_call": 101, "max_tokens": 9000}, "--questions_per_call is 101; expected 1 to 100"),
+        (
+            {"questions_per_call": 50, "max_tokens": 800},
+            "is 50; expected 1 to 13, as a label takes about 60 of the 800",
+        ),
+        ({"checkpoint": "c", "limit": 5}, "--limit is for questions to annotate"),
         ({"data": '{"columns": {"question": "query"}}'}, "expected 'path'"),
         ({"prompt_file": __file__}, r"defines the levels \[\]; expected two or more"),
         ({"data": "absent.jsonl"}, "there is no file absent.jsonl"),

@@ -38,7 +38,7 @@ from .corpus import ANNOTATED, corpus_row, hash_fraction, split_of, upload_corpu
 from .journal import CHARACTERS_PER_TOKEN, ApiArguments, Endpoint, Journal, StopRun, call_key
 from .level_scores import scores
 from .measure import measure_rows
-from .questions import DistinctQuestion, read_questions, stratified
+from .questions import read_questions, stratified
 
 PROMPT = Path(__file__).with_name("labelling_prompt.md")
 RUN = "run"  # subfolder of files that are not part of the corpus
@@ -74,15 +74,21 @@ class AnnotateArguments(ApiArguments):
     cost_per_token: float = field(default=0.0, metadata={"help": "nats per image token, for measured labels"})
 
     def __post_init__(self):
-        if self.checkpoint is not None and self.limit is not None:
-            raise ValueError("--limit chooses among questions to annotate; name the rows to measure in --data (split)")
-        if self.limit is not None and self.limit < 1 or not 1 <= self.questions_per_call <= MOST_PER_CALL:
-            found = f"--limit is {self.limit}, --questions_per_call {self.questions_per_call}"
-            raise ValueError(f"{found}; expected 1 or more, and 1 to {MOST_PER_CALL}")
+        if self.checkpoint is not None:
+            if self.limit is not None:
+                raise ValueError("--limit is for questions to annotate; choose the rows to measure in --data (split)")
+            return
         if not self.prices and self.model == MODEL and self.base_url is None:
             self.prices = list(PRICES)
-        if self.checkpoint is None:
-            super().__post_init__()
+        super().__post_init__()
+        if self.limit is not None and self.limit < 1:
+            raise ValueError(f"--limit is {self.limit}; expected 1 or more")
+        most = min(MOST_PER_CALL, self.max_tokens // LABEL_TOKENS)
+        if not 1 <= self.questions_per_call <= most:
+            raise ValueError(
+                f"--questions_per_call is {self.questions_per_call}; expected 1 to {most}, as a label takes about "
+                f"{LABEL_TOKENS} of the {self.max_tokens} tokens of --max_tokens"
+            )
 
     @property
     def sources(self) -> list[DataSource]:
@@ -122,8 +128,10 @@ def annotate(arguments: AnnotateArguments):
         rows, unanswered = [], 0
         for question in questions:
             key = annotator.key(question.text)
-            if key in journal.answers:
-                rows.append(annotator.row(question, journal.answers[key]))
+            if entry := journal.answers.get(key):
+                more = {"usage": entry["usage"], "created_at": entry["at"], "split": split_of(question.group)}
+                more |= {"reason": entry["answer"]["reason"], "rows": question.rows, "annotator": annotator.identity}
+                rows.append(corpus_row(question.text, entry["answer"]["probabilities"], ANNOTATED, **more))
             elif key in journal.rejected:
                 reason = journal.rejected[key]
                 quarantine.append({"question": question.text, "rows": question.rows, "reason": reason})
@@ -140,8 +148,7 @@ def annotate(arguments: AnnotateArguments):
         "questions": len(rows),
         "agreement": agreement([pair for pair in pairs if all(pair)], annotator.levels),
         "spent_usd": round(spent, 6),
-        "model": arguments.model,
-        "prompt_sha": annotator.prompt_sha,
+        **annotator.identity,
     }
     write_atomically(folder / PROMPT.name, annotator.prompt)
     write_jsonl(folder / RUN / QUARANTINE, quarantine)
@@ -164,11 +171,11 @@ class Annotator(Endpoint):
             )
         self.label = label_schema(self.levels)
         super().__init__(options, journal, create_model("Labels", __config__=STRICT, labels=(list[self.label], ...)))
-        identity = self.prompt + json.dumps(self.schema.model_json_schema(), sort_keys=True)
-        self.prompt_sha = hashlib.sha256(identity.encode()).hexdigest()
+        asked = self.prompt + json.dumps(self.schema.model_json_schema(), sort_keys=True)
+        self.identity = {"model": options.model, "prompt_sha": hashlib.sha256(asked.encode()).hexdigest()}
 
     def key(self, question: str, variant: str = "") -> str:
-        return call_key(question, self.options.model, self.prompt_sha, variant)
+        return call_key(question, **self.identity, variant=variant)
 
     def calls(self, questions: list[str], variant: str = "") -> list[dict[str, str]]:
         """The questions without a label, grouped into calls."""
@@ -201,19 +208,6 @@ class Annotator(Endpoint):
         characters += len(calls) * len(json.dumps(self.response_format))
         tokens = characters // CHARACTERS_PER_TOKEN, LABEL_TOKENS * sum(map(len, calls))
         return self.options.estimate(*tokens, self.journal.spent)
-
-    def row(self, question: DistinctQuestion, entry: dict) -> dict:
-        return corpus_row(
-            question.text,
-            entry["answer"]["probabilities"],
-            ANNOTATED,
-            annotator={"model": self.options.model, "prompt_sha": self.prompt_sha},
-            usage=entry["usage"],
-            created_at=entry["at"],
-            split=split_of(question.group),
-            reason=entry["answer"]["reason"],
-            rows=question.rows,
-        )
 
     def level(self, question: str, variant: str = "") -> str | None:
         """The most probable level of an answer; None where there is none."""
@@ -328,8 +322,9 @@ def annotated_origin(report: dict) -> str:
         )
     return (
         f"The labels are those of the model `{report['model']}`, which was given `{PROMPT.name}` (prompt and reply "
-        f"schema: {report['prompt_sha'][:16]}) and saw no image. All calls cost {report['spent_usd']:.4f} USD. "
-        f"{agreed} Its outputs are subject to its terms: the name of a model trained on labels by a Llama begins with Llama."
+        f"schema: {report['prompt_sha'][:16]}) and saw no image. All calls cost {report['spent_usd']:.4f} USD.\n\n"
+        f"{agreed} Its outputs are subject to its terms: a model trained on labels by a Llama has a name that begins "
+        "with Llama."
     )
 
 

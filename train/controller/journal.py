@@ -12,7 +12,6 @@ import math
 import os
 import random
 import signal
-from collections import deque
 from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -191,8 +190,7 @@ class Endpoint:
         self.response_format = {"type": "json_schema", "json_schema": reply}
         limits = {"response_format": self.response_format, "max_completion_tokens": options.max_tokens}
         self.same_in_all_calls = {"model": options.model, **limits}
-        self.alone, self.in_flight, self.failures_in_a_row = deque(), set(), 0
-        self.stop: StopRun | None = None
+        self.in_flight, self.failures_in_a_row, self.stop = set(), 0, None
 
     def messages(self, call: dict) -> list[dict]:
         """The messages of a call; by default its only entry."""
@@ -221,24 +219,22 @@ class Endpoint:
             signal.signal(signal.SIGTERM, previous)
 
     async def _ask_all(self, calls: Iterable[dict], total: int) -> StopRun | None:
-        seen = {*self.journal.answers, *self.journal.rejected}
-
-        def unseen():
-            for call in calls:
-                if new := {key: content for key, content in call.items() if key not in seen}:
-                    seen.update(new)
-                    yield new
+        calls, seen = iter(calls), {*self.journal.answers, *self.journal.rejected}
 
         async def worker():
-            while not self.stop and ((call := next(fresh, None)) or self.alone):
+            for call in calls:
+                new = {key: content for key, content in call.items() if key not in seen}
+                seen.update(new)
                 try:
-                    await self._ask(call or self.alone.popleft())
+                    for single in await self._ask(new) if new else []:
+                        await self._ask(single)
                 except StopRun as stop:
                     self.stop = self.stop or stop
-                bar.update(call is not None)
+                    return
+                bar.update()
                 bar.set_postfix(usd=f"{self.journal.spent:.4f}", refresh=False)
 
-        fresh, options = unseen(), {"base_url": self.options.base_url, "timeout": TIMEOUT}
+        options = {"base_url": self.options.base_url, "timeout": TIMEOUT}
         # The client's own retries would be sent without being logged.
         self.client = openai.AsyncOpenAI(api_key=self.api_key, max_retries=0, **options)
         with tqdm(total=total, unit="call", disable=None) as bar:
@@ -247,30 +243,30 @@ class Endpoint:
                     group.create_task(worker())
         return self.stop
 
-    async def _ask(self, call: dict):
-        """Send a call until it is answered, rejected, or to be left. Raises `StopRun` if others would fail too."""
+    async def _ask(self, call: dict) -> list[dict]:
+        """Send a call until it is answered, rejected, or given up; the calls to make instead. May raise `StopRun`."""
         mismatches = 0
         for attempt in range(ATTEMPTS):
             error = await self._send_when_affordable(call)
             if error is None:
-                break
+                return []
             mismatches += isinstance(error, SchemaMismatch)
             is_refused = isinstance(error, openai.APIStatusError) and not self._is_temporary(error)
             if len(call) > 1 and (is_refused or mismatches):
-                self.alone += [{key: content} for key, content in call.items() if key not in self.journal.answers]
-                break
+                return [{key: content} for key, content in call.items() if key not in self.journal.answers]
             if is_refused or mismatches == SCHEMA_ATTEMPTS:
                 replies = "" if is_refused else f"{mismatches} replies did not fit the schema, the last: "
                 self.journal.reject(next(iter(call)), replies + self._without_key(error))
                 break
             await self._wait(error, attempt)
-        self.failures_in_a_row = 0 if call.keys() & self.journal.answers.keys() else self.failures_in_a_row + 1
+        self.failures_in_a_row += 1
         if self.failures_in_a_row >= max(10, 2 * self.options.concurrency):
             raise StopRun(
                 f"{self.client.base_url} gave no usable reply for the last {self.failures_in_a_row} calls "
                 f"({self._without_key(error)}): run the same command again when it is back, or fix the cause and add "
                 "--retry_quarantined"
             )
+        return []
 
     async def _send_when_affordable(self, call: dict) -> Exception | None:
         """Send a call as soon as the budget has room for it; what went wrong, if anything did."""
@@ -307,6 +303,7 @@ class Endpoint:
             answers, error = self._answers(call, choice, text)
         reason = f"{type(error).__name__}: {self._without_key(error)}" if error else None
         self.journal.settle(number, cost, answers, usage=usage, error=reason)
+        self.failures_in_a_row = 0 if answers else self.failures_in_a_row
         if cost > most:
             raise StopRun(
                 f"a call to {self.client.base_url} cost {cost:.4f} USD, more than {most:.4f}: the endpoint ignores "
