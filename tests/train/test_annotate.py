@@ -462,7 +462,7 @@ def test_an_image_is_known_by_its_bytes_else_by_its_name():
         ({"model": ""}, "no model is given"),
         ({"prices": None}, "--prices has 0 numbers"),
         ({"limit": 0}, "--limit is 0; expected 1 or more"),
-        ({"questions_per_call": 101, "max_tokens": 9000}, "--questions_per_call is 101; expected 1 to 100"),
+        ({"questions_per_call": 0}, "--questions_per_call is 0; expected 1 to 66"),
         (
             {"questions_per_call": 50, "max_tokens": 800},
             "is 50; expected 1 to 13, as a label takes about 60 of the 800",

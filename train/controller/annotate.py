@@ -48,8 +48,7 @@ LEVEL_DEFINITION = re.compile(r"^\*\*(\w+)\*\*:", re.MULTILINE)  # in the prompt
 PART_ROWS = 256
 REPEATED_SHARE = 0.05  # of the questions, sent twice
 LABEL_TOKENS = 60  # of one label in a reply, for the estimate
-NUMBERS = range(100, 1000)  # of the questions in a call
-MOST_PER_CALL = 100  # few of the numbers: one that was not copied names no question
+NUMBERS = range(1000, 10_000)  # of the questions in a call; many, so that one that was not copied names none of them
 STRICT = ConfigDict(extra="forbid")
 
 
@@ -61,7 +60,7 @@ class AnnotateArguments(ApiArguments):
     output: str = field(metadata={"help": "folder for corpus, card and journal; the same folder continues a run"})
     model: str = field(default=MODEL, metadata={"help": "name of the model at the endpoint; others need --prices"})
     max_tokens: int = field(default=4000, metadata={"help": "maximum tokens of a reply, reasoning included"})
-    questions_per_call: int = field(default=20, metadata={"help": f"asked at a time, 1 to {MOST_PER_CALL}"})
+    questions_per_call: int = field(default=20, metadata={"help": "questions asked in one call"})
     limit: int | None = field(default=None, metadata={"help": "questions to label: of each source and kind its share"})
     seed: int = field(default=0, metadata={"help": "seed of the questions that --limit chooses"})
     prompt_file: str = field(
@@ -83,7 +82,7 @@ class AnnotateArguments(ApiArguments):
         super().__post_init__()
         if self.limit is not None and self.limit < 1:
             raise ValueError(f"--limit is {self.limit}; expected 1 or more")
-        most = min(MOST_PER_CALL, self.max_tokens // LABEL_TOKENS)
+        most = self.max_tokens // LABEL_TOKENS
         if not 1 <= self.questions_per_call <= most:
             raise ValueError(
                 f"--questions_per_call is {self.questions_per_call}; expected 1 to {most}, as a label takes about "
@@ -285,12 +284,9 @@ def measure(arguments: AnnotateArguments):
 
 def _settings_key(arguments: AnnotateArguments, data: str) -> str:
     """Identifies parts that a rerun may use: settings, data (its fingerprint) and weights."""
-    weights = [
-        (file.name, file.stat().st_size, file.stat().st_mtime_ns)
-        for file in sorted(Path(arguments.checkpoint).glob("*.safetensors"))
-    ]
-    identity = [asdict(arguments), data, weights]
-    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
+    files = [(file.name, file.stat()) for file in sorted(Path(arguments.checkpoint).glob("*.safetensors"))]
+    weights = [(name, stat.st_size, stat.st_mtime_ns) for name, stat in files]
+    return hashlib.sha256(json.dumps([asdict(arguments), data, weights], sort_keys=True).encode()).hexdigest()[:16]
 
 
 def finish(arguments: AnnotateArguments, rows: list[dict], report: dict, origin: str, is_complete: bool = True):

@@ -81,10 +81,9 @@ class ApiArguments:
             )
         if not all(0 <= price < math.inf for price in self.prices) or not self.max_cost >= 0:  # nor NaN
             raise ValueError(f"--prices are {self.prices} and --max_cost {self.max_cost}; expected 0 or more")
+        found = f"--concurrency is {self.concurrency} and --max_tokens {self.max_tokens}"
         if min(self.concurrency, self.max_tokens) < 1:
-            raise ValueError(
-                f"--concurrency is {self.concurrency} and --max_tokens {self.max_tokens}; expected 1 or more"
-            )
+            raise ValueError(f"{found}; expected 1 or more")
 
     def cost(self, tokens_in: float, tokens_out: float) -> float:
         """In USD."""
