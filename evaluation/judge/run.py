@@ -18,7 +18,6 @@ import sys
 from collections import Counter
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from functools import partial
 from pathlib import Path
 
 from transformers import HfArgumentParser
@@ -27,16 +26,7 @@ from granulon.evaluation.matrix import largest_runs, read_samples
 from granulon.evaluation.scoring import figures
 from granulon.hub.files import write_atomically, write_jsonl
 from granulon.hub.text import with_interval
-from granulon.train.controller.journal import (
-    ApiArguments,
-    Endpoint,
-    Journal,
-    Prices,
-    Request,
-    StopRun,
-    ask_with_bar,
-    call_key,
-)
+from granulon.train.controller.journal import CHARACTERS_PER_TOKEN, ApiArguments, Endpoint, Journal, StopRun, call_key
 
 from .reply import Verdict, cut_words, empty_verdict, segments, statistics_of
 
@@ -122,7 +112,7 @@ class Judge:
     """A judging model with its prompt: builds the calls and writes the scores."""
 
     def __init__(self, arguments: JudgeArguments):
-        self.arguments, self.prices = arguments, Prices(*arguments.prices)
+        self.arguments = arguments
         self.prompt = Path(arguments.prompt_file).read_text(encoding="utf-8")
         self.sees_image = arguments.sees != "reference"
         schema = [Verdict.model_json_schema(), arguments.sees]
@@ -162,26 +152,22 @@ class Judge:
         """A sentence on what the calls will cost."""
         characters = sum(len(self.prompt) + len(case.text) for case in cases)
         image_tokens = IMAGE_TOKENS * len(cases) if self.sees_image else 0
-        return self.arguments.estimate(len(cases), characters, REPLY_TOKENS, spent, image_tokens)
+        tokens_in = characters // CHARACTERS_PER_TOKEN + image_tokens
+        return self.arguments.estimate(tokens_in, REPLY_TOKENS * len(cases), spent)
 
     def ask(self, cases: list[Case], journal: Journal) -> StopRun | None:
         """Make the calls; the replies are in the journal. Returns why it stopped before the end, if it did."""
-        options = {"schema": Verdict, "prices": self.prices, "max_tokens": self.arguments.max_tokens}
-        return ask_with_bar(
-            map(self._request, cases),  # built when they are sent: thousands of images do not fit into memory
-            len(cases),
-            partial(ImageEndpoint, model=self.arguments.model, journal=journal, **options),
-            base_url=self.arguments.base_url,
-            concurrency=self.arguments.concurrency,
-        )
+        # Built when they are sent: thousands of images do not fit into memory.
+        calls = ({case.key: self._messages(case)} for case in cases)
+        return ImageEndpoint(self.arguments, journal, Verdict).ask_all(calls, len(cases))
 
-    def _request(self, case: Case) -> Request:
+    def _messages(self, case: Case) -> list[dict]:
         content = case.text
         if self.sees_image:
             urls = self.images[case.folder].data_urls(case.id)
             content = [{"type": "image_url", "image_url": {"url": url}} for url in urls]
             content.append({"type": "text", "text": case.text})
-        return Request(case.key, [{"role": "system", "content": self.prompt}, {"role": "user", "content": content}])
+        return [{"role": "system", "content": self.prompt}, {"role": "user", "content": content}]
 
     def write(self, result: dict, cases: list[Case], journal: Journal) -> int:
         """Write the scores of a run; returns how many of its answers still wait for a reply."""
@@ -217,7 +203,6 @@ class Judge:
         return waiting
 
 
-@dataclass
 class ImageEndpoint(Endpoint):
     """An endpoint that takes images, whose cost is bounded by their pixels instead of the bytes of the file."""
 
@@ -229,7 +214,7 @@ class ImageEndpoint(Endpoint):
                 images += part["type"] == "image_url"
                 texts += [part["text"]] if part["type"] == "text" else []
         of_texts = super().most_cost([{"role": "user", "content": text} for text in texts])
-        return of_texts + self.prices.of(images * IMAGE_TOKENS, 0)
+        return of_texts + self.options.cost(images * IMAGE_TOKENS, 0)
 
 
 def summary(scores: dict) -> str:

@@ -13,7 +13,7 @@ import datasets
 import numpy as np
 import pytest
 from conftest import make_image, make_model, make_processor
-from fault_server import INPUT_TOKENS, OUTPUT_TOKENS, FaultServer
+from fault_server import INPUT_TOKENS, LABEL_FAULTS, OUTPUT_TOKENS, FaultServer
 from huggingface_hub import DatasetCard
 from pydantic import ValidationError
 from sklearn.metrics import cohen_kappa_score
@@ -23,11 +23,10 @@ from granulon.train.controller import corpus, journal
 from granulon.train.controller.annotate import AnnotateArguments, agreement, label_schema, main
 from granulon.train.controller.corpus import check_rows, read_corpus
 from granulon.train.controller.journal import Journal
-from granulon.train.controller.questions import image_key, read_questions
-from granulon.train.data import DataSource
 
 LEVELS = ["coarse", "medium", "fine"]
 PRICES = ["1", "4"]
+FEW = {"questions_per_call": 2, "max_tokens": 800}  # so that a cap of 0.02 USD ends a run of 54 questions
 
 
 def write_rows(path, rows):
@@ -82,13 +81,99 @@ def test_every_row_is_labelled_and_every_distinct_question_is_asked_once(command
     report, rows = report_of(folder), read_corpus(folder)
     assert report["rows"] == report["labelled_rows"] == sum(row["rows"] for row in rows) == 60
     assert len(rows) == report["questions"] == len(server.asked) == 54 and max(server.asked.values()) == 1
+    assert sorted(server.calls) == [14, 20, 20]
     for row in check_rows(rows, LEVELS):
         expected = server.answer(row["question"])["probabilities"]
         assert row["level_probs"] == pytest.approx(expected) and row["level"] == max(expected, key=expected.get)
         assert row["annotator"] == {"model": "m", "prompt_sha": report["prompt_sha"]}
-        assert row["usage"] == {"input_tokens": INPUT_TOKENS, "output_tokens": OUTPUT_TOKENS}
         assert row["source"] == "annotated" and row["created_at"] and row["reason"] == "small"
-    assert report["spent_usd"] == pytest.approx(54 * (INPUT_TOKENS + 4 * OUTPUT_TOKENS) / 1e6)
+    used = [sum(row["usage"][name] for row in rows) for name in ("input_tokens", "output_tokens")]
+    assert used == pytest.approx([3 * INPUT_TOKENS, 3 * OUTPUT_TOKENS]), "a row has its share of the call's tokens"
+    assert report["spent_usd"] == pytest.approx(3 * (INPUT_TOKENS + 4 * OUTPUT_TOKENS) / 1e6)
+
+
+@pytest.mark.parametrize("fault", LABEL_FAULTS)
+def test_a_label_that_is_missing_or_invalid_or_there_twice_concerns_its_question_alone(command, server, fault):
+    server.always["What is 7?"] = fault
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(journal, "SCHEMA_ATTEMPTS", 2)
+        folder = command(twice=0)
+    assert sorted(server.calls) == [1, 1, 14, 20, 20], "asked again alone, and not for ever"
+    assert server.asked.pop("What is 7?") == 3 and set(server.asked.values()) == {1}
+    report, rows = report_of(folder), read_corpus(folder)
+    assert len(rows) == 53 and report["quarantined_rows"] == 1 and report["labelled_rows"] == 59
+    assert all(row["level_probs"] == pytest.approx(server.answer(row["question"])["probabilities"]) for row in rows)
+
+
+def test_random_faults_of_labels_lose_and_swap_none(command, server):
+    server.label_fault_share = 0.3
+    folder = command(twice=0)
+    rows = read_corpus(folder)
+    assert report_of(folder)["labelled_rows"] == 60 and 1 < server.calls.count(1) < 40
+    assert all(row["level_probs"] == pytest.approx(server.answer(row["question"])["probabilities"]) for row in rows)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda labels: labels[::-1],
+        lambda labels: [*labels, {**labels[0], "number": 7}, {**labels[0], "number": -1}],
+    ],
+    ids=["another order", "labels of no question"],
+)
+def test_labels_belong_to_questions_by_their_number(command, server, change):
+    server.change_labels = change
+    rows = read_corpus(command(twice=0))
+    assert len(rows) == 54 and len(server.calls) == 3
+    assert all(row["level_probs"] == pytest.approx(server.answer(row["question"])["probabilities"]) for row in rows)
+
+
+def test_an_annotator_that_counts_instead_of_copying_the_numbers_labels_nothing(command, server, tmp_path):
+    """If it left out a question and counted on, each label would belong to the question before."""
+    server.change_labels = lambda labels: [{**label, "number": n} for n, label in enumerate(labels[1:] or labels, 1)]
+    with pytest.raises(SystemExit, match="0 of 1 labels have the number of the question"):
+        command(twice=0, concurrency=2)
+    assert not report_of(tmp_path / "corpus")["labelled_rows"]
+
+
+def test_of_a_call_that_the_endpoint_refuses_each_question_is_asked_alone(command, server):
+    server.always["What is 50?"] = "400"
+    report = report_of(command(twice=0, concurrency=1))
+    assert report["labelled_rows"] == 59 and report["quarantined_rows"] == 1
+    assert server.asked["What is 50?"] == 2
+
+
+def test_a_question_without_label_in_every_call_does_not_stop_the_run(command, server, monkeypatch):
+    monkeypatch.setattr(journal, "SCHEMA_ATTEMPTS", 1)
+    distinct = list(dict.fromkeys(row["question"] for row in make_rows()))
+    server.always = dict.fromkeys(distinct[::2], "unknown level")
+    report = report_of(command(twice=0, questions_per_call=4, concurrency=1))
+    assert report["questions"] == len(distinct[1::2]) and not report["unanswered_rows"]
+
+
+def test_another_number_of_questions_per_call_repeats_none(command, server):
+    command(twice=0, limit=20, questions_per_call=7)
+    report = report_of(command(twice=0, questions_per_call=3))
+    assert report["questions"] == 54 and max(server.asked.values()) == 1 and max(server.calls) == 7
+
+
+def test_a_limit_labels_so_many_questions_and_a_larger_one_goes_on_from_there(command, server):
+    folder = command(twice=0, limit=10)
+    few, report = {row["question"] for row in read_corpus(folder)}, report_of(folder)
+    assert len(few) == 10 and report["unchosen_rows"] == 60 - report["labelled_rows"] > 0
+    more = {row["question"] for row in read_corpus(command(twice=0, limit=30))}
+    assert few < more and len(more) == 30 and sum(server.asked.values()) == 30
+
+
+def test_twenty_thousand_questions_cost_less_than_three_dollars_with_the_default_model(command, capsys, tmp_path):
+    rows = [
+        {"question": f"What does the person number {n} beside the table hold in the left hand?"} for n in range(25_000)
+    ]
+    path = write_rows(tmp_path / "many.jsonl", rows)
+    command("--dry_run", data=path, limit=20_000, model=None, prices=None, base_url=None)
+    printed = capsys.readouterr().out
+    assert "25000 distinct questions: 20000 to label" in printed
+    assert 0.3 < float(printed.split("estimated cost ")[1].split()[0]) < 3
 
 
 def test_the_annotator_gets_the_prompt_and_a_strict_schema_and_never_writes_the_key_down(command, server):
@@ -97,6 +182,7 @@ def test_the_annotator_gets_the_prompt_and_a_strict_schema_and_never_writes_the_
     assert body["messages"][0]["content"] == module.PROMPT.read_text()
     schema = body["response_format"]["json_schema"]
     assert schema["strict"] and schema["schema"]["additionalProperties"] is False
+    assert schema["schema"]["$defs"]["Label"]["required"] == ["number", "reason", "probabilities"]
     shares = schema["schema"]["$defs"]["Probabilities"]
     assert shares["required"] == LEVELS and shares["additionalProperties"] is False
     assert server.keys == {"secret-key"}
@@ -150,12 +236,14 @@ def test_kappa_is_that_of_scikit_learn_and_lies_in_its_interval():
 def test_a_dry_run_counts_and_estimates_and_sends_nothing(command, server, capsys, tmp_path):
     command("--dry_run")
     printed = capsys.readouterr().out
-    assert "60 rows, 54 distinct questions" in printed and "0 calls are in the journal" in printed
-    letters = len(module.PROMPT.read_text())
+    assert "60 rows, 54 distinct questions: 54 to label" in printed and "0 are done, " in printed
+    questions, calls = (int(printed.split(words)[1].split()[0]) for words in ("are done, ", "to be asked in "))
+    assert questions >= 54 and calls == 3 + (questions > 54)
+    tokens_in = int(printed.split("USD (")[1].split()[0])
+    letters = calls * len(module.PROMPT.read_text()) + questions * len('{"number": 123, "question": "What is 12?"}, ')
+    assert letters / 4 < tokens_in < letters / 4 + 300 * calls, "prompt and schema once a call"
     estimate = float(printed.split("estimated cost ")[1].split()[0])
-    calls = int(printed.split("journal, ")[1].split()[0])
-    assert calls >= 54
-    assert estimate == pytest.approx(calls * (letters / 4 + 4 * 60) / 1e6, rel=0.05)
+    assert estimate == pytest.approx((tokens_in + 4 * 60 * questions) / 1e6, abs=1e-4)
     assert not server.asked and not (tmp_path / "corpus" / "train.jsonl").exists()
 
 
@@ -163,7 +251,7 @@ def test_rows_without_a_usable_question_or_reply_are_reported_and_none_is_lost(c
     rows = [*make_rows(6), {"question": ""}, {"question": None}, {"other": 1}, {"question": 7}]
     path = write_rows(tmp_path / "odd.jsonl", rows)
     path.write_text(path.read_text() + "no json\n\n")
-    server.always["What is 3?"] = "schema"
+    server.always["What is 3?"] = "unknown level"
     folder = command(data=path, twice=0)
     report = report_of(folder)
     assert report["rows"] == 11 == report["labelled_rows"] + report["quarantined_rows"]
@@ -182,19 +270,19 @@ def test_rows_without_a_usable_question_or_reply_are_reported_and_none_is_lost(c
 
 def test_above_the_cap_the_labelled_rows_are_kept_and_the_message_says_how_to_go_on(command, server, tmp_path):
     with pytest.raises(SystemExit, match="higher --max_cost to go on"):
-        command(max_cost=0.02, twice=0)
+        command(max_cost=0.02, twice=0, **FEW)
     report = report_of(tmp_path / "corpus")
     assert 0 < report["labelled_rows"] < 60 and report["unanswered_rows"] == 60 - report["labelled_rows"]
     assert report["spent_usd"] <= 0.02
-    command(max_cost=1, twice=0)
+    command(max_cost=1, twice=0, **FEW)
     assert report_of(tmp_path / "corpus")["labelled_rows"] == 60 and max(server.asked.values()) == 1
 
 
 def test_a_wrong_key_stops_at_once_with_what_to_check(command, server, tmp_path):
     server.fault_share, server.faults = 1.0, ("401",)
     with pytest.raises(SystemExit, match="OPENAI_API_KEY") as stop:
-        command(concurrency=2)
-    assert sum(server.asked.values()) <= 4
+        command(concurrency=2, questions_per_call=1)
+    assert len(server.calls) <= 4
     assert "secret-key" not in str(stop.value), "the endpoint's message repeats it"
     assert not any(b"secret-key" in file.read_bytes() for file in tmp_path.rglob("*") if file.is_file())
 
@@ -204,10 +292,10 @@ def test_interrupted_it_says_how_to_go_on_and_a_rerun_repeats_no_journalled_call
     command, server, tmp_path, number, interruptible
 ):
     server.hold = 0.01
-    server.arrived = lambda count: os.kill(os.getpid(), number) if count == 20 else None
+    server.arrived = lambda count: os.kill(os.getpid(), number) if count == 10 else None
     before = signal.getsignal(number)
     with pytest.raises(SystemExit, match="stopped; the same command continues from here"):
-        command(twice=0, concurrency=4)
+        command(twice=0, concurrency=4, questions_per_call=2)
     assert signal.getsignal(number) == before
     with Journal(tmp_path / "corpus" / "run" / "calls.jsonl") as journal:
         assert 10 <= len(journal.answers) < 30
@@ -233,7 +321,7 @@ def test_killed_at_random_moments_a_rerun_repeats_no_journalled_call(server, tmp
         "--max_cost",
         "5",
     ]
-    line += ["--prices", "1", "4", "--concurrency", "4"]
+    line += ["--prices", "1", "4", "--concurrency", "4", "--questions_per_call", "3"]
     moments, calls = random.Random(0), tmp_path / "corpus" / "run" / "calls.jsonl"
     for _ in range(kills):
         sent = sum(server.asked.values())
@@ -245,10 +333,10 @@ def test_killed_at_random_moments_a_rerun_repeats_no_journalled_call(server, tmp
     done = subprocess.run(list(map(str, line)), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     assert report_of(tmp_path / "corpus")["labelled_rows"] == 300
-    answered = [json.loads(entry)["key"] for entry in calls.read_text().splitlines() if '"answered"' in entry]
+    answered = [key for entry in calls.read_text().splitlines() for key in json.loads(entry).get("answers", ())]
     assert len(answered) == len(set(answered)) == 270
     again = {question: count for question, count in server.answered.items() if count > 1}
-    assert len(again) <= kills * 4, "only calls under way when the process died are made again"
+    assert len(again) <= kills * 4 * 3, "only calls under way when the process died are made again"
 
 
 def test_the_card_loads_with_datasets_and_says_where_the_labels_come_from(command):
@@ -296,13 +384,13 @@ def test_the_upload_holds_the_corpus_and_nothing_of_the_run(command, monkeypatch
 def test_an_incomplete_corpus_is_not_uploaded(command, monkeypatch, capsys):
     monkeypatch.setattr(corpus, "HfApi", lambda: pytest.fail("the upload began"))
     with pytest.raises(SystemExit, match="higher --max_cost"):
-        command(max_cost=0.02, twice=0, push_to_hub="me/corpus")
+        command(max_cost=0.02, twice=0, push_to_hub="me/corpus", **FEW)
     assert "not uploaded to me/corpus: some rows have no reply yet" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("share", ["NaN", "Infinity", "-0.5", "1.5"])
 def test_invalid_probabilities_do_not_fit_the_schema(share):
-    reply = '{"reason": "r", "probabilities": {"coarse": %s, "medium": 0.5, "fine": 0.0}}'
+    reply = '{"number": 123, "reason": "r", "probabilities": {"coarse": %s, "medium": 0.5, "fine": 0.0}}'
     label_schema(LEVELS).model_validate_json(reply % "0.5")
     with pytest.raises(ValidationError):
         label_schema(LEVELS).model_validate_json(reply % share)
@@ -317,32 +405,18 @@ def test_help_lists_every_option(monkeypatch, capsys):
     assert all(f"--{option.name}" in printed and option.metadata["help"] for option in fields(AnnotateArguments))
 
 
-def test_questions_come_from_conversations_and_columns_and_parquet(tmp_path):
-    image = {"bytes": b"png", "path": None}
-    table = datasets.Dataset.from_list([{"q": "a?", "picture": image}, {"q": "b?", "picture": image}])
-    table.to_parquet(tmp_path / "table.parquet")
-    columns = {"question": "q", "images": "picture"}
-    asked, _, total = read_questions(DataSource(str(tmp_path / "table.parquet"), columns=columns))
-    assert total == 2 and [entry.text for entry in asked] == ["a?", "b?"] and asked[0].group == asked[1].group
-    talk = [
-        {"from": "human", "value": "<image>\nWhat is it?"}, {"from": "gpt", "value": "A dog."},
-        {"from": "human", "value": "Which colour?"}, {"from": "gpt", "value": "Brown."},
-    ]  # fmt: skip
-    (tmp_path / "llava.json").write_text(json.dumps([{"id": "1", "image": "x.png", "conversations": talk}]))
-    asked, _, total = read_questions(DataSource(str(tmp_path / "llava.json")))
-    assert [entry.text for entry in asked] == ["What is it?", "Which colour?"] and asked[0].group == asked[1].group
-
-
-def test_an_image_is_known_by_its_bytes_else_by_its_name():
-    assert image_key({"bytes": b"x", "path": "a"}) == image_key({"bytes": b"x", "path": "b"}) != image_key("x")
-    assert image_key([]) is image_key(None) is None and image_key(["p.png"]) == "p.png"
-
-
 @pytest.mark.parametrize(
     "settings, message",
     [
-        ({"model": None}, "no model is given"),
+        ({"model": ""}, "no model is given"),
         ({"prices": None}, "--prices has 0 numbers"),
+        ({"limit": 0}, "--limit is 0; expected 1 or more"),
+        ({"questions_per_call": 0}, "--questions_per_call is 0; expected 1 to 66"),
+        (
+            {"questions_per_call": 50, "max_tokens": 800},
+            "is 50; expected 1 to 13, as a label takes about 60 of the 800",
+        ),
+        ({"checkpoint": "c", "limit": 5}, "--limit is for questions to annotate"),
         ({"data": '{"columns": {"question": "query"}}'}, "expected 'path'"),
         ({"prompt_file": __file__}, r"defines the levels \[\]; expected two or more"),
         ({"data": "absent.jsonl"}, "there is no file absent.jsonl"),

@@ -8,46 +8,61 @@ from random import Random
 
 import openai
 import pytest
-from fault_server import FAULTS, INPUT_TOKENS, FaultServer
+from fault_server import FAULTS, INPUT_TOKENS, OUTPUT_TOKENS, FaultServer
+from pydantic import BaseModel, ConfigDict
 
 from granulon.train.controller import journal as module
-from granulon.train.controller.annotate import label_schema
-from granulon.train.controller.journal import (
-    BudgetExceeded,
-    Endpoint,
-    Journal,
-    Prices,
-    Request,
-    StopRun,
-    call_key,
-)
+from granulon.train.controller.journal import ApiArguments, BudgetExceeded, Endpoint, Journal, StopRun, call_key
 
-SCHEMA = label_schema(["coarse", "medium", "fine"])
-PRICES = Prices(1.0, 4.0)
+PRICES = [1.0, 4.0]
 PROMPT = "You label questions. " * 200  # as many bytes as a real prompt's tokens at least
 
 
-def requests_for(questions, variant=""):
-    return [
-        Request(
-            call_key(question, "m", "sha", variant),
-            [{"role": "system", "content": PROMPT}, {"role": "user", "content": json.dumps(question)}],
-        )
-        for question in questions
-    ]
+class Label(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+    reason: str
+    probabilities: dict[str, float]
 
 
-def ask(server, path, questions, max_cost=None, concurrency=8, api_key="k", **settings):
+class ListEndpoint(Endpoint):
+    """Asks several questions in one call; the numbers of the labels are those of the questions in the call."""
+
+    def messages(self, call):
+        asked = [{"number": number, "question": question} for number, question in enumerate(call.values())]
+        return [{"role": "system", "content": PROMPT}, {"role": "user", "content": json.dumps(asked)}]
+
+    def read(self, call, text):
+        labels = {label["number"]: label for label in json.loads(text)["labels"] if label}
+        return {key: labels.get(number, "no label") for number, key in enumerate(call)}
+
+
+def key(question):
+    return call_key(question, "m", "sha")
+
+
+def messages(question):
+    return [{"role": "system", "content": PROMPT}, {"role": "user", "content": json.dumps(question)}]
+
+
+def options(server=None, max_cost=float("inf"), concurrency=8, max_tokens=100):
+    address = server.base_url if server else None
+    return ApiArguments(
+        model="m", base_url=address, prices=PRICES, max_cost=max_cost, concurrency=concurrency, max_tokens=max_tokens
+    )
+
+
+def ask(server, path, questions, attempts=8, schema_attempts=8, per_call=1, **settings):
     """What a run of the annotator does: (why it stopped, keys answered, keys rejected, spent)."""
-
-    async def run(journal):
-        async with openai.AsyncOpenAI(api_key=api_key, base_url=server.base_url, timeout=0.5, max_retries=0) as client:
-            values = {"max_tokens": 100, "attempts": 8, "schema_attempts": 8} | settings
-            endpoint = Endpoint(client, "m", journal, SCHEMA, PRICES, **values)
-            return await endpoint.ask_all(requests_for(questions), concurrency)
-
-    with Journal(path, max_cost) as journal:
-        stop = asyncio.run(run(journal))
+    given = options(server, **settings)
+    calls = ({key(question): messages(question)} for question in questions)
+    if per_call > 1:
+        groups = [questions[start : start + per_call] for start in range(0, len(questions), per_call)]
+        calls = ({key(question): question for question in group} for group in groups)
+    with pytest.MonkeyPatch.context() as patch, Journal(path, given.max_cost) as journal:
+        patch.setattr(module, "ATTEMPTS", attempts)
+        patch.setattr(module, "SCHEMA_ATTEMPTS", schema_attempts)
+        patch.setattr(module, "TIMEOUT", 0.5)
+        stop = (ListEndpoint if per_call > 1 else Endpoint)(given, journal, Label).ask_all(calls, len(questions))
         return stop, dict(journal.answers), dict(journal.rejected), journal.spent
 
 
@@ -72,7 +87,7 @@ def test_every_answer_is_there_and_costs_what_was_used(path):
     assert stop is None and not rejected and len(answers) == 20
     assert spent == pytest.approx(server.cost(PRICES))
     assert max(server.asked.values()) == 1
-    entry = answers[requests_for(["q3"])[0].key]
+    entry = answers[key("q3")]
     assert entry["answer"] == server.answer("q3") and entry["usage"]["input_tokens"] == INPUT_TOKENS
 
 
@@ -109,28 +124,29 @@ def test_no_more_calls_than_allowed_are_under_way(path):
     assert 2 <= server.most_under_way <= 3
 
 
-def test_the_cap_is_never_exceeded_and_what_was_answered_stays(path):
-    questions = [f"q{number}" for number in range(200)]
+@pytest.mark.parametrize("per_call", [1, 3])
+def test_the_cap_is_never_exceeded_and_what_was_answered_stays(path, per_call):
+    questions = [f"q{number}" for number in range(200 * per_call)]
     cap = 0.1
     with FaultServer(fault_share=0.3) as server:
-        stop, answers, _, spent = ask(server, path, questions, max_cost=cap)
+        server.label_fault_share = 0.1
+        stop, answers, _, spent = ask(server, path, questions, max_cost=cap, per_call=per_call)
         assert isinstance(stop, BudgetExceeded) and "--max_cost" in str(stop)
         assert server.cost(PRICES) <= spent <= cap
-        assert 0 < len(answers) < 200
+        assert 0 < len(answers) < len(questions)
         sent = sum(server.asked.values())
-        stop, answers, _, _ = ask(server, path, questions, max_cost=cap)
+        stop, answers, _, _ = ask(server, path, questions, max_cost=cap, per_call=per_call)
         assert isinstance(stop, BudgetExceeded) and sum(server.asked.values()) == sent
-        stop, answers, _, spent = ask(server, path, questions, max_cost=100, attempts=30, schema_attempts=30)
-    assert stop is None and len(answers) == 200
+        more = {"attempts": 30, "schema_attempts": 30, "per_call": per_call}
+        stop, answers, _, spent = ask(server, path, questions, max_cost=100, **more)
+    assert stop is None and len(answers) == len(questions)
     assert server.cost(PRICES) <= spent
 
 
 def test_calls_under_way_give_back_what_they_do_not_need_before_the_budget_counts_as_spent(path):
-    one = PRICES.of(INPUT_TOKENS, 40)
+    one = options().cost(INPUT_TOKENS, OUTPUT_TOKENS)
     with FaultServer() as server:
-        most = Endpoint(openai.AsyncOpenAI(api_key="k", max_retries=0), "m", None, SCHEMA, PRICES, 100).most_cost(
-            requests_for(["q00"])[0].messages
-        )
+        most = Endpoint(options(), None, Label).most_cost(messages("q00"))
         stop, answers, _, spent = ask(
             server, path, [f"q{number:02d}" for number in range(10)], max_cost=9 * one + most, concurrency=8
         )
@@ -180,7 +196,7 @@ def test_an_endpoint_that_is_gone_stops_the_run_after_a_while(path):
     stop, answers, rejected, spent = ask(
         server, path, [f"q{number}" for number in range(100)], attempts=2, concurrency=4, max_cost=1.0
     )
-    assert "gave no reply for the last" in str(stop) and "run the same command again" in str(stop)
+    assert "gave no usable reply for the last" in str(stop) and "run the same command again" in str(stop)
     assert not answers and not rejected and spent == 0, "nothing was sent, and so nothing can have been paid"
 
 
@@ -225,7 +241,7 @@ def test_a_model_that_never_fits_the_schema_stops_early_with_the_reason(path, ch
     with FaultServer() as server:
         server.change = lambda reply: reply["choices"][0].update(change)
         stop, answers, rejected, _ = ask(server, path, questions, concurrency=4, schema_attempts=2)
-        assert "contents in a row got no usable reply" in str(stop) and reason in str(stop)
+        assert "gave no usable reply for the last" in str(stop) and reason in str(stop)
         assert not answers and 10 <= len(rejected) <= 14 and reason in next(iter(rejected.values()))
         server.change = lambda reply: None
         stop, answers, again, _ = ask(server, path, questions, concurrency=4)
@@ -238,9 +254,10 @@ def test_a_question_that_is_given_twice_is_asked_once(path):
     assert stop is None and len(answers) == 2 and max(server.asked.values()) == 1
 
 
-def test_an_endpoint_that_repeats_the_key_does_not_bring_it_into_the_journal_or_the_message(path):
+def test_an_endpoint_that_repeats_the_key_does_not_bring_it_into_the_journal_or_the_message(path, monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", "secret-key")
     with FaultServer(fault_share=1.0, faults=("401",)) as server:
-        stop, _, _, _ = ask(server, path, ["q"], api_key="secret-key")
+        stop, _, _, _ = ask(server, path, ["q"])
         assert server.keys == {"secret-key"}
     assert "<key>" in str(stop) and "secret-key" not in str(stop)
     assert "<key>" in path.read_text() and "secret-key" not in path.read_text()
@@ -270,7 +287,7 @@ def test_the_wait_grows_and_is_never_shorter_than_the_endpoint_asks_for(path, mo
     monkeypatch.setattr(module, "FIRST_WAIT", 1.0)
     error = openai.RateLimitError.__new__(openai.RateLimitError)
     error.response = type("Response", (), {"headers": {"retry-after": "7"}})
-    endpoint = Endpoint(openai.AsyncOpenAI(api_key="k", max_retries=0), "m", None, SCHEMA, PRICES)
+    endpoint = Endpoint(options(), None, Label)
     for attempt in range(9):
         asyncio.run(endpoint._wait(ValueError("broken"), attempt))
     assert all(0.5 * min(2**n, 60) <= wait <= min(2**n, 60) for n, wait in enumerate(waits))
@@ -313,19 +330,21 @@ def killed(server, path, questions, monkeypatch, writes, torn, **settings):
     return False
 
 
+@pytest.mark.parametrize("per_call", [1, 3])
 @pytest.mark.parametrize("torn", [False, True], ids=["between writes", "within a write"])
-def test_killed_at_any_write_no_answer_in_the_journal_is_asked_for_again(path, monkeypatch, torn):
-    questions = [f"q{number}" for number in range(5)]
+def test_killed_at_any_write_no_answer_in_the_journal_is_asked_for_again(path, monkeypatch, torn, per_call):
+    questions = [f"q{number}" for number in range(5 * per_call)]
     writes = 0
     while True:
         path.unlink(missing_ok=True)
         with FaultServer(fault_share=0.3, faults=("500", "half", "schema"), seed=1) as server:
-            died = killed(server, path, questions, monkeypatch, writes, torn, concurrency=2)
+            server.label_fault_share = 0.2
+            died = killed(server, path, questions, monkeypatch, writes, torn, concurrency=2, per_call=per_call)
             journalled = answered_questions(path, questions)
             asked = Counter(server.asked)
-            stop, answers, rejected, spent = ask(server, path, questions, max_cost=1.0, concurrency=2)
+            stop, answers, _, spent = ask(server, path, questions, max_cost=1.0, concurrency=2, per_call=per_call)
             again = server.asked - asked
-        assert stop is None and len(answers) == 5, f"killed at write {writes}"
+        assert stop is None and len(answers) == len(questions), f"killed at write {writes}"
         assert not journalled & set(again), f"killed at write {writes}"
         assert server.cost(PRICES) <= spent <= 1.0
         if not died:
@@ -336,9 +355,7 @@ def test_killed_at_any_write_no_answer_in_the_journal_is_asked_for_again(path, m
 
 def answered_questions(path, questions):
     with Journal(path) as journal:
-        return {
-            q for q, request in zip(questions, requests_for(questions), strict=True) if request.key in journal.answers
-        }
+        return {question for question in questions if key(question) in journal.answers}
 
 
 @pytest.mark.slow
@@ -360,7 +377,7 @@ def test_a_thousand_questions_survive_faults_and_kills(path, monkeypatch, seed):
         assert not journalled & set(server.asked - asked)
         assert server.cost(PRICES) <= spent <= 20.0
     assert stop is None and len(answers) == 1000 and not rejected
-    answered = Counter(entry["key"] for entry in entries(path) if entry["event"] == "answered")
+    answered = Counter(known for entry in entries(path) for known in entry.get("answers", ()))
     assert set(answered.values()) == {1}
 
 
@@ -373,8 +390,7 @@ def test_two_processes_do_not_share_a_journal(path):
 
 def test_a_truncated_last_line_is_removed_and_a_damaged_one_is_reported(path):
     with Journal(path) as journal:
-        call = journal.reserve("k", 0.5)
-        journal.settle(call, "k", 0.25, {"a": 1})
+        journal.settle(journal.reserve(0.5), 0.25, {"k": {"a": 1}})
     whole = path.read_bytes()
     path.write_bytes(whole + b'{"event": "sent", "ca')
     with Journal(path) as journal:
@@ -388,23 +404,23 @@ def test_a_truncated_last_line_is_removed_and_a_damaged_one_is_reported(path):
 
 def test_a_call_whose_end_is_not_known_counts_in_full(path):
     with Journal(path) as journal:
-        journal.reserve("k", 0.5)
+        journal.reserve(0.5)
     with Journal(path, max_cost=0.9) as journal:
         assert journal.spent == 0.5
         with pytest.raises(BudgetExceeded, match="0.5000 USD of 0.9 are spent, and the next call may cost 0.5000"):
-            journal.reserve("l", 0.5)
+            journal.reserve(0.5)
 
 
 def test_a_full_disk_stops_the_run_and_leaves_a_journal_that_can_be_read(path, monkeypatch):
     with Journal(path) as journal:
-        journal.reserve("k", 0.5)
+        journal.reserve(0.5)
         write = os.write
         monkeypatch.setattr(module.os, "write", lambda file, line: write(file, line[:10]))
         with pytest.raises(StopRun, match="cannot be written .10 of .* make room"):
-            journal.reserve("l", 0.5)
+            journal.reserve(0.5)
         monkeypatch.undo()
-        journal.reserve("m", 0.5)
-    assert [entry["key"] for entry in entries(path)] == ["k", "m"]
+        journal.reserve(0.5)
+    assert [entry["call"] for entry in entries(path)] == [1, 2]
 
 
 def test_a_disk_that_fails_after_the_write_leaves_a_journal_that_agrees_with_its_file(path, monkeypatch):
@@ -414,9 +430,9 @@ def test_a_disk_that_fails_after_the_write_leaves_a_journal_that_agrees_with_its
     with Journal(path) as journal:
         monkeypatch.setattr(module.os, "fsync", fails)
         with pytest.raises(StopRun, match="input/output error"):
-            journal.reserve("k", 0.5)
+            journal.reserve(0.5)
         monkeypatch.undo()
-        assert journal.spent == 0 and journal.reserve("l", 0.25) == 1
+        assert journal.spent == 0 and journal.reserve(0.25) == 1
     with Journal(path) as journal:
         assert journal.spent == 0.25
 
@@ -424,10 +440,6 @@ def test_a_disk_that_fails_after_the_write_leaves_a_journal_that_agrees_with_its
 @pytest.mark.parametrize("cap", [float("nan"), -1.0])
 def test_a_cap_that_would_not_hold_is_refused(path, cap):
     with pytest.raises(ValueError, match="expected 0 or more"):
-        Journal(path, cap)
-    assert not path.exists()
-
-
-def test_a_client_that_retries_by_itself_is_refused():
-    with pytest.raises(ValueError, match="max_retries=0"):
-        Endpoint(openai.AsyncOpenAI(api_key="k"), "m", None, SCHEMA, PRICES)
+        options(max_cost=cap)
+    with Journal(path, cap) as journal, pytest.raises(BudgetExceeded):
+        journal.reserve(0.1)

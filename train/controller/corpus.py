@@ -1,8 +1,8 @@
 """The granularity corpus: questions with the level each should be read at, as a dataset folder of JSON Lines.
 
 A row holds `id`, `question`, `level` (a name), `level_probs` (name to probability), `confidence` (that of the level),
-`source` ("template", "annotated" or "measured"), `annotator` and `usage` (of a paid call, else null) and
-`created_at`; further columns depend on the source; training reads `split`, `kind` and `phrasing`.
+`source` ("template", "annotated" or "measured"), `annotator`, `usage` (its share of the tokens of a paid call, else
+null) and `created_at`; further columns depend on the source; training reads `split`, `kind` and `phrasing`.
 
 Splits are "train", "validation", and any number of others whose names begin with "test".
 """
@@ -38,7 +38,7 @@ Questions about images, each with the granularity at which an image should be re
 
 {origin}
 
-The questions come from `{data}`: {questions} of {rows} rows. Questions about one image are in one split.
+The questions come from {data}: {questions} of {rows} rows. Questions about one image are in one split.
 
 {table}
 
@@ -175,7 +175,7 @@ def _is_split(name) -> bool:
     return isinstance(name, str) and (name in (TRAIN, VALIDATION) or name.startswith(TEST))
 
 
-def write_folder(output: Path, rows: list[dict], report: dict, origin: str, data: str) -> dict:
+def write_folder(output: Path, rows: list[dict], report: dict, origin: str, data: list[str]) -> dict:
     """
     Write a corpus as a folder that `datasets` loads: a file per split, report.json, and the card.
 
@@ -184,7 +184,7 @@ def write_folder(output: Path, rows: list[dict], report: dict, origin: str, data
         rows: each with its split.
         report: content of report.json; `rows` and `questions` among it.
         origin: a paragraph for the card on where the labels come from.
-        data: name or path of the data that the questions come from.
+        data: names or paths of the data that the questions come from.
 
     Returns:
         dict: the report, with the number of rows of each level in each split.
@@ -202,7 +202,7 @@ def write_folder(output: Path, rows: list[dict], report: dict, origin: str, data
     return report
 
 
-def card(report: dict, origin: str, data: str) -> str:
+def card(report: dict, origin: str, data: list[str]) -> str:
     """The dataset card in Markdown, with the metadata that the Hub reads; arguments as of `write_folder`."""
     levels = report["levels"]
     metadata = DatasetCardData(
@@ -215,7 +215,7 @@ def card(report: dict, origin: str, data: str) -> str:
     return CARD_TEXT.format(
         metadata=metadata.to_yaml(),
         origin=origin,
-        data=Path(data).name if Path(data).exists() else data,
+        data=", ".join(f"`{Path(name).name if Path(name).exists() else name}`" for name in data),
         rows=report["rows"],
         questions=report["questions"],
         table=markdown_table(["split", *names], [[split, *counts.values()] for split, counts in levels.items()]),
