@@ -8,6 +8,8 @@ import base64
 import json
 import os
 import re
+from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import fsspec
@@ -15,14 +17,26 @@ from datasets import Features, Json, List
 
 from modeling_granulon.image_io import load_rgb
 
-# Required columns of each format.
+# Required columns of each format; a source has the first one that its columns fit.
 FORMATS = {
     "llava": ("conversations",),
     "messages": ("messages",),
+    "texts": ("texts",),
     "prompt-completion": ("prompt", "completion"),
+    "multiple-choice": ("question", "choices", "answer"),
     "question-answer": ("question", "answer"),
+    "question-answers": ("question", "answers"),
+    "instruction": ("instruction", "output"),
 }
-FIELDS = ("conversations", "messages", "prompt", "completion", "question", "answer", "images", "granularity")
+FIELDS = (*dict.fromkeys(name for needed in FORMATS.values() for name in needed), "input", "images", "granularity")
+ALIASES = {"choices": ("options",), "answer": ("correct_choice_idx",)}  # other names of columns
+LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+# Places of media in the prompts of other models: trained as words, they would teach answers to what is not seen.
+MEDIA_MARK = re.compile(
+    r"<\|?/?(?:video|audio|image|img|vision|sound|speech|start_of_image)(?:[\w-]*|_\d+)\|?>|\[IMG\]|<ImageHere>",
+    re.IGNORECASE,
+)
+OTHER_MEDIA = ("video", "videos", "audio", "audios")  # columns that a row may not fill
 ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
 IMAGE_MARK = "<image>"
 
@@ -52,10 +66,11 @@ class Reader:
     question: str | None = None
     is_lines: bool = False
     features: Features | None = None
+    map: Callable[[dict], dict] | None = None
 
     def row(self, stored: dict) -> dict | None:
         """A stored row as plain Python; None for an empty line."""
-        return parse_row(stored, self.is_lines, self.features)
+        return mapped(parse_row(stored, self.is_lines, self.features), self.map)
 
     def for_quarantine(self, stored: dict) -> dict:
         """A stored row without the bytes of images."""
@@ -78,28 +93,35 @@ class Reader:
         row = self.row(stored)
         if row is None:
             return []
+        if media := [name for name in OTHER_MEDIA if row.get(name)]:
+            raise BadRow(f"it has {' and '.join(media)}, and the model sees images alone")
         given = {name: row.get(column) for name, column in self.columns.items()}
-        if self.format == "question-answer" and given.get("question") is None:
+        if "question" in FORMATS[self.format] and given.get("question") is None:
             given["question"] = self.question
         missing = [self.columns.get(name, name) for name in FORMATS[self.format] if given.get(name) is None]
-        if self.format == "question-answer" and "images" in self.columns and given["images"] is None:
+        if "question" in FORMATS[self.format] and "images" in self.columns and given["images"] is None:
             missing.append(self.columns["images"])  # an empty list means no image on purpose
         if missing:
             raise BadRow(f"it has no {' and no '.join(missing)}")
         images = [self._image(image) for image in _as_list(given.get("images"))]
         messages, first_target = self._messages(given)
+        messages, first_target, dropped = _without_leading_answers(messages, first_target)
+        levels = given.get("granularity")
+        if isinstance(levels, list) and dropped:
+            levels = levels[dropped:]
         messages, images = _with_images(messages, images, self._image)
-        return _split_turns(messages, first_target, images, given.get("granularity"))
+        return _split_turns(messages, first_target, images, levels)
 
     def _messages(self, given: dict) -> tuple[list[dict], int]:
         """The conversation, and the index from which its answers are trained on."""
-        if self.format == "llava":
-            turns = [(turn.get("from"), turn.get("value")) for turn in _mappings(given["conversations"])]
-            return [_message(*turn) for turn in turns], 0
-        if self.format == "messages":
-            return [_message(turn.get("role"), turn.get("content")) for turn in _mappings(given["messages"])], 0
-        if self.format == "question-answer":
-            return [_message("user", _text(given["question"])), _message("assistant", _text(given["answer"]))], 0
+        if self.format in ("llava", "messages"):
+            turns = _mappings(given[FORMATS[self.format][0]])
+            return [
+                _message(turn.get("from", turn.get("role")), turn.get("value", turn.get("content"))) for turn in turns
+            ], 0
+        if self.format != "prompt-completion":
+            pairs = [zip(("user", "assistant"), pair) for pair in _PAIRS[self.format](given)]
+            return [_message(role, _text(text)) for pair in pairs for role, text in pair], 0
         prompt, completion = (
             [{"role": role, "content": given[name]}] if isinstance(given[name], str) else _mappings(given[name])
             for name, role in (("prompt", "user"), ("completion", "assistant"))
@@ -198,6 +220,75 @@ def _text(value) -> str:
     return value
 
 
+def _text_pairs(given: dict) -> list[tuple]:
+    """The Cauldron, FineVision: a list of `user` and `assistant`."""
+    return [(turn.get("user"), turn.get("assistant")) for turn in _mappings(given["texts"])]
+
+
+def _commonest_answer(given: dict) -> list[tuple]:
+    """VQA: the answers of several people, of which the commonest counts, or the first of these."""
+    answers = _from_json(given["answers"])
+    if not isinstance(answers, list) or not answers:
+        raise BadRow(f"answers is {answers!r}, expected a list of texts")
+    texts = [_text(answer.get("answer") if isinstance(answer, dict) else answer) for answer in answers]
+    return [(given["question"], Counter(texts).most_common(1)[0][0])]
+
+
+def _chosen(given: dict) -> list[tuple]:
+    """Multiple choice: the options follow the question by letter, and the answer is the text of the right one."""
+    choices, answer = _from_json(given["choices"]), given["answer"]
+    if not isinstance(choices, list) or not 2 <= len(choices) <= len(LETTERS):
+        raise BadRow(f"it has the choices {choices!r}, expected a list of 2 to {len(LETTERS)}")
+    texts = [_text(choice) for choice in choices]
+    if answer not in texts:
+        place = (
+            LETTERS.find(answer.strip().upper()) if isinstance(answer, str) and len(answer.strip()) == 1 else answer
+        )
+        if isinstance(place, bool) or not isinstance(place, int) or not 0 <= place < len(texts):
+            raise BadRow(f"its answer is {answer!r}, expected the text, letter or number (from 0) of one of {texts}")
+        answer = texts[place]
+    options = "\n".join(f"{letter}. {text}" for letter, text in zip(LETTERS, texts))
+    return [(f"{_text(given['question'])}\n{options}\nAnswer with the option's content.", answer)]
+
+
+def _instruction(given: dict) -> list[tuple]:
+    """Alpaca: an instruction, perhaps with an input, and the output."""
+    parts = [given["instruction"], given.get("input")]
+    return [("\n".join(_text(part) for part in parts if part), given["output"])]
+
+
+# Formats of questions and answers: a row gives pairs of them.
+_PAIRS = {
+    "texts": _text_pairs,
+    "multiple-choice": _chosen,
+    "question-answer": lambda given: [(given["question"], given["answer"])],
+    "question-answers": _commonest_answer,
+    "instruction": _instruction,
+}
+
+
+def mapped(row: dict | None, function: Callable | None) -> dict | None:
+    """The row as a source's own function makes it; raises `BadRow` where that fails."""
+    if row is None or function is None:
+        return row
+    try:
+        made = function(row)
+    except Exception as error:  # a function of the user's may raise anything
+        raise BadRow(f"map fails: {type(error).__name__}: {error}") from error
+    if not isinstance(made, dict):
+        raise BadRow(f"map gives {type(made).__name__}, expected a row: a dict with the columns of a format")
+    return made
+
+
+def _without_leading_answers(messages: list[dict], first_target: int) -> tuple[list[dict], int, int]:
+    """A conversation without the answers before its first question, and how many of those to learn it lost."""
+    first = next((place for place, message in enumerate(messages) if message["role"] == "user"), 0)
+    leading = [place for place in range(first) if messages[place]["role"] == "assistant"]
+    kept = [message for place, message in enumerate(messages) if place not in leading]
+    before = sum(place < first_target for place in leading)
+    return kept, first_target - before, len(leading) - before
+
+
 def _from_json(value):
     """Decode JSON text, as which `datasets` stores list entries of different types."""
     try:
@@ -215,11 +306,13 @@ def _base64_bytes(address: str) -> bytes:
 
 def _message(role, content) -> dict:
     """A message whose content is a list of parts: `{"type": "text", "text"}` and `{"type": "image"[, "image"]}`."""
-    if role not in ROLES:
+    if not isinstance(role, str) or role not in ROLES:
         raise BadRow(f"a turn has the role {role!r}, expected one of {tuple(ROLES)}")
     role = ROLES[role]
     if content is None:
         return {"role": role, "content": []}
+    if role != "assistant":
+        _check_media_marks(content)
     if isinstance(content, str):
         has_marks = role != "assistant" and IMAGE_MARK in content
         # "<image>\nWhat ...": the line break after the mark is not a text
@@ -230,6 +323,18 @@ def _message(role, content) -> dict:
     if not isinstance(content, list):
         raise BadRow(f"the content of a turn is a text or a list of parts, found {type(content).__name__}")
     return {"role": role, "content": [_part(part, role) for part in content]}
+
+
+def _check_media_marks(content):
+    for text in (
+        [content] if isinstance(content, str) else [part.get("text") for part in content if isinstance(part, dict)]
+    ):
+        marks = MEDIA_MARK.findall(text) if isinstance(text, str) else []
+        if unknown := [mark for mark in marks if mark != IMAGE_MARK]:
+            raise BadRow(
+                f"its text has the mark {unknown[0]} of a medium; only {IMAGE_MARK} is known: mark images by it, or "
+                "name a function in map"
+            )
 
 
 def _part(part, role: str) -> dict:

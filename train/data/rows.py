@@ -261,7 +261,9 @@ class RowCheck:
         return {name: [entry[place] for entry in entries] for place, name in enumerate(CHECKED)}
 
     def key(self) -> str:
-        reader = {known.name: str(getattr(self.reader, known.name)) for known in fields(self.reader)}
+        values = {known.name: getattr(self.reader, known.name) for known in fields(self.reader)}
+        values |= {"map": Hasher.hash(self.reader.map)}  # another body of the function gives other rows
+        reader = {name: str(value) for name, value in values.items()}
         return json.dumps([self.number, reader, self.check.key()])
 
     def _verdicts(self, stored: dict) -> list[tuple]:

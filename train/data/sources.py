@@ -1,6 +1,7 @@
 """Open data sources: files, folders, the Hub, WebDataset shards, memory or drawn scenes; images stay undecoded."""
 
 import glob
+import importlib
 import os
 import re
 from dataclasses import dataclass, fields
@@ -8,7 +9,7 @@ from pathlib import Path
 
 from datasets import Dataset, Image, IterableDataset, List, load_dataset, load_from_disk
 
-from .formats import FIELDS, FORMATS, BadRow, Reader, parse_row
+from .formats import ALIASES, FIELDS, FORMATS, BadRow, Reader, mapped, parse_row
 from .quarantine import MIN_ROWS
 from .scenes import make_questions, make_scene
 
@@ -39,6 +40,7 @@ class DataSource:
         columns (`dict`, *optional*): maps our names (`FIELDS`) to those of the columns.
         question (`str`, *optional*): the question of every row of a source that has only answers (captions).
         image_folder (`str`, *optional*): folder of relative image paths; by default the folder of `path`.
+        map (`str`, *optional*): "module:function", which makes a row in one of the formats (a dict) of a stored one.
         weight (`float`, *optional*): how often rows are drawn from here, relative to the other sources' weights.
     """
 
@@ -49,6 +51,7 @@ class DataSource:
     columns: dict[str, str] | None = None
     question: str | None = None
     image_folder: str | None = None
+    map: str | None = None
     weight: float | None = None
 
     def __post_init__(self):
@@ -59,6 +62,20 @@ class DataSource:
             raise ValueError(f"{self}: columns names {sorted(unknown)}; it maps {FIELDS} to the columns of the source")
         if self.weight is not None and not self.weight > 0:
             raise ValueError(f"{self}: weight is {self.weight}; give a number above 0 or leave the source out")
+
+    @property
+    def function(self):
+        """What `map` names; raises `ValueError` if there is no such function."""
+        if self.map is None:
+            return None
+        module, _, name = self.map.partition(":")
+        try:
+            function = getattr(importlib.import_module(module), name)
+        except (ImportError, AttributeError, ValueError) as error:
+            raise ValueError(f"{self}: map is {self.map!r}, expected module:function ({error})") from error
+        if not callable(function):
+            raise ValueError(f"{self}: map is {self.map!r}, a {type(function).__name__}; expected module:function")
+        return function
 
     def __str__(self):
         path = self.path if isinstance(self.path, str) else type(self.path).__name__
@@ -87,7 +104,8 @@ def open_source(source: DataSource, streaming: bool = False):
         raise ValueError(f"{source} is a stream; pass streaming=True")
     else:
         raw = raw.with_format("arrow")  # undecoded: only load_rgb opens images
-    names, image_names = _column_names(raw, source, is_lines)
+    function = source.function
+    names, image_names = _column_names(raw, source, is_lines, function)
     columns = _find_columns(source, names, image_names)
     return raw, Reader(
         label=str(source),
@@ -97,6 +115,7 @@ def open_source(source: DataSource, streaming: bool = False):
         question=source.question,
         is_lines=is_lines,
         features=raw.features,
+        map=function,
     )
 
 
@@ -160,31 +179,36 @@ def _as_row(stored) -> dict:
     return stored if isinstance(stored, dict) else stored.to_pylist()[0]
 
 
-def _column_names(raw, source: DataSource, is_lines: bool) -> tuple[list[str], list[str]]:
+def _column_names(raw, source: DataSource, is_lines: bool, function) -> tuple[list[str], list[str]]:
     """The columns of a source, and those that `datasets` declares as images."""
     first = first_row(raw, str(source))
     features = raw.features or {}
     image_names = [name for name, feature in features.items() if _contains_images(feature)]
     if not is_lines:
-        inner = parse_row(first, False, raw.features)
-        return list(inner), image_names
+        inner = mapped(parse_row(first, False, raw.features), function)
+        return list(inner), image_names if function is None else []
     names = {}
     for stored, _ in zip(raw, range(MIN_ROWS)):
         try:
-            names.update(parse_row(_as_row(stored), True, None) or {})
+            names.update(mapped(parse_row(_as_row(stored), True, None), function) or {})
         except BadRow:
             continue
     return list(names), []
 
 
 def _contains_images(feature) -> bool:
-    return isinstance(feature, Image) or (isinstance(feature, List) and _contains_images(feature.feature))
+    """Whether a column holds images: declared as such, or files with bytes and path as `datasets` stores images."""
+    is_file = isinstance(feature, dict) and set(feature) == {"bytes", "path"}
+    return isinstance(feature, Image) or is_file or (isinstance(feature, List) and _contains_images(feature.feature))
 
 
 def _find_columns(source: DataSource, names: list[str], image_names: list[str]) -> dict[str, str | None]:
     """Maps our names to columns; a question that is the same for every row has the column None."""
     absent = sorted(set((source.columns or {}).values()) - set(names))
-    columns = {name: name for name in FIELDS if name in names} | (source.columns or {})
+    found = {
+        name: next((other for other in (name, *ALIASES.get(name, ())) if other in names), None) for name in FIELDS
+    }
+    columns = {name: column for name, column in found.items() if column is not None} | (source.columns or {})
     if source.question is not None:
         columns.setdefault("question", None)
     if "images" not in (source.columns or {}):
