@@ -69,17 +69,22 @@ def make_rows(batch: int, size: int) -> list[dict]:
     return [row] * batch
 
 
-def make_trainer(head, size: int, batch: int, folder: str) -> GranulonTrainer:
-    """A trainer with its optimizer; nothing is written."""
+def make_processor(size: int, slots: int) -> GranulonProcessor:
+    """For images of this side; one token is a letter."""
     tokenizer = byte_tokenizer()
-    processor = GranulonProcessor(
+    return GranulonProcessor(
         ViTImageProcessorPil(size={"height": size, "width": size}, do_convert_rgb=True),
         tokenizer,
         patch_size=PATCH,
-        num_semantic_tokens=head.config.max_semantic_tokens,
+        num_semantic_tokens=slots,
         image_token=IMAGE_TOKEN,
         chat_template=with_image_parts(tokenizer.chat_template, IMAGE_TOKEN),
     )
+
+
+def make_trainer(head, size: int, batch: int, folder: str) -> GranulonTrainer:
+    """A trainer with its optimizer; nothing is written."""
+    processor = make_processor(size, head.config.max_semantic_tokens)
     args = GranulonSFTConfig(
         output_dir=folder,
         per_device_train_batch_size=batch,

@@ -121,7 +121,7 @@ def test_accelerate_reads_the_cluster_files(file):
 def slurm(tmp_path):
     """Runs the template with stand-ins for Slurm and accelerate that write down how they were called."""
     stand_ins = {
-        "srun": 'shift; SLURM_NODEID=1 exec "$@"',
+        "srun": 'echo "$1" "$SRUN_CPUS_PER_TASK" "$HF_HOME" > srun; shift; SLURM_NODEID=1 exec "$@"',
         "scontrol": 'if [ "$1" = show ]; then echo node1; echo node2; else echo "$@" >> requeued; fi',
         "accelerate": 'echo "$@" > called; trap -p USR1 > traps; [ -z "$ENDS" ] || mkdir -p "$ENDS"; exit "$CODE"',
     }
@@ -150,6 +150,14 @@ def test_the_slurm_job_resumes_and_goes_back_to_the_queue_until_a_model_is_there
     assert "--main_process_ip node1" in called
     assert "--config sft-llama3.2-3b --output_dir runs/sft-llama3.2-3b --resume --seed 1" in called
     assert (tmp_path / "traps").read_text() == "trap -- '' SIGUSR1\n"
+
+
+def test_slurm_hands_every_node_its_cores_and_a_cache_that_all_share(slurm, tmp_path):
+    slurm(SLURM_CPUS_PER_TASK="96", HF_HOME="")
+    assert (tmp_path / "srun").read_text() == f"--kill-on-bad-exit=1 96 {tmp_path}/.huggingface\n"
+    slurm(HF_HOME="/shared")
+    assert (tmp_path / "srun").read_text() == "--kill-on-bad-exit=1  /shared\n"
+    assert subprocess.run(["bash", "-n", str(CLUSTER / "slurm.sh")]).returncode == 0
 
 
 def test_a_finished_slurm_job_is_not_repeated(slurm):

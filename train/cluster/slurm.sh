@@ -23,6 +23,9 @@ export OUTPUT=${OUTPUT:-runs/$(basename "$RECIPE" .yaml)}
 export ENGINE=${ENGINE:-ddp}
 export GPUS=${GPUS:-8} # of a node
 export PORT=${PORT:-29500}
+export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-} # srun has not taken over --cpus-per-task since Slurm 22.05
+[ -n "$SRUN_CPUS_PER_TASK" ] || unset SRUN_CPUS_PER_TASK
+export HF_HOME=${HF_HOME:-$PWD/.huggingface} # shared by all nodes: one process fills it, the others read
 CLUSTER=$(python -c "import granulon.train as train; print(train.__path__[0] + '/cluster')")
 NODES=$(scontrol show hostnames "$SLURM_JOB_NODELIST")
 HEAD=${NODES%%$'\n'*} # the first line; a pipe to head would fail now and then, under pipefail
