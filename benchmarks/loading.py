@@ -64,8 +64,8 @@ def main() -> None:
         f"# Loading\n\n`python benchmarks/loading.py --count {options.count}`: {machine()}; one process, "
         f"{options.count:,} conversations of {TURNS} answers, JPEG files of {SIDES[0]} x {SIDES[1]} pixels and "
         f"{size / 1e3:.0f} kB.\n\nExtrapolated to {CONVERSATIONS:,} conversations and {PROCESSES} processes: evenly "
-        "shared, disks and memory as fast as here for each. A restart finds the checks in the cache of `datasets`; its "
-        "fixed part is extrapolated too.\n"
+        "shared, disks and memory as fast as here for each. A restart finds the checks in the cache of `datasets`; "
+        "its fixed part is extrapolated too.\n"
     )
     mix = CONVERSATIONS / options.count / 60
     rows = [
