@@ -13,7 +13,7 @@ from transformers import DINOv3ViTConfig, HfArgumentParser, LlamaConfig, Qwen2Co
 from trl import ModelConfig
 
 from granulon.hub.text import markdown_table
-from granulon.train.stages import lora_config, parameter_counts, set_trainable
+from granulon.train.stages import lora_config, set_trainable
 from modeling_granulon import GranulonConfig, GranulonForConditionalGeneration
 
 TOWER = DINOv3ViTConfig(
@@ -73,7 +73,8 @@ def sizes_of(text: str, kind: str, lora_r: int) -> Sizes:
         set_trainable(model, "align" if kind == "align" else "sft")
         if kind == "lora":
             model = get_peft_model(model, lora_config(model, ModelConfig(lora_r=lora_r)))
-    return Sizes(*parameter_counts(model), root, frozen_bytes=2 if kind == "lora" else 4)
+    counts = model.num_parameters(), model.num_parameters(only_trainable=True)
+    return Sizes(*counts, root, frozen_bytes=2 if kind == "lora" else 4)
 
 
 def table(gpus: int, lora_r: int) -> str:

@@ -16,10 +16,8 @@ from functools import lru_cache
 
 import numpy as np
 
-from granulon.hub.text import first_line
+from granulon.hub.text import content_words, exact_match, first_line, usable_references, words
 
-WORD = re.compile(r"\w+")
-ARTICLES = {"a", "an", "the"}
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 BERTSCORE = "bertscore"  # computed in batches after a run; samples hold the texts until then
 BERTSCORE_MODEL = "roberta-large"
@@ -51,11 +49,6 @@ class Metric:
     proportion: bool = False
 
 
-def words(text: str) -> list[str]:
-    """Runs of letters and digits, in lower case and in order."""
-    return WORD.findall(text.lower())
-
-
 def recall(answer: str, reference: str) -> float:
     """The share of the reference's distinct words that occur in the answer; nan for a reference without words."""
     wanted = set(words(reference))
@@ -64,17 +57,12 @@ def recall(answer: str, reference: str) -> float:
 
 def best_recall(answer: str, references: Sequence[str]) -> float:
     """The highest recall over the references; raises `ValueError` where none has words."""
-    return max(recall(answer, reference) for reference in _usable(references))
-
-
-def exact_match(answer: str, references: Sequence[str]) -> float:
-    """1 if the answer has the words of a reference, in order and without articles, else 0."""
-    return float(any(_content(answer) == _content(reference) for reference in _usable(references)))
+    return max(recall(answer, reference) for reference in usable_references(references))
 
 
 def vqa_accuracy(answer: str, references: Sequence[str]) -> float:
     """A-OKVQA's accuracy of a direct answer: matches among the annotators' answers over 3, at most 1."""
-    matches = sum(_content(answer) == _content(reference) for reference in _usable(references))
+    matches = sum(content_words(answer) == content_words(reference) for reference in usable_references(references))
     return min(1.0, matches / 3)
 
 
@@ -86,8 +74,8 @@ def read_choice(answer: str, choices: Sequence[str]) -> int | None:
     contains "answer is B", "option B" or "(B)"; it contains the words of one choice; it contains one single capital
     letter. "B or C" names two.
     """
-    content = _content(answer)
-    matches = [index for index, choice in enumerate(choices) if _content(choice) == content]
+    content = content_words(answer)
+    matches = [index for index, choice in enumerate(choices) if content_words(choice) == content]
     if content and len(matches) == 1:
         return matches[0]
     start, stated, anywhere = _letter_patterns(len(choices))
@@ -124,7 +112,7 @@ def chair_statistics(mentioned: Sequence[str], present: Sequence[str]) -> list[f
 
 def bleu_statistics(answer: str, references: Sequence[str]) -> list[float]:
     """Matches and candidates for 1- to 4-grams, length of the answer and of the closest reference."""
-    score = _bleu().corpus_score([answer], [[reference] for reference in _usable(references)])
+    score = _bleu().corpus_score([answer], [[reference] for reference in usable_references(references)])
     return [float(entry) for entry in (*score.counts, *score.totals, score.sys_len, score.ref_len)]
 
 
@@ -143,7 +131,7 @@ def bertscore_statistics(
     pairs = [
         (number, answer, reference)
         for number, (answer, own) in enumerate(zip(answers, references, strict=True))
-        for reference in _usable(own)
+        for reference in usable_references(own)
         if words(answer)
     ]
     best = [0.0] * len(answers)
@@ -176,7 +164,7 @@ def statistics(names: Sequence[str], answer: str, references: Sequence[str]) -> 
     Raises:
         ValueError: references without words.
     """
-    pair = {"answer": answer, "references": list(_usable(references))}
+    pair = {"answer": answer, "references": list(usable_references(references))}
     return {
         name: pair if METRICS[name].statistics is None else list(METRICS[name].statistics(answer, references))
         for name in names
@@ -250,25 +238,11 @@ def _single_letter(pattern: re.Pattern, answer: str) -> int | None:
 
 def _choices_inside(content: str, choices: Sequence[str]) -> list[int]:
     """The choices whose words occur in an answer."""
-    texts = [f" {_content(choice)} " for choice in choices]
+    texts = [f" {content_words(choice)} " for choice in choices]
     inside = [index for index, text in enumerate(texts) if text.strip() and text in f" {content} "]
     # "tennis racket" contains "tennis": the longer choice counts.
     parts = {index for index in inside for other in inside if texts[index] in texts[other] and other != index}
     return [index for index in inside if index not in parts]
-
-
-def _content(text: str) -> str:
-    """The words of a text without articles, separated by spaces."""
-    return " ".join(word for word in words(text) if word not in ARTICLES)
-
-
-def _usable(references: Sequence[str]) -> list[str]:
-    if isinstance(references, str):
-        references = [references]
-    usable = [reference for reference in references if isinstance(reference, str) and words(reference)]
-    if not usable:
-        raise ValueError(f"a sample has no reference with words in it, found {list(references)!r}")
-    return usable
 
 
 METRICS = {

@@ -33,6 +33,7 @@ def load_model(
     dtype: str | torch.dtype = "auto",
     attn_implementation: str | None = None,
     device_map=None,
+    quantization_config=None,
 ) -> GranulonForConditionalGeneration:
     """
     A Granulon in eval mode, from this package's own code.
@@ -41,7 +42,8 @@ def load_model(
         name, revision: a folder or a Hub repository.
         overrides: changes of the configuration; levels derive their default and slot number anew.
         new_levels: gains, embeddings and controller may start anew where `overrides` change their shapes (training).
-        dtype, attn_implementation, device_map: as in `from_pretrained`; a dtype may be given by name.
+        dtype, attn_implementation, device_map, quantization_config: as in `from_pretrained`; a dtype may be given by
+            name.
 
     Raises:
         ValueError: there is no Granulon under this name, an override is unknown, or weights are missing or have
@@ -66,6 +68,7 @@ def load_model(
         dtype=getattr(torch, dtype) if isinstance(dtype, str) and dtype != "auto" else dtype,
         attn_implementation=attn_implementation,
         device_map=device_map,
+        quantization_config=quantization_config,
         ignore_mismatched_sizes=bool(overrides),
         output_loading_info=True,
     )

@@ -104,6 +104,21 @@ def run(arguments: PublishArguments, api: HfApi):
         print(f"published {publish_space(arguments.space, settings, api, arguments.private)}")
 
 
+def check_before_training(arguments: PublishArguments, api: HfApi):
+    """
+    Raise `ValueError` now for what would stop the publishing of a model that is yet to be trained.
+
+    That is: no valid token, a tag that exists, and, where `folder` is the local model it starts from, its licences.
+    """
+    repo_id, revision = arguments.repo_id, arguments.revision
+    with translate_hub_errors(repo_id):
+        api.whoami()
+        if api.repo_exists(repo_id) and api.revision_exists(repo_id, revision):
+            raise PublishError(f"{repo_id} has a tag {revision}, and tags never change: choose another revision")
+    if Path(arguments.folder).is_dir():
+        terms(Path(arguments.folder), repo_id)
+
+
 def _overview(package: Package, arguments: PublishArguments) -> str:
     """What would be uploaded, and where."""
     target = "a pull request" if arguments.create_pr else f"main, tagged {arguments.revision}"

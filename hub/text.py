@@ -1,6 +1,11 @@
-"""Text for people: error messages in one line, numbers with intervals, Markdown tables."""
+"""Text for people: error messages in one line, numbers with intervals, Markdown tables; the words of an answer."""
 
 import math
+import re
+from collections.abc import Sequence
+
+WORD = re.compile(r"\w+")
+ARTICLES = {"a", "an", "the"}
 
 
 def first_line(error: BaseException | str) -> str:
@@ -22,3 +27,28 @@ def with_interval(value: float | None, low: float | None = None, high: float | N
         return ""
     known = low is not None and high is not None and not math.isnan(low)
     return f"{value:.{digits}f}" + (f" [{low:.{digits}f}, {high:.{digits}f}]" if known else "")
+
+
+def words(text: str) -> list[str]:
+    """Runs of letters and digits, in lower case and in order."""
+    return WORD.findall(text.lower())
+
+
+def exact_match(answer: str, references: Sequence[str]) -> float:
+    """1 if the answer has the words of a reference, in order and without articles, else 0."""
+    return float(any(content_words(answer) == content_words(reference) for reference in usable_references(references)))
+
+
+def content_words(text: str) -> str:
+    """The words of a text without articles, separated by spaces."""
+    return " ".join(word for word in words(text) if word not in ARTICLES)
+
+
+def usable_references(references: Sequence[str]) -> list[str]:
+    """The references that have words; raises `ValueError` where none has."""
+    if isinstance(references, str):
+        references = [references]
+    usable = [reference for reference in references if isinstance(reference, str) and words(reference)]
+    if not usable:
+        raise ValueError(f"a sample has no reference with words in it, found {list(references)!r}")
+    return usable

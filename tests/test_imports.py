@@ -20,7 +20,10 @@ TORCH_ONLY = {"adaptive_token_aggregation.py", "image_tokens.py", "joint_views.p
 MAY_IMPORT = {
     "hub": {"modeling_granulon"},
     "train": {"modeling_granulon", "granulon.train.controller", "granulon.train.data"}
-    | {f"granulon.hub.{module}" for module in ("assemble", "files", "inference", "manifest", "text", "visualize")},
+    | {
+        f"granulon.hub.{module}"
+        for module in ("assemble", "files", "inference", "manifest", "publish", "text", "visualize")
+    },
     "train/controller": {"modeling_granulon", "granulon.train.data"}
     | {f"granulon.hub.{module}" for module in ("files", "inference", "licences", "manifest", "text")},
     "train/data": {"modeling_granulon", "granulon.hub.files"},

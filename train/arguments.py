@@ -50,6 +50,12 @@ class GranulonSFTConfig(SFTConfig):
     vision_cache: str | None = field(
         default=None, metadata={"help": "folder that keeps what the frozen tower says of each image"}
     )
+    vision_learning_rate: float | None = field(
+        default=None, metadata={"help": "of the tower's blocks that are trained; learning_rate by default"}
+    )
+    eval_answers: int = field(
+        default=0, metadata={"help": "evaluation rows that are also answered, for eval_exact_match; 0 for none"}
+    )
     max_length: int | None = field(
         default=None, metadata={"help": "longest row in tokens, image tokens included; longer ones are refused"}
     )

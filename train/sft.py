@@ -26,19 +26,23 @@ import torch
 import yaml
 from accelerate import PartialState
 from accelerate.utils import reduce
+from huggingface_hub import HfApi
 from transformers import TrainerCallback, set_seed
 from transformers.trainer import TRAINING_ARGS_NAME
+from transformers.utils import is_bitsandbytes_available
 from trl import ModelConfig, TrlParser
 
 from granulon.hub.assemble import assemble_tiny
 from granulon.hub.inference import load_model, load_processor
+from granulon.hub.publish import PublishArguments, check_before_training
+from granulon.hub.publish import run as publish
 from granulon.train.controller.replay import QuestionReplay, load_corpus
 from granulon.train.data import DataSource, load_rows
 from modeling_granulon.image_tokens import SEMANTIC
 
 from .arguments import GranulonSFTConfig
 from .checkpoints import newest_complete, record_training, resume_point
-from .stages import STAGES, lora_config, merge, parameter_counts, set_trainable
+from .stages import STAGES, lora_config, merge, quantization, set_trainable
 from .trainer import GranulonTrainer
 
 RECIPES = Path(__file__).parent / "recipes"
@@ -76,6 +80,9 @@ class SFTArguments:
     replay_corpus: str | None = field(
         default=None, metadata={"help": "granularity corpus that the controller keeps learning: a file, or 'seed'"}
     )
+    unfreeze_vision_blocks: int = field(
+        default=0, metadata={"help": "last blocks of the vision tower that stage sft trains too, without adapters"}
+    )
     merge: bool = field(default=False, metadata={"help": "also save the model with the adapters merged"})
     resume: bool = field(default=False, metadata={"help": "continue from the newest complete checkpoint, if any"})
 
@@ -99,6 +106,7 @@ class Run:
     model: ModelConfig
     recipe: str | None
     given: dict
+    publishes: bool  # the finished model, to hub_model_id
 
     @property
     def output(self) -> Path:
@@ -121,6 +129,13 @@ def main(argv: list[str] | None = None, callbacks: list[TrainerCallback] = ()):
         return
     for folder in save(trainer, run):
         print_once(f"wrote {folder}")
+    if run.publishes and PartialState().is_main_process:
+        try:
+            publish(_publish_arguments(run, folder, trainer.model.config), HfApi(token=run.trainer.hub_token))
+        except (OSError, ValueError) as error:
+            sys.exit(
+                f"granulon-train: {folder} is complete but not published: {error}; granulon-publish does it later"
+            )
 
 
 def parse(argv: list[str]) -> Run:
@@ -151,7 +166,8 @@ def parse(argv: list[str]) -> Run:
     values = {name: value for part in (sft, trainer, model) for name, value in vars(part).items()}
     recorded = {name: values[name] for name in names if name in given and name not in EXCLUDED_FROM_MANIFEST}
     name = Path(chosen.config).name.removesuffix(".yaml") if chosen.config is not None else None
-    run = Run(sft, trainer, model, name, json.loads(json.dumps(recorded, default=_set_fields)))
+    publishes, trainer.push_to_hub = trainer.push_to_hub, False  # Trainer would upload its checkpoints as they are
+    run = Run(sft, trainer, model, name, json.loads(json.dumps(recorded, default=_set_fields)), publishes)
     _check(run)
     if sft.global_batch_size is not None:
         trainer.gradient_accumulation_steps = _accumulation(run)
@@ -184,13 +200,15 @@ def make_trainer(run: Run, callbacks: list[TrainerCallback] = ()) -> GranulonTra
     _set_up_logging(run.trainer)
     set_seed(run.trainer.seed)
     name = _model_name(run)
-    model = _model(run, name)
+    if run.publishes and PartialState().is_main_process and not run.sft.resume:
+        check_before_training(_publish_arguments(run, name), HfApi(token=run.trainer.hub_token))
+    model = _model(run, name, quantization(run.model))
     processor = load_processor(name, model.config, revision=run.model.model_revision)
     rows = _rows(run, run.sft.data, "quarantine.jsonl", processor, model)
     eval_rows = None
     if run.sft.eval_data:
         eval_rows = _rows(run, run.sft.eval_data, "quarantine_eval.jsonl", processor, model)
-    set_trainable(model, run.sft.stage)
+    set_trainable(model, run.sft.stage, run.sft.unfreeze_vision_blocks)
     replay = None
     if run.sft.replay_corpus is not None:
         replay = QuestionReplay(load_corpus(run.sft.replay_corpus), processor, model.config.granularity_names)
@@ -257,7 +275,7 @@ class StopOnSignal(TrainerCallback):
 
 def summary(trainer: GranulonTrainer, run: Run) -> str:
     """What will be trained, in one line."""
-    total, trained = parameter_counts(trainer.model)
+    total, trained = (trainer.model.num_parameters(only_trainable=only) for only in (False, True))
     args = trainer.args
     batch = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
     rows = f"{len(trainer.train_dataset):,} rows" if hasattr(trainer.train_dataset, "__len__") else "streamed rows"
@@ -294,7 +312,17 @@ def _check(run: Run):
     if not run.model.model_name_or_path:
         raise ValueError("model_name_or_path is missing; give an assembled checkpoint or 'tiny'")
     if run.model.load_in_4bit or run.model.load_in_8bit:
-        raise ValueError("quantised loading is not supported; use dtype: bfloat16 with adapters")
+        if not run.model.use_peft:
+            raise ValueError("weights in 4 or 8 bits cannot be trained themselves; set use_peft to train adapters")
+        if not is_bitsandbytes_available():
+            raise ValueError("load_in_4bit and load_in_8bit need the package bitsandbytes: pip install bitsandbytes")
+    if run.sft.unfreeze_vision_blocks and (run.model.use_peft or run.sft.stage != "sft"):
+        raise ValueError(
+            "unfreeze_vision_blocks trains whole blocks of the tower in stage sft; set it to 0, or use_peft to false "
+            "and stage to sft"
+        )
+    if run.trainer.vision_learning_rate is not None and not run.sft.unfreeze_vision_blocks:
+        raise ValueError("vision_learning_rate is of blocks of the tower; set unfreeze_vision_blocks, or leave it out")
     if run.model.dtype != "float32" and not run.model.use_peft:
         raise ValueError(
             f"dtype is {run.model.dtype}, too coarse for small updates of the weights; set dtype to float32 (bf16 "
@@ -312,9 +340,24 @@ def _check(run: Run):
         raise ValueError(
             f"eval_strategy is {run.trainer.eval_strategy} but there is no eval_data; name some, or set it to 'no'"
         )
+    if run.publishes:
+        _check_publishing(run)
     found = newest_complete(run.output)
     if found is not None and not run.sft.resume:
         raise ValueError(f"{found} exists already; add --resume to continue from it, or choose another output_dir")
+
+
+def _check_publishing(run: Run):
+    name = run.trainer.hub_model_id or ""
+    if name.count("/") != 1:
+        raise ValueError(f"hub_model_id is {name!r}; push_to_hub needs OWNER/NAME")
+    if unused := {"hub_strategy", "hub_always_push"} & run.given.keys():
+        raise ValueError(f"push_to_hub publishes the finished model, once; leave {' and '.join(sorted(unused))} out")
+    if run.model.use_peft and not run.sft.merge and Path(run.model.model_name_or_path).exists():
+        raise ValueError(
+            f"model_name_or_path is {run.model.model_name_or_path}, a local folder, and others cannot use an adapter "
+            "without its base; set merge to publish the whole model, or push_to_hub to false"
+        )
 
 
 def _accumulation(run: Run) -> int:
@@ -345,7 +388,7 @@ def _model_name(run: Run) -> str:
     return str(folder)
 
 
-def _model(run: Run, name: str):
+def _model(run: Run, name: str, quantization_config=None):
     levels = run.sft.granularities
     return load_model(
         name,
@@ -354,6 +397,7 @@ def _model(run: Run, name: str):
         new_levels=levels is not None,
         dtype=run.model.dtype,
         attn_implementation=run.model.attn_implementation,
+        quantization_config=quantization_config,
     )
 
 
@@ -372,6 +416,17 @@ def _rows(run: Run, sources: list[DataSource], quarantine: str, processor, model
         answers_per_row=run.sft.answers_per_row,
         num_proc=args.dataset_num_proc,
     )
+
+
+def _publish_arguments(run: Run, folder: str | Path, config=None) -> PublishArguments:
+    """The options of granulon-publish for a folder: the finished model, or the one that training starts from."""
+    options = {"private": bool(run.trainer.hub_private_repo)}
+    if run.trainer.hub_revision is not None:
+        options["revision"] = run.trainer.hub_revision
+    if run.model.use_peft and not run.sft.merge:
+        revision = getattr(config, "_commit_hash", None)
+        options["base_model"] = "@".join(filter(None, (run.model.model_name_or_path, revision)))
+    return PublishArguments(str(folder), run.trainer.hub_model_id, **options)
 
 
 @contextmanager

@@ -17,6 +17,7 @@ import torch
 from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 from transformers import ProgressCallback
+from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl import SFTTrainer
 
@@ -28,6 +29,7 @@ from .answer_scores import Answers, AnswerScores, add_answer_scores
 from .arguments import GranulonSFTConfig
 from .checkpoints import finish_checkpoint, remove_checkpoint
 from .collator import GranulonCollator
+from .eval_answers import exact_matches
 from .meters import Meter, peak_flops, peak_memory_gb
 from .sampling import GroupedByLength
 from .sharding import own_name, shard_decoder_layers
@@ -92,6 +94,11 @@ class GranulonTrainer(SFTTrainer):
         self.granulon = head_of(self.model).model
         if self.is_fsdp_enabled:
             shard_decoder_layers(self.accelerator.state.fsdp_plugin, self.granulon.language_model)
+        if getattr(model, "is_quantized", False):  # upstream made what trains bfloat16, too coarse for small updates
+            for parameter in self.model.parameters():
+                parameter.data = parameter.data.float() if parameter.requires_grad else parameter.data
+        if args.eval_answers and (self.is_fsdp_enabled or is_deepspeed_zero3_enabled()):
+            raise ValueError("eval_answers needs whole weights on each process; set it to 0, or use DDP or ZeRO-2")
         if self.args.vision_cache:
             VisionCache(self.granulon, self.args.vision_cache, self.args.process_index).attach()
         self.packs_views = config.text_config._attn_implementation in PACKABLE
@@ -124,6 +131,17 @@ class GranulonTrainer(SFTTrainer):
         if self.learns_levels and batches:
             self.questions_of_step = self.accelerator.reduce(sum(map(self._count_questions, batches)), reduction="sum")
         return batches, num_items
+
+    def create_optimizer(self, model=None):
+        """As upstream; the tower's blocks are groups of their own, if they have a learning rate of their own."""
+        optimizer, rate = super().create_optimizer(model), self.args.vision_learning_rate
+        vision = set(self.granulon.vision_tower.parameters())
+        for group in list(optimizer.param_groups) if rate is not None else []:
+            own = [parameter for parameter in group["params"] if parameter in vision]
+            if own:
+                group["params"] = [parameter for parameter in group["params"] if parameter not in vision]
+                optimizer.add_param_group(group | {"params": own, "lr": rate})
+        return optimizer
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """The joint objective of a batch, and TRL's own metrics of the full view."""
@@ -249,6 +267,16 @@ class GranulonTrainer(SFTTrainer):
         self._count_seconds("train")
         return loss
 
+    def evaluation_loop(self, dataloader, description, *args, metric_key_prefix: str = "eval", **kwargs):
+        """As upstream; some of the rows are also answered, if the arguments ask for it."""
+        output = super().evaluation_loop(dataloader, description, *args, metric_key_prefix=metric_key_prefix, **kwargs)
+        if self.args.eval_answers:
+            self._count_seconds("eval")
+            shares = exact_matches(self, head_of(self.model), dataloader.dataset)
+            output.metrics.update({f"{metric_key_prefix}_{name}": share for name, share in shares.items()})
+            self.timed_until = time.perf_counter()  # answering belongs to no throughput
+        return output
+
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         mode = "train" if self.model.training else "eval"
         self._count_seconds(mode)
@@ -368,6 +396,7 @@ def parameter_groups(model, granulon) -> dict[str, list]:
     """The parameters that train, by the part of the model they belong to."""
     groups, taken = {}, set()
     parts = {"projector": granulon.multi_modal_projector, "controller": granulon.granularity_controller}
+    parts |= {"vision tower": granulon.vision_tower}
     for part, module in (*parts.items(), ("language model", model)):
         owned = [] if module is None else module.parameters()
         groups[part] = [parameter for parameter in owned if parameter.requires_grad and id(parameter) not in taken]

@@ -5,7 +5,7 @@ import torch
 from conftest import make_model
 
 from benchmarks.memory import ENGINES, Sizes, sizes_of
-from granulon.train.stages import parameter_counts, set_trainable
+from granulon.train.stages import set_trainable
 
 
 def test_states_are_what_a_step_keeps_in_memory():
@@ -17,7 +17,8 @@ def test_states_are_what_a_step_keeps_in_memory():
     optimizer.step()
     held = [*model.parameters(), *(p.grad for p in model.parameters() if p.grad is not None)]
     held += [moment for state in optimizer.state.values() for moment in state.values() if moment.dim()]
-    assert Sizes(*parameter_counts(model), root=0).states("one GPU", 1) == sum(t.nbytes for t in held)
+    counts = (model.num_parameters(), model.num_parameters(only_trainable=True))
+    assert Sizes(*counts, root=0).states("one GPU", 1) == sum(t.nbytes for t in held)
 
 
 def test_the_table_has_the_sizes_of_the_real_models():

@@ -1,22 +1,30 @@
 """`granulon-train`: what learns in which stage, what is left behind, and what is refused before training."""
 
+import functools
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 from pathlib import Path
 
+import huggingface_hub
 import pytest
 import torch
 from conftest import LEVELS, make_image, make_inputs, make_model, make_processor
+from fake_hub import FakeHub
+from huggingface_hub import HfApi
 from peft import PeftModel
+from published_files import make_checkpoint
 from transformers import AutoModelForImageTextToText, AutoProcessor, TrainerCallback
+from transformers.utils import is_bitsandbytes_available
 
 from granulon.hub.inference import load_model
 from granulon.train import sft
 from granulon.train.checkpoints import newest_complete
 from granulon.train.data.sources import DataSource, drawn_rows
+from granulon.train.stages import set_trainable
 
 MANIFEST = "granulon_manifest.json"
 RECIPE = {
@@ -211,6 +219,124 @@ def test_adapters_and_what_is_trained_whole_learn_in_float32(command):
         assert any(part in name for name in learning)
 
 
+QUANTISED = {"use_peft": True, "lora_r": 4, "dtype": "bfloat16", "bf16": True}
+needs_bitsandbytes = pytest.mark.skipif(not is_bitsandbytes_available(), reason="bitsandbytes is not installed")
+
+
+@needs_bitsandbytes
+@pytest.mark.parametrize("bits", ["load_in_4bit", "load_in_8bit"])
+def test_only_the_language_models_layers_are_quantised(command, bits):
+    trainer = sft.make_trainer(sft.parse(command(**QUANTISED, **{bits: True})))
+    weights = {
+        name: p for name, p in trainer.model.named_parameters() if name.endswith("weight") and "norm" not in name
+    }
+    whole = {name for name, p in weights.items() if p.is_floating_point()}
+    assert len(weights) - len(whole) == 2 * 7, "two layers of seven projections"
+    assert all(".language_model.layers." in name and "lora" not in name for name in weights.keys() - whole)
+    assert {p.dtype for p in trainer.model.parameters() if p.requires_grad} == {torch.float32}
+    assert not any("vision_tower" in name for name, p in trainer.model.named_parameters() if p.requires_grad)
+
+
+@needs_bitsandbytes
+def test_a_quantised_run_resumes_and_merges_into_the_whole_base(command, base, tmp_path):
+    settings = QUANTISED | {"load_in_4bit": True, "use_bnb_nested_quant": True, "learning_rate": 0.01}
+    sft.main(command(max_steps=2, **settings))
+    sft.main(command("--resume", "--merge", **settings))
+    assert newest_complete(tmp_path / "run").name == "checkpoint-4"
+    merged, before = load_model(str(tmp_path / "run/model"), dtype="bfloat16"), load_model(str(base), dtype="bfloat16")
+    assert {p.dtype for p in merged.parameters()} == {torch.bfloat16}
+    tower = merged.model.vision_tower.state_dict()
+    assert all(torch.equal(value, tower[name]) for name, value in before.model.vision_tower.state_dict().items())
+    name = "model.language_model.layers.0.mlp.down_proj.weight"
+    change = (merged.get_parameter(name) - before.get_parameter(name)).float()
+    assert torch.linalg.matrix_rank(change, rtol=0.1) <= 4 and change.any(), (
+        "the whole base with the adapter of rank 4"
+    )
+
+
+def test_quantisation_without_bitsandbytes_names_the_package(command, monkeypatch):
+    monkeypatch.setattr(sft, "is_bitsandbytes_available", lambda: False)
+    with pytest.raises(SystemExit, match="need the package bitsandbytes: pip install bitsandbytes"):
+        sft.main(command(load_in_4bit=True, **QUANTISED))
+
+
+def test_the_last_blocks_of_the_tower_train_at_their_own_rate(command, base, tmp_path):
+    blocks = {"unfreeze_vision_blocks": 1, "lr_scheduler_type": "constant"}
+    trainer = sft.make_trainer(sft.parse(command(vision_learning_rate=1e-5, weight_decay=0.1, **blocks)))
+    names = {parameter: name for name, parameter in trainer.model.named_parameters()}
+    rates = {names[p]: group["lr"] for group in trainer.create_optimizer().param_groups for p in group["params"]}
+    assert {name for name, p in trainer.model.named_parameters() if p.requires_grad} == rates.keys()
+    tower = {name for name in rates if "vision_tower" in name}
+    assert tower and all(".layer.1." in name for name in tower)
+    assert {rates[name] for name in tower} == {1e-5} and {rates[name] for name in rates.keys() - tower} == {1e-3}
+    sft.main(command(vision_learning_rate=0.0, output_dir=tmp_path / "still", **blocks))
+    assert not any("vision_tower" in name for name in changed(tmp_path / "still/model", base))
+    sft.main(command(**blocks))
+    moved = {name for name in changed(tmp_path / "run/model", base) if "vision_tower" in name}
+    assert moved <= tower and any("mlp" in name for name in moved), "saved, and loaded again"
+
+
+@pytest.mark.parametrize("tower, layer, read", [("dinov2", -1, [1]), ("clip", -2, [0]), ("siglip", 1, [0])])
+def test_the_last_blocks_are_those_before_the_layer_that_is_read(tower, layer, read):
+    model = make_model(tower, vision_feature_layer=layer)
+    set_trainable(model, "sft", 1)
+    trained = {name for name, p in model.model.vision_tower.named_parameters() if p.requires_grad}
+    assert {int(re.search(r"\.?layers?\.(\d+)\.", name)[1]) for name in trained} == set(read)
+
+
+def test_a_convnext_has_no_blocks_to_unfreeze():
+    with pytest.raises(ValueError, match="0 transformer blocks are read"):
+        set_trainable(make_model("dinov3_convnext"), "sft", 1)
+
+
+REPO = "jinlab/trained"
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_DISABLE_XET", True)
+    with FakeHub(tmp_path / "hub") as hub:
+        monkeypatch.setattr(sft, "HfApi", lambda token: HfApi(endpoint=hub.endpoint, token=token))
+        yield hub
+
+
+@pytest.fixture
+def publishing(command, tmp_path):
+    """A command line that publishes what it trains, of a base whose licences are known."""
+    settings = {"model_name_or_path": str(make_checkpoint(tmp_path / "known")), "max_steps": 2, "max_length": 1024}
+    return functools.partial(command, push_to_hub=True, hub_model_id=REPO, hub_token="hf_owner", **settings)
+
+
+def test_the_finished_model_is_published_with_card_and_licences_and_no_checkpoint(publishing, hub, tmp_path):
+    sft.main(publishing(save_steps=1))
+    files = hub.files(REPO)
+    assert files["model.safetensors"] == (tmp_path / "run/model/model.safetensors").read_bytes()
+    assert b"license: apache-2.0" in files["README.md"] and "LICENSE.md" in files and MANIFEST in files
+    assert not any(name.startswith("checkpoint") or name.endswith((".bin", ".pt")) for name in files)
+    assert files == hub.files(REPO, "v0.1.0") and b"hf_owner" not in b"".join(files.values())
+    assert (
+        len([commit for commit in hub.repos["model", REPO].commits.values() if commit.title.startswith("Gran")]) == 2
+    )
+
+
+def test_what_cannot_be_published_is_refused_before_training(publishing, hub, tmp_path):
+    with pytest.raises(SystemExit, match="there is no valid token"):
+        sft.main(publishing(hub_token="hf_unknown"))
+    manifest = json.loads((tmp_path / "known" / MANIFEST).read_text())
+    manifest["vision"] |= {"license": None, "source": "own"}
+    (tmp_path / "known" / MANIFEST).write_text(json.dumps(manifest))
+    with pytest.raises(SystemExit, match="unknown licence of the vision part"):
+        sft.main(publishing())
+    assert not list((tmp_path / "run").glob("checkpoint-*"))
+
+
+def test_a_failed_publishing_leaves_the_model_and_says_how_to_go_on(publishing, hub, tmp_path, monkeypatch):
+    monkeypatch.setattr(sft, "publish", lambda *arguments: (_ for _ in ()).throw(ValueError("the connection broke")))
+    with pytest.raises(SystemExit, match="run/model is complete but not published: the connection broke"):
+        sft.main(publishing())
+    assert (tmp_path / "run/model/model.safetensors").exists()
+
+
 def test_a_finished_run_merges_later(command, base, tmp_path):
     settings = {"use_peft": True, "lora_r": 4, "max_steps": -1, "num_train_epochs": 1, "save_strategy": "epoch"}
     sft.main(command(**settings))
@@ -267,7 +393,16 @@ def tiny_json(folder):
         ({"stage": "align", "granularity_loss_weight": 0.1}, "stage align trains the projector alone"),
         ({"stage": "align", "use_peft": True}, "stage align trains the projector alone"),
         ({"merge": True}, "merge needs adapters"),
-        ({"load_in_4bit": True}, "quantised loading is not supported"),
+        ({"load_in_4bit": True}, "set use_peft to train adapters"),
+        ({"unfreeze_vision_blocks": 1, "use_peft": True}, "set it to 0, or use_peft to false"),
+        ({"unfreeze_vision_blocks": 1, "stage": "align"}, "stage to sft"),
+        ({"unfreeze_vision_blocks": 3}, r"unfreeze_vision_blocks is 3; of this tower \(dinov3_vit\) 2 .* give 0 to 2"),
+        ({"unfreeze_vision_blocks": -1}, "give 0 to 2"),
+        ({"unfreeze_vision_blocks": 1, "vision_cache": "cache"}, "freeze the tower or turn the cache off"),
+        ({"vision_learning_rate": 1e-5}, "set unfreeze_vision_blocks"),
+        ({"push_to_hub": True}, "hub_model_id is ''; push_to_hub needs OWNER/NAME"),
+        ({"push_to_hub": True, "hub_model_id": "jinlab/g", "hub_strategy": "checkpoint"}, "leave hub_strategy out"),
+        ({"push_to_hub": True, "hub_model_id": "jinlab/g", "use_peft": True}, "set merge to publish the whole model"),
         ({"dtype": "bfloat16"}, "set dtype to float32"),
         ({"eval_strategy": "epoch"}, "there is no eval_data"),
         ({"global_batch_size": 6}, "do not divide"),
