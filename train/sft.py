@@ -14,6 +14,7 @@ the model in `model/`, or with adapters `adapter/` and, with `merge`, `model/`. 
 import argparse
 import json
 import logging
+import math
 import shutil
 import signal
 import sys
@@ -65,6 +66,9 @@ class SFTArguments:
     )
     eval_data: list[str] = field(default_factory=list, metadata={"help": "as data, for evaluation"})
     streaming: bool = field(default=False, metadata={"help": "read the data during training instead of before"})
+    stream_rows: int | None = field(
+        default=None, metadata={"help": "rows of a stream that make an epoch, which set max_steps"}
+    )
     max_bad_share: float = field(
         default=0.01, metadata={"help": "stop if more than this share of a source's rows is unusable"}
     )
@@ -171,6 +175,9 @@ def parse(argv: list[str]) -> Run:
     _check(run)
     if sft.global_batch_size is not None:
         trainer.gradient_accumulation_steps = _accumulation(run)
+    if sft.stream_rows is not None and trainer.max_steps <= 0:
+        step = trainer.per_device_train_batch_size * trainer.gradient_accumulation_steps * trainer.world_size
+        trainer.max_steps = math.ceil(sft.stream_rows / step * trainer.num_train_epochs)
     return run
 
 
@@ -328,6 +335,10 @@ def _check(run: Run):
             f"dtype is {run.model.dtype}, too coarse for small updates of the weights; set dtype to float32 (bf16 "
             "makes the arithmetic bfloat16), or train adapters with use_peft"
         )
+    if run.sft.streaming and run.trainer.max_steps <= 0 and not run.sft.stream_rows:
+        raise ValueError("a stream has no known end; give stream_rows, the rows of an epoch, or max_steps")
+    if run.sft.stream_rows is not None and (not run.sft.streaming or run.sft.stream_rows < 1):
+        raise ValueError(f"stream_rows is {run.sft.stream_rows}; it is the number of rows of a stream: set streaming")
     if run.sft.merge and not run.model.use_peft:
         raise ValueError("merge needs adapters; set use_peft, or leave merge out")
     if run.sft.replay_corpus is not None and not run.trainer.granularity_loss_weight:
@@ -336,6 +347,8 @@ def _check(run: Run):
         raise ValueError(
             "stage align trains the projector alone; set use_peft to false and granularity_loss_weight to 0"
         )
+    if run.trainer.activation_offloading and not torch.accelerator.is_available():
+        raise ValueError("activation_offloading keeps the activations of a GPU in the CPU's memory; set it to false")
     if run.trainer.eval_strategy != "no" and not run.sft.eval_data:
         raise ValueError(
             f"eval_strategy is {run.trainer.eval_strategy} but there is no eval_data; name some, or set it to 'no'"

@@ -1,22 +1,41 @@
-"""What FSDP2 needs to know of a model whose batches may have no image, and what its classes are called when saved."""
+"""What FSDP2 and DeepSpeed need to know of a model whose batches may have no image; names and norms under them."""
 
 from contextlib import contextmanager
 from dataclasses import replace
 
 import torch
 from accelerate.utils import FullyShardedDataParallelPlugin
+from torch.distributed.tensor import DTensor
 
 
 def shard_decoder_layers(plugin: FullyShardedDataParallelPlugin, decoder: torch.nn.Module):
     """
-    Wrap the decoder's layers alone, and add gradients up in float32.
+    Wrap the decoder's layers alone, add gradients up in float32, and leave the scores in float32.
 
     A wrapped module gathers its weights from all processes when it runs. The decoder's layers run in every process
-    and as often in each; the tower's run only where there are images, and the others would wait for ever.
+    and as often in each; the tower's run only where there are images, and the others would wait for ever. For sums
+    and outputs accelerate takes the precision of the weights.
     """
     plugin.transformer_cls_names_to_wrap = sorted({type(layer).__name__ for layer in decoder.layers})
-    if plugin.mixed_precision_policy is not None:  # accelerate adds up in the precision of the weights
-        plugin.mixed_precision_policy = replace(plugin.mixed_precision_policy, reduce_dtype=torch.float32)
+    if policy := plugin.mixed_precision_policy:
+        plugin.mixed_precision_policy = replace(policy, reduce_dtype=torch.float32, output_dtype=None)
+
+
+def gradient_norms(groups: dict[str, list], deepspeed=None) -> dict[str, torch.Tensor]:
+    """
+    The norm of the gradients of each group of parameters, without groups that have none.
+
+    DeepSpeed's engine has taken its step and dropped the gradients by now. Its norm is that of all of them, and
+    infinite if it took no step because of gradients that are not finite.
+    """
+    if deepspeed is not None:
+        return {"the model": torch.tensor(float(deepspeed.get_global_grad_norm()))}
+    norms = {}
+    for name, parameters in groups.items():
+        if gradients := [parameter.grad for parameter in parameters if parameter.grad is not None]:
+            norm = torch.nn.utils.get_total_norm(gradients)
+            norms[name] = norm.full_tensor() if isinstance(norm, DTensor) else norm
+    return norms
 
 
 @contextmanager

@@ -14,7 +14,6 @@ from copy import copy
 from pathlib import Path
 
 import torch
-from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 from transformers import ProgressCallback
 from transformers.integrations import is_deepspeed_zero3_enabled
@@ -32,7 +31,7 @@ from .collator import GranulonCollator
 from .eval_answers import exact_matches
 from .meters import Meter, peak_flops, peak_memory_gb
 from .sampling import GroupedByLength
-from .sharding import own_name, shard_decoder_layers
+from .sharding import gradient_norms, own_name, shard_decoder_layers
 from .vision_cache import VisionCache
 
 LIKELIHOODS = ("task", "pixel", "semantic")  # parts of the loss that count answer tokens
@@ -94,6 +93,9 @@ class GranulonTrainer(SFTTrainer):
         self.granulon = head_of(self.model).model
         if self.is_fsdp_enabled:
             shard_decoder_layers(self.accelerator.state.fsdp_plugin, self.granulon.language_model)
+        if self.is_deepspeed_enabled:  # it looks at gradients before it takes a step, as below
+            deepspeed_config = self.accelerator.state.deepspeed_plugin.deepspeed_config
+            deepspeed_config.setdefault("bf16", {})["check_grad_overflow"] = True
         if getattr(model, "is_quantized", False):  # upstream made what trains bfloat16, too coarse for small updates
             for parameter in self.model.parameters():
                 parameter.data = parameter.data.float() if parameter.requires_grad else parameter.data
@@ -261,9 +263,9 @@ class GranulonTrainer(SFTTrainer):
     def training_step(self, *args, **kwargs):
         """As upstream; the gradients of a complete step are looked at before they change the weights."""
         loss = super().training_step(*args, **kwargs)
-        if self.accelerator.sync_gradients and self.accelerator.scaler is None:  # fp16's scaler skips what overflows
-            norms = {part: gradient_norm(group) for part, group in parameter_groups(self.model, self.granulon).items()}
-            self._stop_unless_finite({part: norm for part, norm in norms.items() if norm is not None}, "gradient")
+        if self.accelerator.sync_gradients and self.accelerator.mixed_precision != "fp16":  # it skips what overflows
+            groups = parameter_groups(self.model, self.granulon)
+            self._stop_unless_finite(gradient_norms(groups, self.deepspeed), "gradient")
         self._count_seconds("train")
         return loss
 
@@ -402,15 +404,6 @@ def parameter_groups(model, granulon) -> dict[str, list]:
         groups[part] = [parameter for parameter in owned if parameter.requires_grad and id(parameter) not in taken]
         taken |= {id(parameter) for parameter in groups[part]}
     return groups
-
-
-def gradient_norm(parameters: list) -> torch.Tensor | None:
-    """Of the gradients that are there; None without any."""
-    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-    if not gradients:
-        return None
-    norm = torch.nn.utils.get_total_norm(gradients)
-    return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
 
 def meter_names(levels: list[str]) -> list[str]:

@@ -10,6 +10,7 @@ import torch
 import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 from conftest import make_image, make_model, make_processor
+from datasets import Dataset, Features, Image, List, Value
 
 from granulon.hub.inference import load_model
 from granulon.train import sft
@@ -24,7 +25,9 @@ TOWERS = {"clip": "clip", "siglip": "siglip", "dinov2": "dinov2"}
 
 
 def write_rows(source: dict):
-    """Eight rows where the recipe looks for its data, one of them without an image."""
+    """Rows where the recipe looks for its data, 8 and 200 held out, some of them without an image."""
+    if "name" in source:  # a dataset of the Hub
+        return write_subset(Path(source["path"]), source["name"])
     file, folder = Path(source["path"]), Path(source["image_folder"])
     folder.mkdir(parents=True, exist_ok=True)
     make_image(1).save(folder / "1.png")
@@ -35,7 +38,21 @@ def write_rows(source: dict):
     if file.suffix == ".jsonl":
         file.write_text("\n".join([json.dumps(medical)] * 8))
     else:
-        file.write_text(json.dumps([llava] * 7 + [{"id": "2", "conversations": text}]))
+        file.write_text(json.dumps(([llava] * 7 + [{"id": "2", "conversations": text}]) * 26))
+
+
+def write_subset(folder: Path, name: str):
+    """A subset of The Cauldron, in a local folder of the same name."""
+    folder.mkdir(parents=True, exist_ok=True)
+    row = {
+        "images": [make_image(1)],
+        "texts": [{"user": "What is this?", "assistant": "A thing.", "source": name}] * 2,
+    }
+    features = {"images": List(Image()), "texts": List({key: Value("string") for key in row["texts"][0]})}
+    Dataset.from_list([row] * 8, features=Features(features)).to_parquet(folder / f"{name}.parquet")
+    names = sorted(file.stem for file in folder.glob("*.parquet"))
+    configs = [{"config_name": subset, "data_files": f"{subset}.parquet"} for subset in names]
+    (folder / "README.md").write_text("---\n" + yaml.safe_dump({"configs": configs}) + "---\n")
 
 
 def write_base(recipe: dict, name: str):
@@ -52,6 +69,8 @@ def write_base(recipe: dict, name: str):
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_a_recipe_takes_two_steps(name, tmp_path, monkeypatch):
+    if RECIPES[name].get("load_in_4bit"):
+        pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
     monkeypatch.chdir(tmp_path)
     recipe, options = RECIPES[name], ["--max_steps", "2", "--use_cpu", "true", "--disable_tqdm", "true"]
     if recipe["model_name_or_path"] != "tiny":
@@ -61,6 +80,7 @@ def test_a_recipe_takes_two_steps(name, tmp_path, monkeypatch):
         # Fewer processes and rows, and no waiting; everything else is the recipe's.
         options += ["--dataloader_num_workers", "0", "--dataset_num_proc", "None", "--report_to", "none"]
         options += ["--per_device_train_batch_size", "2", "--global_batch_size", "4"]
+        options += ["--eval_steps", "2"] if recipe.get("eval_answers") and recipe["eval_data"] else []
     sft.main(["--config", name, *options])
     output = Path(recipe["output_dir"])
     saved = load_model(str(output / "model"))
@@ -85,6 +105,17 @@ def test_joint_tuning_has_the_papers_values(name):
 def test_eight_gpus_make_the_global_batch(name):
     recipe = RECIPES[name]
     assert recipe["global_batch_size"] % (8 * recipe["per_device_train_batch_size"]) == 0
+
+
+@pytest.mark.parametrize("name", [name for name in RECIPES if not name.startswith(("sft-small", "stream"))])
+def test_a_recipe_evaluates_on_rows_that_it_does_not_train_on(name):
+    recipe = RECIPES[name]
+    assert recipe["eval_strategy"] in ("steps", "epoch") and recipe["eval_data"]
+    for source, held_out in zip(recipe["data"], recipe["eval_data"], strict=True):
+        if source["path"] == held_out["path"] != "scenes":
+            assert (source["split"], held_out["split"]) == ("train[:-200]", "train[-200:]")
+        else:
+            assert source != held_out
 
 
 @pytest.mark.parametrize("name", PAPER)

@@ -220,6 +220,7 @@ def test_adapters_and_what_is_trained_whole_learn_in_float32(command):
 
 
 QUANTISED = {"use_peft": True, "lora_r": 4, "dtype": "bfloat16", "bf16": True}
+no_gpu = pytest.mark.skipif(torch.accelerator.is_available(), reason="there is an accelerator")
 needs_bitsandbytes = pytest.mark.skipif(not is_bitsandbytes_available(), reason="bitsandbytes is not installed")
 
 
@@ -405,6 +406,9 @@ def tiny_json(folder):
         ({"push_to_hub": True, "hub_model_id": "jinlab/g", "use_peft": True}, "set merge to publish the whole model"),
         ({"dtype": "bfloat16"}, "set dtype to float32"),
         ({"eval_strategy": "epoch"}, "there is no eval_data"),
+        pytest.param(
+            {"activation_offloading": True}, "activation_offloading keeps the activations of a GPU", marks=no_gpu
+        ),
         ({"global_batch_size": 6}, "do not divide"),
         ({"pixel_loss_weight": -1.0}, "give none below 0"),
     ],
@@ -460,7 +464,7 @@ def test_scenes_of_test_are_not_those_of_train():
 def test_two_processes_train_as_one(tmp_path):
     """The tiny recipe as a user runs it."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    losses = []
+    losses, answered = [], []
     for processes in (1, 2):
         output = tmp_path / str(processes)
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
@@ -478,6 +482,8 @@ def test_two_processes_train_as_one(tmp_path):
         assert done.returncode == 0, done.stderr[-3000:]
         state = json.loads((newest_complete(output) / "trainer_state.json").read_text())
         losses.append([entry["loss"] for entry in state["log_history"] if "loss" in entry])
+        answered.append([entry["eval_exact_match"] for entry in state["log_history"] if "eval_exact_match" in entry])
         assert json.loads(Path(output, "model", MANIFEST).read_text())["training"][0]["processes"] == processes
     assert losses[1] == pytest.approx(losses[0], rel=1e-5)
+    assert answered[1] == answered[0] and len(answered[0]) == 1
     assert losses[0][-1] < 0.6 * losses[0][0]
