@@ -14,7 +14,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 from transformers import ProgressCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
@@ -29,6 +28,7 @@ from .arguments import GranulonSFTConfig
 from .checkpoints import finish_checkpoint, remove_checkpoint
 from .meters import Meter, peak_memory_gb
 from .sampling import GroupedByLength
+from .sharding import KeepQuestionLayersWhole, gradient_norms, set_up_sharding, whole_weights
 from .vision_cache import VisionCache
 
 LIKELIHOODS = ("task", "pixel", "semantic")  # parts of the loss that count answer tokens
@@ -88,6 +88,8 @@ class GranulonTrainer(SFTTrainer):
         )
         add_answer_scores(head_of(self.model))
         self.granulon = head_of(self.model).model
+        set_up_sharding(self.accelerator.state, self.granulon)
+        self.add_callback(KeepQuestionLayersWhole(self.granulon))
         if self.args.vision_cache:
             VisionCache(self.granulon, self.args.vision_cache, self.args.process_index).attach()
         self.packs_views = config.text_config._attn_implementation in ("sdpa", "eager")
@@ -237,9 +239,9 @@ class GranulonTrainer(SFTTrainer):
     def training_step(self, *args, **kwargs):
         """As upstream; the gradients of a complete step are looked at before they change the weights."""
         loss = super().training_step(*args, **kwargs)
-        if self.accelerator.sync_gradients and self.accelerator.scaler is None:  # fp16's scaler skips what overflows
-            norms = {part: gradient_norm(group) for part, group in parameter_groups(self.model, self.granulon).items()}
-            self._stop_unless_finite({part: norm for part, norm in norms.items() if norm is not None}, "gradient")
+        if self.accelerator.sync_gradients and self.accelerator.mixed_precision != "fp16":  # it skips what overflows
+            groups = parameter_groups(self.model, self.granulon)
+            self._stop_unless_finite(gradient_norms(groups, self.deepspeed), "gradient")
         self._count_seconds("train")
         return loss
 
@@ -251,6 +253,11 @@ class GranulonTrainer(SFTTrainer):
             means["peak_memory_gb"] = peak_memory_gb(self.args.device)
             logs.update({f"eval_{name}" if mode == "eval" else name: value for name, value in means.items()})
         super().log(logs, start_time)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """As upstream, which saves no model where checkpoints are in shards: the caller gets the whole one."""
+        with whole_weights(None if _internal_call else getattr(self.accelerator.state, "fsdp_plugin", None)):
+            super().save_model(output_dir, _internal_call)
 
     def _save_checkpoint(self, model, trial):
         folder = Path(self._get_output_dir(trial=trial), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
@@ -373,15 +380,6 @@ def parameter_groups(model, granulon) -> dict[str, list]:
         groups[part] = [parameter for parameter in owned if parameter.requires_grad and id(parameter) not in taken]
         taken |= {id(parameter) for parameter in groups[part]}
     return groups
-
-
-def gradient_norm(parameters: list) -> torch.Tensor | None:
-    """Of the gradients that are there; None without any."""
-    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-    if not gradients:
-        return None
-    norm = torch.nn.utils.get_total_norm(gradients)
-    return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
 
 def meter_names(levels: list[str]) -> list[str]:
