@@ -71,6 +71,15 @@ class GranulonPreTrainedModel(PreTrainedModel):
         model.base_model.vision_tower.requires_grad_(False)
         return loaded
 
+    def save_pretrained(self, *args, **kwargs):
+        """As in transformers; also of a model in FSDP2's class, with the code and the names of its own."""
+        sharded = type(self)
+        self.__class__ = next(kind for kind in sharded.__mro__ if not kind.__module__.startswith("torch."))
+        try:
+            return super().save_pretrained(*args, **kwargs)
+        finally:
+            self.__class__ = sharded
+
     @torch.no_grad()
     def _init_weights(self, module):
         super()._init_weights(module)
@@ -126,8 +135,8 @@ class GranulonModel(GranulonPreTrainedModel):
             score_weights=tuple(config.score_weights),
         )
         self.post_init()
-        present = {type(module).__name__ for module in self.modules()}  # towers also name layers of their text models
-        self._no_split_modules = [name for name in self._no_split_modules if name in present]
+        # CLIP and SigLIP name layers of their text towers too, for which sharding would look in vain.
+        self._no_split_modules = set(self._no_split_modules) & {type(module).__name__ for module in self.modules()}
         self.train(self.training)
 
     def train(self, mode: bool = True):

@@ -19,21 +19,18 @@ from pathlib import Path
 
 import torch
 import transformers
-import yaml
-from accelerate import PartialState
-from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
+from accelerate.state import AcceleratorState, PartialState
+from accelerate.utils import DistributedType
 from conftest import make_image, make_model, make_processor
 from datasets import Dataset
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback
 
 from granulon.train import checkpoints
 from granulon.train.arguments import GranulonSFTConfig
-from granulon.train.sharding import shard_decoder_layers
 from granulon.train.trainer import GranulonTrainer
 from modeling_granulon import GranulonForConditionalGeneration, GranulonProcessor
-
-FSDP2 = Path(checkpoints.__file__).parent / "cluster" / "fsdp2.yaml"
 
 
 @dataclass
@@ -49,17 +46,18 @@ class Run:
     kill_at: int | None = None  # the how-maniest write of the saves, counted from 0
     torn: bool = False  # and the file written before it stays half
     kill_after: float | None = None  # seconds
-    engine: str = "ddp"  # or "fsdp2", where there are several processes
-    state_dict_type: str | None = None  # of FSDP2's checkpoints, in place of the configuration's
-    save: bool = False  # the model, at the end
+    kill_in_step: int | None = None  # after its gradients, before its save
+    infinite_in_step: int | None = None  # whose gradient is not finite
+    engine: str = "ddp"  # file in train/cluster/ with which several processes are launched
+    finish: bool = False  # evaluate and save the model when training has ended
     rows: str = "mixed"  # or "text": no row has an image
     count: int = 10  # of rows: an epoch ends within the accumulation of a step
     arguments: dict = field(default_factory=dict)  # further ones of the trainer's configuration
 
 
-def make_base(folder: Path, dropout: float, tower: str = "dinov3"):
-    """A small checkpoint as `granulon-assemble` leaves it: tied weights, a manifest and licences."""
-    model = make_model(tower, tie_word_embeddings=True)
+def make_base(folder: Path, dropout: float, tower: str = "dinov3", tied: bool = True):
+    """A small checkpoint as `granulon-assemble` leaves it, with a manifest and licences."""
+    model = make_model(tower, tie_word_embeddings=tied)
     model.config.text_config.attention_dropout = dropout
     model.save_pretrained(folder)
     make_processor().save_pretrained(folder)
@@ -90,6 +88,17 @@ class Losses(TrainerCallback):
         if state.is_world_process_zero and "loss" in logs:
             with self.file.open("a") as file:
                 file.write(json.dumps({"step": state.global_step, **logs}) + "\n")
+
+
+class Kill(TrainerCallback):
+    """Ends the process in the middle of a step."""
+
+    def __init__(self, step: int):
+        self.step = step
+
+    def on_pre_optimizer_step(self, args, state, control, **kwargs):
+        if state.global_step + 1 == self.step:
+            os.kill(os.getpid(), signal.SIGKILL)
 
 
 class Writes:
@@ -136,9 +145,11 @@ class Writes:
 
 
 def train(folder: Path, run: Run) -> dict:
-    """The run, to its end."""
-    output = folder / run.name
+    """The run, to its end; by each of the processes, if accelerate or torchrun started several."""
+    output, deepspeed = folder / run.name, bool(os.environ.get("ACCELERATE_USE_DEEPSPEED"))
     output.mkdir(parents=True, exist_ok=True)
+    if os.environ.get("ACCELERATE_USE_FSDP"):
+        allow_fsdp_on_cpu()
     writes = Writes(output, run.kill_at, run.torn)
     model = GranulonForConditionalGeneration.from_pretrained(folder / "base")
     before = {name: value.clone() for name, value in model.state_dict().items()}
@@ -146,6 +157,7 @@ def train(folder: Path, run: Run) -> dict:
         "output_dir": str(output),
         "max_steps": run.steps,
         "per_device_train_batch_size": run.batch,
+        "per_device_eval_batch_size": run.batch,
         "gradient_accumulation_steps": run.accumulate,
         "save_steps": run.save_steps,
         "save_total_limit": 1,
@@ -155,7 +167,8 @@ def train(folder: Path, run: Run) -> dict:
         "report_to": "none",
         "disable_tqdm": True,
         "bf16": False,
-        "use_cpu": True,
+        "use_cpu": not deepspeed,
+        "ddp_backend": "gloo" if deepspeed else None,
         "gradient_checkpointing": False,
         **run.arguments,
     }
@@ -164,34 +177,42 @@ def train(folder: Path, run: Run) -> dict:
         GranulonSFTConfig(**values),
         GranulonProcessor.from_pretrained(folder / "base"),
         train_dataset=make_rows(run.rows, run.count),
-        callbacks=[Losses(output / "losses.jsonl")],
+        callbacks=[Losses(output / "losses.jsonl"), *([Kill(run.kill_in_step)] if run.kill_in_step else [])],
     )
-    if run.engine == "fsdp2" and trainer.args.world_size > 1:
-        shard_on_cpu(trainer, run.state_dict_type)
+    if run.infinite_in_step:
+        weight = trainer.granulon.multi_modal_projector.linear_2.weight
+        weight.register_hook(
+            lambda gradient: gradient * float("inf" if trainer.state.global_step + 1 == run.infinite_in_step else 1)
+        )
     checkpoint = checkpoints.resume_point(output) if run.resume else None
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    if run.save:
+    evaluated = {}
+    if run.finish:
+        evaluated = trainer.evaluate(make_rows(run.rows, 12))
         trainer.save_model(str(output / "model"))
     after = {name: whole(value) for name, value in trainer.model.state_dict().items()}
     return {
         "resumed": checkpoint and checkpoint.name,
         "writes": writes.count,
         "hash": weights_hash(after),
+        "eval_loss": evaluated.get("eval_loss_task"),
         "unchanged": [name for name, value in after.items() if torch.equal(value, before[name])],
+        "wrapped": sorted({type(part).__name__ for part in trainer.model.modules() if isinstance(part, FSDPModule)}),
         "tied": trainer.model.lm_head.weight is trainer.model.get_input_embeddings().weight,
     }
 
 
-def shard_on_cpu(trainer, state_dict_type: str | None):
-    """What accelerate does with fsdp2.yaml, which it does for accelerators only."""
-    settings = yaml.safe_load(FSDP2.read_text())["fsdp_config"]
-    settings["fsdp_state_dict_type"] = state_dict_type or settings["fsdp_state_dict_type"]
-    os.environ.update({name.upper(): str(value) for name, value in settings.items()})
-    state = trainer.accelerator.state
-    state.fsdp_plugin = FullyShardedDataParallelPlugin()
-    state.distributed_type = PartialState._shared_state["distributed_type"] = DistributedType.FSDP
-    trainer.is_fsdp_enabled = True
-    shard_decoder_layers(state.fsdp_plugin, trainer.granulon.language_model)
+def allow_fsdp_on_cpu():
+    """accelerate turns FSDP on for accelerators only; the rest of it runs on a CPU as well."""
+    start = AcceleratorState.__init__
+
+    def start_with_fsdp(self, *args, fsdp_plugin=None, **kwargs):
+        start(self, *args, fsdp_plugin=fsdp_plugin, **kwargs)
+        if fsdp_plugin is not None:
+            self.fsdp_plugin = fsdp_plugin
+            self.distributed_type = PartialState._shared_state["distributed_type"] = DistributedType.FSDP
+
+    AcceleratorState.__init__ = start_with_fsdp
 
 
 def whole(value: torch.Tensor) -> torch.Tensor:

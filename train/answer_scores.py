@@ -146,8 +146,6 @@ def score_views(
     answers, placeholder_BT = Answers.of(labels, answer_ids), input_ids == config.image_token_id
     sees_A, answer_BT = answers.see(placeholder_BT), answers.token_BT
     visual = logits_AG = level_A = None
-    if pixel_values is None and not model.training and base.granularity_controller is not None:
-        base.question_logits(input_ids[:1, :1])  # under FSDP2 every process passes the first layers equally often
     if pixel_values is not None:
         level_R = image_J = None
         if level_names:

@@ -1,32 +1,67 @@
-"""What FSDP2 and DeepSpeed need to know of a model whose batches may have no image; names and norms under them."""
+"""What FSDP2 and DeepSpeed need to know about the model: which layers are sharded, and what a gradient's norm is."""
 
 from contextlib import contextmanager
 from dataclasses import replace
 
 import torch
-from accelerate.utils import FullyShardedDataParallelPlugin
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
+from transformers import TrainerCallback
 
 
-def shard_decoder_layers(plugin: FullyShardedDataParallelPlugin, decoder: torch.nn.Module):
+def set_up_sharding(state, granulon):
     """
-    Wrap the decoder's layers alone, add gradients up in float32, and leave the scores in float32.
+    Complete the plug-ins of accelerate's state, for what their configuration files cannot say.
 
-    A wrapped module gathers its weights from all processes when it runs. The decoder's layers run in every process
-    and as often in each; the tower's run only where there are images, and the others would wait for ever. For sums
-    and outputs accelerate takes the precision of the weights.
+    FSDP2 shards the decoder's layers. The tower runs only where there are images: layers of it that gather weights
+    would wait for processes without any. Gradients are added in float32 and outputs keep their type; accelerate sets
+    both to that of the layers, bfloat16. DeepSpeed looks at gradients before it takes a step.
     """
-    plugin.transformer_cls_names_to_wrap = sorted({type(layer).__name__ for layer in decoder.layers})
-    if policy := plugin.mixed_precision_policy:
-        plugin.mixed_precision_policy = replace(policy, reduce_dtype=torch.float32, output_dtype=None)
+    fsdp, deepspeed = getattr(state, "fsdp_plugin", None), getattr(state, "deepspeed_plugin", None)
+    if fsdp is not None:
+        if fsdp.transformer_cls_names_to_wrap is None:
+            fsdp.transformer_cls_names_to_wrap = sorted(granulon.language_model._no_split_modules)
+        if fsdp.mixed_precision_policy is not None:
+            fsdp.mixed_precision_policy = replace(
+                fsdp.mixed_precision_policy, reduce_dtype=torch.float32, output_dtype=None
+            )
+    if deepspeed is not None:
+        deepspeed.deepspeed_config.setdefault("bf16", {})["check_grad_overflow"] = True
+
+
+class KeepQuestionLayersWhole(TrainerCallback):
+    """Embeddings and the layers that read questions, once gathered, stay so until the backward pass.
+
+    They run again for the questions, where there are images, and would gather out of step with other processes.
+    """
+
+    def __init__(self, granulon):
+        self.granulon = granulon
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        decoder = self.granulon.language_model
+        for module in (decoder.embed_tokens, *decoder.layers[: self.granulon.config.controller_layers]):
+            if isinstance(module, FSDPModule):
+                module.set_reshard_after_forward(False)
+
+
+@contextmanager
+def whole_weights(fsdp):
+    """Within the block FSDP's plug-in, if there is one, saves whole weights instead of shards."""
+    kind = getattr(fsdp, "state_dict_type", None)
+    if fsdp is not None:
+        fsdp.set_state_dict_type("FULL_STATE_DICT")
+    yield
+    if fsdp is not None:
+        fsdp.set_state_dict_type(kind)
 
 
 def gradient_norms(groups: dict[str, list], deepspeed=None) -> dict[str, torch.Tensor]:
     """
     The norm of the gradients of each group of parameters, without groups that have none.
 
-    DeepSpeed's engine has taken its step and dropped the gradients by now. Its norm is that of all of them, and
-    infinite if it took no step because of gradients that are not finite.
+    DeepSpeed has taken the step and dropped the gradients: its norm is that of all parameters, and infinite if it took
+    no step because of gradients that are not finite.
     """
     if deepspeed is not None:
         return {"the model": torch.tensor(float(deepspeed.get_global_grad_norm()))}
@@ -36,17 +71,3 @@ def gradient_norms(groups: dict[str, list], deepspeed=None) -> dict[str, torch.T
             norm = torch.nn.utils.get_total_norm(gradients)
             norms[name] = norm.full_tensor() if isinstance(norm, DTensor) else norm
     return norms
-
-
-@contextmanager
-def own_name(model: torch.nn.Module):
-    """The name and module of the model's own class while it is saved, for that of the class that FSDP2 made of it:
-    the saved folder's code and `auto_map` follow from them."""
-    made = type(model)
-    own = next((kind for kind in made.__mro__ if "_auto_class" in vars(kind)), made)
-    before = made.__name__, made.__module__
-    made.__name__, made.__module__ = own.__name__, own.__module__
-    try:
-        yield
-    finally:
-        made.__name__, made.__module__ = before

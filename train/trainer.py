@@ -31,7 +31,7 @@ from .collator import GranulonCollator
 from .eval_answers import exact_matches
 from .meters import Meter, peak_flops, peak_memory_gb
 from .sampling import GroupedByLength
-from .sharding import gradient_norms, own_name, shard_decoder_layers
+from .sharding import KeepQuestionLayersWhole, gradient_norms, set_up_sharding, whole_weights
 from .vision_cache import VisionCache
 
 LIKELIHOODS = ("task", "pixel", "semantic")  # parts of the loss that count answer tokens
@@ -91,11 +91,8 @@ class GranulonTrainer(SFTTrainer):
         )
         add_answer_scores(head_of(self.model))
         self.granulon = head_of(self.model).model
-        if self.is_fsdp_enabled:
-            shard_decoder_layers(self.accelerator.state.fsdp_plugin, self.granulon.language_model)
-        if self.is_deepspeed_enabled:  # it looks at gradients before it takes a step, as below
-            deepspeed_config = self.accelerator.state.deepspeed_plugin.deepspeed_config
-            deepspeed_config.setdefault("bf16", {})["check_grad_overflow"] = True
+        set_up_sharding(self.accelerator.state, self.granulon)
+        self.add_callback(KeepQuestionLayersWhole(self.granulon))
         if getattr(model, "is_quantized", False):  # upstream made what trains bfloat16, too coarse for small updates
             for parameter in self.model.parameters():
                 parameter.data = parameter.data.float() if parameter.requires_grad else parameter.data
@@ -288,11 +285,9 @@ class GranulonTrainer(SFTTrainer):
             logs.update({f"eval_{name}" if mode == "eval" else name: value for name, value in means.items()})
         super().log(logs, start_time)
 
-    def save_model(self, output_dir: str | None = None, _internal_call: bool = False):
-        """As upstream; under FSDP2 too, a folder that loads anywhere, or with sharded checkpoints at the end alone."""
-        if self.is_fsdp_enabled and not _internal_call:
-            self.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
-        with own_name(head_of(self.model)):
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """As upstream, which saves no model where checkpoints are in shards: the caller gets the whole one."""
+        with whole_weights(None if _internal_call else getattr(self.accelerator.state, "fsdp_plugin", None)):
             super().save_model(output_dir, _internal_call)
 
     def _save_checkpoint(self, model, trial):
