@@ -112,12 +112,18 @@ class GranulonTrainer(SFTTrainer):
     def _get_train_sampler(self, train_dataset=None):
         """As upstream; rows whose length is known are grouped by length, if the arguments ask for it."""
         rows = self.train_dataset if train_dataset is None else train_dataset
-        grouped = self.args.train_sampling_strategy == "group_by_length"
-        if grouped and "length" in (getattr(rows, "column_names", None) or ()):
-            return GroupedByLength(
-                rows.with_format("numpy")["length"][:], self._train_batch_size * self.args.world_size, self.args.seed
-            )
-        return super()._get_train_sampler(train_dataset)
+        return self._by_length(rows, self._train_batch_size) or super()._get_train_sampler(train_dataset)
+
+    def _get_eval_sampler(self, eval_dataset):
+        return self._by_length(eval_dataset, self.args.eval_batch_size) or super()._get_eval_sampler(eval_dataset)
+
+    def _by_length(self, rows, batch: int) -> GroupedByLength | None:
+        if self.args.train_sampling_strategy != "group_by_length" or "length" not in (
+            getattr(rows, "column_names", None) or ()
+        ):
+            return None
+        lengths = rows.with_format("numpy")["length"][:]
+        return GroupedByLength(lengths, batch * self.args.world_size, self.args.seed)
 
     def get_batch_samples(self, *args, **kwargs):
         """As upstream; also counts the step's questions over all processes, which divide the controller's losses.
