@@ -9,6 +9,7 @@ model is asked about photographs alone.
 
 import argparse
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -36,6 +37,11 @@ SIDE, GAP, LINE = 236, 12, 20
 INK, FAINT = (20, 20, 20), (110, 110, 110)
 
 
+def is_older(file: Path, folder: Path) -> bool:
+    """Whether a file is missing, or older than one of the folder's: parts may have been trained again."""
+    return not file.exists() or file.stat().st_mtime < max(part.stat().st_mtime for part in Path(folder).iterdir())
+
+
 def main(argv: list[str] | None = None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, default=Path("build/granulon-small"), help="folder for the model")
@@ -43,8 +49,9 @@ def main(argv: list[str] | None = None):
         "--output", type=Path, default=Path("build/demo"), help="folder for scenes, answers and picture"
     )
     options = parser.parse_args(argv)
-    if not options.model.exists():
+    if is_older(options.model / "config.json", TRAINED):
         print(f"putting {options.model} together", flush=True)
+        shutil.rmtree(options.model, ignore_errors=True)
         assemble(None, None, options.model, trained=TRAINED)
     options.output.mkdir(parents=True, exist_ok=True)
     rows = [*scene_rows(options.output / "scenes"), *photograph_rows(options.output / "photographs")]
