@@ -3,16 +3,20 @@
 The models have the sizes of the real ones but no memory (meta device) and are frozen as in each stage. Counted is what
 stays from step to step: weights, gradients, optimizer (AdamW, two float32 moments). Activations come on top: with
 gradient checkpointing the inputs of every layer, given per 1,000 tokens, and the work within one layer.
+
+The second table is the worst batch of a recipe: every row has `max_length` tokens and an image at its start, so that
+each partial view copies nearly all of it. Counted is also what autograd keeps of one layer and the block mask.
 """
 
 from dataclasses import dataclass, field
 
 import torch
 from peft import get_peft_model
-from transformers import DINOv3ViTConfig, HfArgumentParser, LlamaConfig, Qwen2Config
+from transformers import AutoModel, DINOv3ViTConfig, HfArgumentParser, LlamaConfig, Qwen2Config
 from trl import ModelConfig
 
 from granulon.hub.text import markdown_table
+from granulon.train.sft import read_recipe
 from granulon.train.stages import lora_config, set_trainable
 from modeling_granulon import GranulonConfig, GranulonForConditionalGeneration
 
@@ -30,6 +34,11 @@ LANGUAGE_MODELS = {
     ),
 }  # fmt: skip
 KINDS = ("align", "sft", "lora")
+RECIPES = ("align-qwen2.5-1.5b", "sft-qwen2.5-1.5b", "lora-qwen2.5-1.5b", "qlora-qwen2.5-1.5b")
+RECIPES += ("align-llama3.2-3b", "sft-llama3.2-3b")
+PATCHES = 14 * 14  # of an image of 224 pixels
+PROJECTOR, LEVELS = "multi_modal_projector", GranulonConfig().granularities
+NF4_BYTES = 0.5 + 1 / 64  # of a weight in blocks of 64, whose scales have 8 bits
 ENGINES = ("one GPU", "DDP", "ZeRO-2", "FSDP2")
 
 
@@ -60,21 +69,83 @@ class Sizes:
         return (frozen + trained * (4 + 4 + 8)) / gpus + self.root * 2
 
 
-def sizes_of(text: str, kind: str, lora_r: int) -> Sizes:
-    """The sizes of DINOv3 ViT-L/16 with a language model (a key of `LANGUAGE_MODELS`), for a kind of `KINDS`."""
+def meta_model(text: str, kind: str, lora_r: int) -> torch.nn.Module:
+    """DINOv3 ViT-L/16 with a language model (a key of `LANGUAGE_MODELS`), frozen as in a kind of `KINDS`."""
     config = GranulonConfig(
         vision_config=TOWER.to_dict(), text_config=LANGUAGE_MODELS[text].to_dict(), image_token_id=0
     )
     with torch.device("meta"):
         model = GranulonForConditionalGeneration(config)
         model.tie_weights()
-        root = model.get_input_embeddings().weight.numel()
-        root += sum(p.numel() for p in model.model.multi_modal_projector.parameters())
         set_trainable(model, "align" if kind == "align" else "sft")
-        if kind == "lora":
-            model = get_peft_model(model, lora_config(model, ModelConfig(lora_r=lora_r)))
+        return get_peft_model(model, lora_config(model, ModelConfig(lora_r=lora_r))) if kind == "lora" else model
+
+
+def sizes_of(text: str, kind: str, lora_r: int) -> Sizes:
+    """The sizes of `meta_model`."""
+    model = meta_model(text, kind, lora_r)
+    root = model.get_input_embeddings().weight.numel()
+    root += sum(p.numel() for name, p in model.named_parameters() if "original" not in name and PROJECTOR in name)
     counts = model.num_parameters(), model.num_parameters(only_trainable=True)
     return Sizes(*counts, root, frozen_bytes=2 if kind == "lora" else 4)
+
+
+def packed_length(tokens: int, levels: list[dict]) -> int:
+    """Tokens of a row of `tokens` with its partial views, if an image of `PATCHES` follows its first token."""
+    after = tokens - PATCHES - max(level["keep"] for level in levels)  # what the pixel view copies
+    return tokens + after + sum(after + level["keep"] for level in levels)
+
+
+def layer_bytes(text: str) -> int:
+    """What autograd keeps of one token in one layer, in bfloat16."""
+    config = LANGUAGE_MODELS[text]
+    config._attn_implementation = "sdpa"
+    with torch.device("meta"):
+        model = AutoModel.from_config(config, dtype=torch.bfloat16)
+        rotary = torch.ones(1, 2, config.hidden_size // config.num_attention_heads, dtype=torch.bfloat16)
+        kept = []
+        for tokens in (1, 2):  # the difference is without the weights
+            states = torch.ones(1, tokens, config.hidden_size, dtype=torch.bfloat16, requires_grad=True)
+            found = []
+            with torch.autograd.graph.saved_tensors_hooks(lambda x: found.append(x.nbytes) or x, lambda x: x):  # noqa: B023
+                model.layers[0](states, position_embeddings=(rotary[:, :tokens], rotary[:, :tokens]))
+            kept.append(sum(found))
+    return kept[1] - kept[0]
+
+
+def worst_case(name: str) -> list[str]:
+    """The table row of a recipe: its worst batch on one of eight GPUs with DDP, or on the only one."""
+    recipe = read_recipe(name)
+    text = next(known for known in LANGUAGE_MODELS if known.lower().replace("llama-", "llama") in name)
+    kind = "lora" if recipe.get("use_peft") else recipe["stage"]
+    sizes, config = sizes_of(text, kind, recipe.get("lora_r", 0)), LANGUAGE_MODELS[text]
+    states = sizes.states("one GPU" if kind == "lora" else "DDP", 8)
+    if recipe.get("load_in_4bit"):
+        layers = meta_model(text, "sft", 0).model.language_model.layers
+        linear = sum(layer.weight.numel() for layer in layers.modules() if isinstance(layer, torch.nn.Linear))
+        states -= linear * (sizes.frozen_bytes - NF4_BYTES)
+    rows, length = recipe["per_device_train_batch_size"], packed_length(recipe["max_length"], LEVELS)
+    tokens = rows * length
+    inputs = tokens * config.num_hidden_layers * config.hidden_size * sizes.frozen_bytes
+    parts = states, inputs, tokens * layer_bytes(text), rows * length**2
+    numbers = [f"{rows:,}", f"{recipe['max_length']:,}", f"{length:,}"]
+    return [f"`{name}`", *numbers, *(f"{part / 1e9:.1f} GB" for part in (*parts, sum(parts)))]
+
+
+def worst_cases() -> str:
+    """The table of the recipes' worst batches, in Markdown."""
+    header = [
+        "recipe",
+        "rows",
+        "tokens of a row",
+        "with all views",
+        "states",
+        "layer inputs",
+        "one layer",
+        "mask",
+        "sum",
+    ]
+    return markdown_table(header, [worst_case(name) for name in RECIPES])
 
 
 def table(gpus: int, lora_r: int) -> str:
@@ -98,7 +169,7 @@ def table(gpus: int, lora_r: int) -> str:
 
 def main():
     (arguments,) = HfArgumentParser(MemoryArguments, description=__doc__).parse_args_into_dataclasses()
-    print(table(arguments.gpus, arguments.lora_r))
+    print(table(arguments.gpus, arguments.lora_r), worst_cases(), sep="\n\n")
 
 
 if __name__ == "__main__":

@@ -347,6 +347,11 @@ def _check(run: Run):
         raise ValueError(
             "stage align trains the projector alone; set use_peft to false and granularity_loss_weight to 0"
         )
+    if run.model.load_in_4bit and run.trainer.eval_strategy != "no" and run.trainer.device.type == "cpu":
+        raise ValueError(  # there it packs the weights for inference in a way that passes no gradients on
+            "bitsandbytes cannot go on training weights in 4 bits on a CPU after an evaluation; set eval_strategy to "
+            "'no'"
+        )
     if run.trainer.activation_offloading and not torch.accelerator.is_available():
         raise ValueError("activation_offloading keeps the activations of a GPU in the CPU's memory; set it to false")
     if run.trainer.eval_strategy != "no" and not run.sft.eval_data:

@@ -81,7 +81,7 @@ def test_a_recipe_takes_two_steps(name, tmp_path, monkeypatch):
         options += ["--dataloader_num_workers", "0", "--dataset_num_proc", "None", "--report_to", "none"]
         options += ["--per_device_train_batch_size", "2", "--global_batch_size", "4"]
         options += ["--eval_steps", "2"] if recipe.get("eval_answers") and recipe["eval_data"] else []
-        if recipe.get("load_in_4bit"):  # bitsandbytes' kernels for a CPU answer with wider layers alone
+        if recipe.get("load_in_4bit"):  # not on a CPU
             options += ["--eval_strategy", "no"]
     sft.main(["--config", name, *options])
     output = Path(recipe["output_dir"])

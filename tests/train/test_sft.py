@@ -395,6 +395,10 @@ def tiny_json(folder):
         ({"stage": "align", "use_peft": True}, "stage align trains the projector alone"),
         ({"merge": True}, "merge needs adapters"),
         ({"load_in_4bit": True}, "set use_peft to train adapters"),
+        (
+            QUANTISED | {"load_in_4bit": True, "eval_strategy": "epoch", "eval_data": ["scenes"]},
+            "eval_strategy to 'no'",
+        ),
         ({"unfreeze_vision_blocks": 1, "use_peft": True}, "set it to 0, or use_peft to false"),
         ({"unfreeze_vision_blocks": 1, "stage": "align"}, "stage to sft"),
         ({"unfreeze_vision_blocks": 3}, r"unfreeze_vision_blocks is 3; of this tower \(dinov3_vit\) 2 .* give 0 to 2"),
