@@ -65,7 +65,7 @@ class SFTArguments:
         metadata={"help": "files, folders, Hub datasets or 'scenes'; a recipe may give DataSource's arguments"},
     )
     eval_data: list[str] = field(default_factory=list, metadata={"help": "as data, for evaluation"})
-    streaming: bool = field(default=False, metadata={"help": "read the data during training instead of before"})
+    streaming: bool = field(default=False, metadata={"help": "read data (not eval_data) during training, not before"})
     stream_rows: int | None = field(
         default=None, metadata={"help": "rows of a stream that make an epoch, which set max_steps"}
     )
@@ -211,7 +211,7 @@ def make_trainer(run: Run, callbacks: list[TrainerCallback] = ()) -> GranulonTra
         check_before_training(_publish_arguments(run, name), HfApi(token=run.trainer.hub_token))
     model = _model(run, name, quantization(run.model))
     processor = load_processor(name, model.config, revision=run.model.model_revision)
-    rows = _rows(run, run.sft.data, "quarantine.jsonl", processor, model)
+    rows = _rows(run, run.sft.data, "quarantine.jsonl", processor, model, run.sft.streaming)
     eval_rows = None
     if run.sft.eval_data:
         eval_rows = _rows(run, run.sft.eval_data, "quarantine_eval.jsonl", processor, model)
@@ -419,14 +419,14 @@ def _model(run: Run, name: str, quantization_config=None):
     )
 
 
-def _rows(run: Run, sources: list[DataSource], quarantine: str, processor, model):
+def _rows(run: Run, sources: list[DataSource], quarantine: str, processor, model, streaming: bool = False):
     args, levels = run.trainer, model.config.granularities
     return load_rows(
         sources,
         processor,
         seed=args.seed if args.data_seed is None else args.data_seed,
         quarantine=run.output / quarantine,
-        streaming=run.sft.streaming,
+        streaming=streaming,
         max_bad_share=run.sft.max_bad_share,
         max_length=args.max_length,
         levels=model.config.granularity_names,

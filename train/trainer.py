@@ -14,6 +14,7 @@ from copy import copy
 from pathlib import Path
 
 import torch
+from datasets import IterableDataset
 from torch.nn import functional as F
 from transformers import ProgressCallback
 from transformers.integrations import is_deepspeed_zero3_enabled
@@ -28,6 +29,7 @@ from .answer_scores import Answers, AnswerScores, add_answer_scores
 from .arguments import GranulonSFTConfig
 from .checkpoints import finish_checkpoint, remove_checkpoint
 from .collator import GranulonCollator
+from .data.streams import endless
 from .eval_answers import exact_matches
 from .meters import Meter, peak_flops, peak_memory_gb
 from .sampling import GroupedByLength
@@ -45,7 +47,7 @@ class GranulonTrainer(SFTTrainer):
 
     Takes what `SFTTrainer` takes; `args` is a `GranulonSFTConfig`, `processing_class` a `GranulonProcessor`. Rows are
     prompts and completions with `images`, or `messages` with `assistant_only_loss`, and may name their level, or that
-    of each answer, in a column `granularity`.
+    of each answer, in a column `granularity`. A stream starts again where it ends; `max_steps` says how long it is read.
 
     Args:
         replay: questions with known levels that the controller goes on learning beside the rows.
@@ -84,6 +86,11 @@ class GranulonTrainer(SFTTrainer):
                 levels=self.level_names,
                 visual_view=args.visual_view,
             )
+        if isinstance(kwargs.get("train_dataset"), IterableDataset):
+            rows, workers = kwargs["train_dataset"], args.dataloader_num_workers
+            kwargs["train_dataset"] = endless(rows, args.world_size, workers)
+            if args.accelerator_config.dispatch_batches is None:
+                args.accelerator_config.dispatch_batches = False  # each process reads its own shards
         args = copy(args)  # older checkpoints are deleted by finish_checkpoint, once the new one is complete
         self.save_total_limit, args.save_total_limit = args.save_total_limit, None
         super().__init__(

@@ -80,8 +80,7 @@ def load_rows(
     Without weights the sources are concatenated (the trainer shuffles). With weights rows are drawn from a random
     source by weight until all sources are exhausted, so that small ones repeat. Streams are shuffled here, within a
     buffer; several need weights because their sizes are unknown. The same arguments give the same rows in the same
-    order, in every process and after a restart. Several processes with streams of rows that differ in their number of
-    images need `dispatch_batches=False` in the trainer's `accelerator_config`.
+    order, in every process and after a restart.
 
     Args:
         sources: `DataSource`s, mappings of their arguments, paths, or datasets.
