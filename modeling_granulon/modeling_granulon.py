@@ -9,15 +9,13 @@ from collections.abc import Sequence
 
 import torch
 from torch import nn
-from transformers import AutoModel, PreTrainedModel
-from transformers import initialization as init
+from transformers import AutoModel
 from transformers.cache_utils import Cache
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs
 from transformers.utils.generic import can_return_tuple
 
-from .adaptive_token_aggregation import AdaptiveTokenAggregation, AggregationOutput, kept_tokens
 from .configuration_granulon import GranulonConfig
 from .generation_granulon import GranulonGenerationMixin
 from .granularity_controller import GranularityController, choose_granularity, question_states
@@ -36,8 +34,9 @@ from .image_tokens import (
     without_hidden,
 )
 from .joint_views import PACKABLE, PackedViews, PartialView, pack_views
-from .multi_modal_projector import GEOMETRY, GranulonMultiModalProjector
-from .vision_features import COLUMN_STRIDE, VisionFeatures, feature_width_of, patch_grid, vision_features
+from .multi_modal_projector import GEOMETRY
+from .vision_features import feature_width_of, patch_grid
+from .visual_encoder import GranulonPreTrainedModel, GranulonVisualEncoder, check_finite
 from .visual_output import (
     CONTROLLER,
     DEFAULT,
@@ -49,46 +48,7 @@ from .visual_output import (
 )
 
 
-class GranulonPreTrainedModel(PreTrainedModel):
-    config_class = GranulonConfig
-    base_model_prefix = "model"
-    input_modalities = ("image", "text")
-    supports_gradient_checkpointing = True
-    # Quantizers leave these modules out too. The pattern holds within the head and within the base model.
-    _keep_in_fp32_modules = [r"(?:model\.)?(?:multi_modal_projector|granularity_controller)"]
-    _skip_keys_device_placement = ["past_key_values"]
-    _supports_flash_attn = True
-    _supports_sdpa = True
-    _supports_flex_attn = True
-    _supports_attention_backend = True
-    _can_compile_fullgraph = True
-
-    @classmethod
-    def from_pretrained(cls, *args, **kwargs):
-        """As in transformers; the vision tower comes frozen. Unfreeze it afterwards to train it."""
-        loaded = super().from_pretrained(*args, **kwargs)
-        model = loaded[0] if isinstance(loaded, tuple) else loaded
-        model.base_model.vision_tower.requires_grad_(False)
-        return loaded
-
-    def save_pretrained(self, *args, **kwargs):
-        """As in transformers; also of a model in FSDP2's class, with the code and the names of its own."""
-        sharded = type(self)
-        self.__class__ = next(kind for kind in sharded.__mro__ if not kind.__module__.startswith("torch."))
-        try:
-            return super().save_pretrained(*args, **kwargs)
-        finally:
-            self.__class__ = sharded
-
-    @torch.no_grad()
-    def _init_weights(self, module):
-        super()._init_weights(module)
-        if isinstance(module, GranulonMultiModalProjector) and module.has_levels:
-            for parameter in (module.gain_offsets, module.level_embedding, module.cluster_embedding):
-                init.zeros_(parameter)
-
-
-class GranulonModel(GranulonPreTrainedModel):
+class GranulonModel(GranulonVisualEncoder):
     """Tower, controller, aggregation, projector and decoder, without a head.
 
     Build it with `GranulonConfig`; load it with `AutoModel.from_pretrained(..., trust_remote_code=True)`.
@@ -117,8 +77,6 @@ class GranulonModel(GranulonPreTrainedModel):
 
     def __init__(self, config: GranulonConfig):
         super().__init__(config)
-        self.vision_tower = AutoModel.from_config(config.vision_config).requires_grad_(False)
-        self.multi_modal_projector = GranulonMultiModalProjector(config)
         self.language_model = AutoModel.from_config(config.text_config)
         levels = len(config.granularities)
         self.granularity_controller = (
@@ -128,51 +86,16 @@ class GranulonModel(GranulonPreTrainedModel):
             if levels > 1 and config.controller == "learned"
             else None
         )
-        self.aggregation = AdaptiveTokenAggregation(
-            relation_weight=config.relation_weight,
-            iterations=config.cluster_iterations,
-            refinement_iterations=config.refinement_iterations,
-            score_weights=tuple(config.score_weights),
-        )
         self.post_init()
         # CLIP and SigLIP name layers of their text towers too, for which sharding would look in vain.
         self._no_split_modules = set(self._no_split_modules) & {type(module).__name__ for module in self.modules()}
         self.train(self.training)
-
-    def train(self, mode: bool = True):
-        """As in torch, but the tower stays in eval mode: DINOv3 jitters its position embedding in train mode."""
-        super().train(mode)
-        self.vision_tower.eval()
-        return self
 
     def get_input_embeddings(self):
         return self.language_model.get_input_embeddings()
 
     def set_input_embeddings(self, value):
         self.language_model.set_input_embeddings(value)
-
-    @can_return_tuple
-    def get_image_features(self, pixel_values: torch.FloatTensor, **kwargs) -> BaseModelOutputWithPooling:
-        """Image tokens at the default granularity, for callers that have no question.
-
-        `pooler_output` is a list with one (N + K_level, E) tensor per image, which holds no empty slot; the other
-        fields are the tower's. Reads no value on the host, so that `torch.export` can trace it.
-        """
-        kwargs.pop("return_dict", None)
-        vision = self._vision(pixel_values, **kwargs)
-        if not self.config.granularities:
-            tokens_ISE = self.multi_modal_projector(vision.features)
-        else:
-            level = self.config.granularity_index(self.config.default_granularity)
-            level_I = torch.full_like(pixel_values[:, 0, 0, 0], level, dtype=torch.long)
-            semantic_IKE, _ = self._semantic_tokens(vision, self._relation(vision), level)
-            tokens_ISE = torch.cat([self.multi_modal_projector(vision.features, level_I), semantic_IKE], dim=1)
-        return BaseModelOutputWithPooling(
-            last_hidden_state=vision.outputs.last_hidden_state,
-            pooler_output=list(tokens_ISE),
-            hidden_states=vision.outputs.get("hidden_states"),
-            attentions=vision.outputs.get("attentions"),
-        )
 
     def encode(
         self,
@@ -229,7 +152,7 @@ class GranulonModel(GranulonPreTrainedModel):
         count_B = torch.tensor(images_per_row)
         finite_I = vision.features.isfinite().flatten(1).all(-1)
         if not self.config.granularities:
-            _check_finite(finite_I.tolist())
+            check_finite(finite_I.tolist())
             tokens_JSE = self.multi_modal_projector(vision.features[image_index_J])
             return GranulonVisualOutput.of(self.config, image_hidden_states=tokens_JSE, images_per_row=count_B)
 
@@ -237,7 +160,7 @@ class GranulonModel(GranulonPreTrainedModel):
         level_J = index_B.repeat_interleave(count_B.to(index_B.device), output_size=len(image_index_J))
         # The level decides how many tokens there are, so it is read on the host, here and once.
         levels, finite = torch.stack([level_J, finite_I[image_index_J].long()]).tolist()
-        _check_finite(finite)
+        check_finite(finite)
         pixel_JNE = self.multi_modal_projector(vision.features[image_index_J], level_J)
         return GranulonVisualOutput.of(
             self.config,
@@ -247,73 +170,6 @@ class GranulonModel(GranulonPreTrainedModel):
             chosen_by=chosen_B,
             images_per_row=count_B,
         )
-
-    def _vision(self, pixel_values: torch.FloatTensor, **tower_kwargs) -> VisionFeatures:
-        """Patch features and relation map; without gradients as long as the tower is frozen."""
-        trains = any(parameter.requires_grad for parameter in self.vision_tower.parameters())
-        with torch.set_grad_enabled(torch.is_grad_enabled() and trains):
-            return vision_features(
-                self.vision_tower, pixel_values, layer=self.config.vision_feature_layer, **tower_kwargs
-            )
-
-    def _relation(self, vision: VisionFeatures) -> torch.Tensor | None:
-        return vision.relation.profiles(COLUMN_STRIDE) if self.config.relation_weight > 0 else None
-
-    def _semantic_tokens(
-        self,
-        vision: VisionFeatures,
-        relation: torch.Tensor | None,
-        level: int,
-        images: torch.Tensor | slice = slice(None),
-    ) -> tuple[torch.Tensor, AggregationOutput]:
-        """Eq. 4-8 for the named images at one level: projected tokens (i,K_level,E), and what they were made from."""
-        candidate = self.config.granularities[level]
-        clusters = self.aggregation(
-            vision.features[images],
-            None if relation is None else relation[images],
-            candidate["stride"],
-            candidate["clusters"],
-            grid=vision.grid,
-            top_k=candidate["keep"],
-        )
-        used = kept_tokens(vision.grid, candidate["stride"], candidate["clusters"], candidate["keep"])
-        level_I = torch.full((len(clusters.tokens),), level, device=clusters.tokens.device)
-        tokens_IKE = self.multi_modal_projector(clusters.tokens[:, :used], level_I, clusters.geometry[:, :used])
-        return tokens_IKE, clusters
-
-    def _semantic_slots(
-        self, vision: VisionFeatures, pixel_JNE: torch.Tensor, levels: list[int], every_level: bool, image_index_J
-    ):
-        """Image tokens at each image's own level, and, if asked for, the semantic tokens of every level."""
-        images, slots, device = len(levels), self.config.max_semantic_tokens, pixel_JNE.device
-        semantic_JKE = pixel_JNE.new_zeros(images, slots, pixel_JNE.shape[-1])
-        mask_JK = torch.zeros(images, slots, dtype=torch.bool, device=device)
-        map_JHW = torch.zeros(images, *vision.grid, dtype=torch.long, device=device)
-        scores_JK = torch.zeros(images, slots, device=device)
-        relation, every = self._relation(vision), []
-        for level in range(len(self.config.granularities)) if every_level else sorted(set(levels)):
-            own = [number for number, chosen in enumerate(levels) if chosen == level]
-            own_j = torch.tensor(own, dtype=torch.long, device=device)
-            wanted = image_index_J[own_j]
-            tokens_IKE, clusters = self._semantic_tokens(
-                vision, relation, level, slice(None) if every_level else wanted
-            )
-            used = tokens_IKE.shape[1]
-            if every_level:
-                every.append(nn.functional.pad(tokens_IKE, (0, 0, slots - used, 0))[image_index_J])
-                tokens_IKE, clusters = tokens_IKE[wanted], AggregationOutput(*(field[wanted] for field in clusters))
-            # Used slots stand last, so that whatever follows an image follows a real token.
-            semantic_JKE[own_j, slots - used :] = tokens_IKE.to(semantic_JKE.dtype)
-            mask_JK[own_j, :used] = True
-            map_JHW[own_j] = clusters.assignment
-            scores_JK[own_j, : clusters.scores.shape[1]] = clusters.scores
-        return {
-            "image_hidden_states": torch.cat([pixel_JNE, semantic_JKE], dim=1),
-            "semantic_mask": mask_JK,
-            "cluster_map": map_JHW,
-            "cluster_scores": scores_JK,
-            "level_hidden_states": torch.stack(every, dim=1) if every_level else None,
-        }
 
     def question_logits(self, input_ids: torch.LongTensor, attention_mask: torch.Tensor | None = None) -> torch.Tensor:
         """The controller's logits (B,G) of questions (B,T) (Eq. 2, 3).
@@ -411,14 +267,17 @@ class GranulonModel(GranulonPreTrainedModel):
         views = self._partial_views(joint_views, visual_view)
         _check_inputs((input_ids, inputs_embeds), (pixel_values, visual, image_embeds))
         placeholder_BT = self.placeholders(input_ids, inputs_embeds)
-        text_BTE = self.get_input_embeddings()(input_ids) if inputs_embeds is None else inputs_embeds
 
         question = question_input_ids, question_attention_mask, granularity
         layout, visual = self._look(placeholder_BT, pixel_values, visual, visual_view, views, question)
         placed = PlacedImages(image_embeds) if visual is None else visual.place(layout, visual_view)
         if visual is None and image_embeds is None and past_key_values is None:
             check_images_present(placeholder_BT)
-        text_BTE = text_BTE + self._zero_loss_for_ddp(visual) if self.training else text_BTE
+        # Controller and projector run before the text is embedded, with images and without: FSDP2 and DeepSpeed
+        # exchange weights and gradients in the order in which parts run, which has to be that of every process.
+        zero = self._zero_loss_for_ddp(visual) if self.training else None
+        text_BTE = self.get_input_embeddings()(input_ids) if inputs_embeds is None else inputs_embeds
+        text_BTE = text_BTE if zero is None else text_BTE + zero
         prompt = Prompt(placeholder_BT, text_BTE, attention_mask)
         if views:
             packed, embeds, attention_mask, position_ids = self._pack(views, prompt, visual, layout, placed)
@@ -537,7 +396,7 @@ class GranulonForConditionalGeneration(GranulonPreTrainedModel, GranulonGenerati
         return self.lm_head
 
     def get_image_features(self, pixel_values: torch.FloatTensor, **kwargs) -> BaseModelOutputWithPooling:
-        """See `GranulonModel.get_image_features`."""
+        """See `GranulonVisualEncoder.get_image_features`."""
         return self.model.get_image_features(pixel_values, **kwargs)
 
     def encode(self, pixel_values: torch.FloatTensor, **inputs) -> GranulonVisualOutput:
@@ -598,14 +457,6 @@ def _check_inputs(prompts: tuple, images: tuple):
         raise ValueError("pass exactly one of input_ids and inputs_embeds")
     if sum(entry is not None for entry in images) > 1:
         raise ValueError("pass only one of pixel_values, visual and image_embeds")
-
-
-def _check_finite(finite_I: list):
-    if not all(finite_I):
-        raise ValueError(
-            f"image {finite_I.index(False)} has features that are not finite; check its pixel_values for NaN or "
-            "infinity, and use bfloat16 instead of float16 if the tower overflows"
-        )
 
 
 def _seen(mask_BT: torch.Tensor | None, role_BT: torch.Tensor) -> torch.Tensor:

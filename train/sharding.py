@@ -29,20 +29,25 @@ def set_up_sharding(state, granulon):
         deepspeed.deepspeed_config.setdefault("bf16", {})["check_grad_overflow"] = True
 
 
-class KeepQuestionLayersWhole(TrainerCallback):
-    """Embeddings and the layers that read questions, once gathered, stay so until the backward pass.
+class GatherInStep(TrainerCallback):
+    """Gathers FSDP2's sharded weights in the same order in every process, whatever its rows hold.
 
-    They run again for the questions, where there are images, and would gather out of step with other processes.
+    Embeddings and the layers that read questions run again for the questions, where there are images: once gathered,
+    they stay whole until the backward pass. A head of its own is read by TRL without being called, and would not be
+    gathered at all: its gradient would be that of each process's own rows.
     """
 
-    def __init__(self, granulon):
-        self.granulon = granulon
+    def __init__(self, model):
+        self.model = model
 
     def on_train_begin(self, args, state, control, **kwargs):
-        decoder = self.granulon.language_model
-        for module in (decoder.embed_tokens, *decoder.layers[: self.granulon.config.controller_layers]):
+        decoder, config = self.model.model.language_model, self.model.config
+        for module in (decoder.embed_tokens, *decoder.layers[: config.controller_layers]):
             if isinstance(module, FSDPModule):
                 module.set_reshard_after_forward(False)
+        head = self.model.lm_head
+        if isinstance(head, FSDPModule) and head.weight is not decoder.embed_tokens.weight:
+            self.model.register_forward_pre_hook(lambda *_: head.unshard())
 
 
 @contextmanager

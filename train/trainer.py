@@ -33,7 +33,7 @@ from .data.streams import endless
 from .eval_answers import exact_matches
 from .meters import Meter, peak_flops, peak_memory_gb
 from .sampling import GroupedByLength
-from .sharding import KeepQuestionLayersWhole, gradient_norms, set_up_sharding, whole_weights
+from .sharding import GatherInStep, gradient_norms, set_up_sharding, whole_weights
 from .vision_cache import VisionCache
 
 LIKELIHOODS = ("task", "pixel", "semantic")  # parts of the loss that count answer tokens
@@ -47,7 +47,7 @@ class GranulonTrainer(SFTTrainer):
 
     Takes what `SFTTrainer` takes; `args` is a `GranulonSFTConfig`, `processing_class` a `GranulonProcessor`. Rows are
     prompts and completions with `images`, or `messages` with `assistant_only_loss`, and may name their level, or that
-    of each answer, in a column `granularity`. A stream starts again where it ends; `max_steps` says how long it is read.
+    of each answer, in a column `granularity`. A stream starts again where it ends; `max_steps` says when to stop.
 
     Args:
         replay: questions with known levels that the controller goes on learning beside the rows.
@@ -99,7 +99,7 @@ class GranulonTrainer(SFTTrainer):
         add_answer_scores(head_of(self.model))
         self.granulon = head_of(self.model).model
         set_up_sharding(self.accelerator.state, self.granulon)
-        self.add_callback(KeepQuestionLayersWhole(self.granulon))
+        self.add_callback(GatherInStep(head_of(self.model)))
         if getattr(model, "is_quantized", False):  # upstream made what trains bfloat16, too coarse for small updates
             for parameter in self.model.parameters():
                 parameter.data = parameter.data.float() if parameter.requires_grad else parameter.data

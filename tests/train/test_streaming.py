@@ -139,6 +139,19 @@ def test_the_rows_of_a_stream_set_the_steps():
     assert sft.parse([*options, "--max_steps", "3"]).trainer.max_steps == 3
 
 
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (["--streaming", "true"], "give stream_rows, the rows of an epoch, or max_steps"),
+        (["--stream_rows", "9"], "stream_rows is 9; it is the number of rows of a stream: set streaming"),
+        (["--streaming", "true", "--stream_rows", "0"], "stream_rows is 0; it is the number of rows of a stream"),
+    ],
+)
+def test_a_stream_without_length_says_what_to_give(options, message):
+    with pytest.raises(ValueError, match=message):
+        sft.parse(["--config", "tiny-cpu", *options])
+
+
 def train(folder):
     source, quarantine = str(folder / "*.jsonl"), folder / "bad.jsonl"
     rows = load_rows([source], make_processor(), seed=0, quarantine=quarantine, streaming=True)
