@@ -19,6 +19,7 @@ TORCH_ONLY = {"adaptive_token_aggregation.py", "image_tokens.py", "joint_views.p
 # What of ours a folder's files import beside their own folder; of two folders that hold a file the inner one counts.
 MAY_IMPORT = {
     "hub": {"modeling_granulon"},
+    "hub/vllm_plugin": {"modeling_granulon"},
     "train": {"modeling_granulon", "granulon.train.controller", "granulon.train.data"}
     | {
         f"granulon.hub.{module}"
