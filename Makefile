@@ -72,7 +72,7 @@ $(VLLM_VENV)/stamp: setup.cfg Makefile
 # The plug-in for vLLM against transformers, on two cores.
 test-vllm: $(VLLM_VENV)/stamp
 	test -d build/granulon-small || $(MAKE) demo
-	$(VLLM_VENV)/bin/python -m pytest -m slow tests/vllm
+	$(VLLM_VENV)/bin/python -m pytest -m slow tests/vllm_plugin
 
 # Installs Chromium where there is none, and fails if it cannot.
 test-browser: setup

@@ -77,6 +77,10 @@ class GranulonModel(GranulonVisualEncoder):
 
     def __init__(self, config: GranulonConfig):
         super().__init__(config)
+        # CLIP and SigLIP name layers of their text towers too, for which sharding would look in vain.
+        self._no_split_modules = set(self._no_split_modules) & {type(module).__name__ for module in self.modules()}
+
+    def add_decoder(self, config: GranulonConfig):
         self.language_model = AutoModel.from_config(config.text_config)
         levels = len(config.granularities)
         self.granularity_controller = (
@@ -86,10 +90,6 @@ class GranulonModel(GranulonVisualEncoder):
             if levels > 1 and config.controller == "learned"
             else None
         )
-        self.post_init()
-        # CLIP and SigLIP name layers of their text towers too, for which sharding would look in vain.
-        self._no_split_modules = set(self._no_split_modules) & {type(module).__name__ for module in self.modules()}
-        self.train(self.training)
 
     def get_input_embeddings(self):
         return self.language_model.get_input_embeddings()

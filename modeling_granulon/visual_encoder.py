@@ -75,8 +75,12 @@ class GranulonVisualEncoder(GranulonPreTrainedModel):
             refinement_iterations=config.refinement_iterations,
             score_weights=tuple(config.score_weights),
         )
+        self.add_decoder(config)
         self.post_init()
         self.train(self.training)
+
+    def add_decoder(self, config: GranulonConfig):
+        """What a subclass has beside the visual part; nothing here."""
 
     def train(self, mode: bool = True):
         """As in torch, but the tower stays in eval mode: DINOv3 jitters its position embedding in train mode."""

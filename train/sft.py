@@ -335,10 +335,10 @@ def _check(run: Run):
             f"dtype is {run.model.dtype}, too coarse for small updates of the weights; set dtype to float32 (bf16 "
             "makes the arithmetic bfloat16), or train adapters with use_peft"
         )
-    if run.sft.streaming and run.trainer.max_steps <= 0 and not run.sft.stream_rows:
-        raise ValueError("a stream has no known end; give stream_rows, the rows of an epoch, or max_steps")
     if run.sft.stream_rows is not None and (not run.sft.streaming or run.sft.stream_rows < 1):
         raise ValueError(f"stream_rows is {run.sft.stream_rows}; it is the number of rows of a stream: set streaming")
+    if run.sft.streaming and run.trainer.max_steps <= 0 and not run.sft.stream_rows:
+        raise ValueError("a stream has no known end; give stream_rows, the rows of an epoch, or max_steps")
     if run.sft.merge and not run.model.use_peft:
         raise ValueError("merge needs adapters; set use_peft, or leave merge out")
     if run.sft.replay_corpus is not None and not run.trainer.granularity_loss_weight:

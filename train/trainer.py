@@ -22,6 +22,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl import SFTTrainer
 
 from granulon.train.controller.replay import QuestionReplay
+from granulon.train.data.streams import endless
 from modeling_granulon.image_tokens import FULL, PIXEL, SEMANTIC
 from modeling_granulon.joint_views import PACKABLE
 
@@ -29,7 +30,6 @@ from .answer_scores import Answers, AnswerScores, add_answer_scores
 from .arguments import GranulonSFTConfig
 from .checkpoints import finish_checkpoint, remove_checkpoint
 from .collator import GranulonCollator
-from .data.streams import endless
 from .eval_answers import exact_matches
 from .meters import Meter, peak_flops, peak_memory_gb
 from .sampling import GroupedByLength
