@@ -21,6 +21,7 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from granulon.evaluation.timing import interleaved, machine, medians, milliseconds, peak_bytes
+from granulon.evaluation.token_reduction import tome
 from granulon.hub.text import markdown_table
 from modeling_granulon import AdaptiveTokenAggregation
 from modeling_granulon.configuration_granulon import DEFAULT_GRANULARITIES
@@ -102,7 +103,7 @@ def methods(features: Tensor, attention: Tensor, side: int) -> dict:
     compiled_round = compiled(baselines.fast_pytorch_kmeans_round)  # the loop around it reads a value each time
     for name, call, arguments in (
         ("AdaTA", aggregate, (features, *level)),
-        ("ToMe", baselines.tome, (features, KEPT)),
+        ("ToMe", tome, (features, KEPT)),
         ("DPC-KNN", baselines.dpc_knn, (features, CLUSTERS)),
         ("VisionZip", baselines.visionzip, (features, attention, KEPT)),
     ):

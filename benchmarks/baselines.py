@@ -56,35 +56,6 @@ def fast_pytorch_kmeans(
     return tokens, labels
 
 
-def tome(features: Tensor, kept: int) -> tuple[Tensor, Tensor]:
-    """Token merging: every other patch joins its most similar partner, at most half a step, until `kept` are left."""
-    size_IN1 = features.new_ones(*features.shape[:2], 1)
-    label_IN = torch.arange(features.shape[1], device=features.device).expand(features.shape[:2])
-    while features.shape[1] > kept:
-        count = features.shape[1]
-        merged = min(count // 2, count - kept)
-        unit_IND = F.normalize(features, dim=-1)
-        best = (unit_IND[:, ::2] @ unit_IND[:, 1::2].mT).max(-1)
-        order_IN = best.values.argsort(-1, descending=True)
-        stay_IN, source_IN = order_IN[:, merged:], order_IN[:, :merged]
-        target_IN = best.indices.gather(1, source_IN)
-        parts = []
-        for values in (features * size_IN1, size_IN1):
-            span = (-1, -1, values.shape[-1])
-            source = values[:, ::2].gather(1, source_IN[..., None].expand(span))
-            target_IND = target_IN[..., None].expand(span)
-            target = values[:, 1::2].scatter_reduce(1, target_IND, source, reduce="sum")
-            parts.append(torch.cat([values[:, ::2].gather(1, stay_IN[..., None].expand(span)), target], dim=1))
-        features, size_IN1 = parts[0] / parts[1], parts[1]
-        place_IN = torch.empty(len(features), count, dtype=torch.long, device=features.device)  # old token -> new one
-        stays = torch.arange(stay_IN.shape[1], device=features.device)
-        place_IN[:, 1::2] = len(stays) + torch.arange(count // 2, device=features.device)
-        place_IN.scatter_(1, 2 * stay_IN, stays.expand_as(stay_IN))
-        place_IN.scatter_(1, 2 * source_IN, len(stays) + target_IN)
-        label_IN = place_IN.gather(1, label_IN)
-    return features, label_IN
-
-
 def dpc_knn(features: Tensor, clusters: int, neighbours: int = 5) -> tuple[Tensor, Tensor]:
     """Density peaks: centres are dense and far from denser ones; the others join the nearest centre."""
     images, count, width = features.shape
@@ -99,30 +70,3 @@ def dpc_knn(features: Tensor, clusters: int, neighbours: int = 5) -> tuple[Tenso
     sums = features.new_zeros(images * clusters, width).index_add_(0, flat, features.flatten(0, 1))
     members = torch.zeros(images * clusters, device=features.device).index_add_(0, flat, torch.ones_like(flat).float())
     return (sums / members.clamp_min(1)[:, None]).unflatten(0, (images, clusters)), label_IN
-
-
-def visionzip(features: Tensor, attention: Tensor, kept: int) -> tuple[Tensor, Tensor]:
-    """Half of the tokens are the most attended patches; the rest joins the nearest of evenly spaced patches."""
-    width, dominant = features.shape[-1], kept // 2
-    order_IN = attention.sum(1).argsort(-1, descending=True)
-    chosen_IND = features.gather(1, order_IN[:, :dominant, None].expand(-1, -1, width))
-    rest = order_IN[:, dominant:].sort(-1).values
-    rest_IND = features.gather(1, rest[..., None].expand(-1, -1, width))
-    unit_IND = F.normalize(rest_IND, dim=-1)
-    anchors = torch.arange(kept - dominant, device=features.device) * (rest.shape[1] // (kept - dominant))
-    label_IN1 = (unit_IND @ unit_IND[:, anchors].mT).argmax(-1, keepdim=True)
-    member_INK = features.new_zeros(*rest.shape, len(anchors)).scatter_(2, label_IN1, 1)
-    merged_IKD = member_INK.mT @ rest_IND / member_INK.sum(1)[..., None].clamp_min(1)
-    label_IN = torch.arange(dominant, device=features.device).expand(len(features), -1)
-    label_IN = torch.cat([label_IN, dominant + label_IN1[..., 0]], dim=1)
-    label_IN = torch.empty_like(label_IN).scatter_(1, torch.cat([order_IN[:, :dominant], rest], dim=1), label_IN)
-    return torch.cat([chosen_IND, rest_IND[:, anchors] + merged_IKD], dim=1), label_IN
-
-
-def grid_cells(features: Tensor, kept: int, grid: tuple[int, int]) -> tuple[Tensor, Tensor]:
-    """Average pooling: a grid of cells as square as `kept` allows."""
-    rows = next(rows for rows in range(int(kept**0.5), 0, -1) if kept % rows == 0)
-    row_N, column_N = torch.cartesian_prod(*map(torch.arange, grid)).to(features.device).unbind(-1)
-    label_N = row_N * rows // grid[0] * (kept // rows) + column_N * (kept // rows) // grid[1]
-    member_KN = (label_N == torch.arange(kept, device=features.device)[:, None]).to(features.dtype)
-    return member_KN / member_KN.sum(-1, keepdim=True) @ features, label_N.expand(features.shape[:2])

@@ -21,7 +21,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from baselines import authors_kmeans, dpc_knn, grid_cells, tome, visionzip
+from baselines import authors_kmeans, dpc_knn
 from PIL import Image
 from sklearn.cluster import KMeans
 from torch import Tensor
@@ -29,6 +29,7 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from granulon.evaluation.statistics import interval
+from granulon.evaluation.token_reduction import grid_cells, tome, visionzip
 from granulon.hub.text import markdown_table, with_interval
 from granulon.hub.visualize import overlay_clusters
 from modeling_granulon import AdaptiveTokenAggregation

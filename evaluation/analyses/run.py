@@ -3,6 +3,7 @@
     granulon-analyse alignment   --model CHECKPOINT --rows questions.json --output analyses
     granulon-analyse clusters    --model CHECKPOINT --rows questions.json --output analyses
     granulon-analyse speed       --model CHECKPOINT --rows questions.json --output analyses
+    granulon-analyse budgets     --model CHECKPOINT --rows questions.json --output analyses
     granulon-analyse calibration --model CHECKPOINT --corpus seed --output analyses
     granulon-analyse tokens      --results RESULTS --output analyses
     granulon-analyse levels      --results RESULTS --output analyses
@@ -19,7 +20,7 @@ from granulon.hub.inference import load_model, load_processor
 from granulon.hub.text import first_line
 from granulon.train.controller.replay import SEED_CORPUS, load_corpus
 
-from . import alignment, levels, results, speed
+from . import alignment, budgets, levels, results, speed
 from .files import describe_model, first_row_of_each_image, read_questions, write_analysis
 
 OPTIONS = {
@@ -31,7 +32,10 @@ OPTIONS = {
     "results": {"required": True, "help": "output folder of granulon-evaluate"},
     "output": {"required": True, "help": "folder to write to"},
     "corpus": {"default": SEED_CORPUS, "help": "JSONL file or folder of such; 'seed' is the corpus of templates"},
-    "limit": {"type": int, "help": "use only the first rows or images (alignment 200, clusters 4, speed 10)"},
+    "limit": {
+        "type": int,
+        "help": "use only the first rows or images (alignment and budgets 200, clusters 4, speed 10)",
+    },
     "granularity": {"help": "a level by name or index, in place of the controller's choice"},
     "only": {"nargs": "+", "default": [], "help": "entries of the table with these names; all by default"},
 }
@@ -60,6 +64,12 @@ def run_speed(options, model, processor):
     return report, speed.speed_markdown(report), speed.draw_speed(report)
 
 
+def run_budgets(options, model, processor):
+    """Accuracy and time against the image tokens that are read, beside other methods of token reduction."""
+    report = budgets.accuracy_at_budgets(model, processor, read_questions(options.rows, options.limit or 200))
+    return report, budgets.budgets_markdown(report), budgets.draw_budgets(report)
+
+
 def run_calibration(options, model, processor):
     """Reliability diagram and calibration error of the controller."""
     report = levels.calibration(model, processor, load_corpus(options.corpus))
@@ -83,6 +93,7 @@ ANALYSES = {
     "clusters": (run_clusters, ("model", "rows", "limit", "output")),
     "tokens": (run_tokens, ("results", "output")),
     "speed": (run_speed, ("model", "rows", "limit", "output")),
+    "budgets": (run_budgets, ("model", "rows", "limit", "output")),
     "levels": (run_levels, ("results", "only", "output")),
     "calibration": (run_calibration, ("model", "corpus", "output")),
 }

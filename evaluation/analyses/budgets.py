@@ -1,0 +1,218 @@
+"""Accuracy and time of an answer against the image tokens that are read, beside other methods of token reduction.
+
+One checkpoint, as it was trained: every method's tokens pass the same projector with the places of their patches, and
+the same language model reads them. Time is that of a whole answer to one question, tower included.
+
+Shapes: N rows, G levels.
+"""
+
+from contextlib import contextmanager, nullcontext
+from itertools import cycle
+
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+from tqdm import tqdm
+
+from granulon.evaluation.statistics import interval
+from granulon.evaluation.timing import interleaved
+from granulon.evaluation.token_reduction import METHODS, fastv_answer, replaced
+from granulon.hub.inference import encode, generate, open_image, question_about
+from granulon.hub.text import markdown_table, with_interval
+from modeling_granulon.image_tokens import FULL, PIXEL, SEMANTIC
+from modeling_granulon.vision_features import patch_size_of
+
+from .files import COLOURS, MARKERS
+
+BUDGETS = (5, 10, 20, 64)  # image tokens
+OURS, FASTV, SMALLER = "Granulon", "FastV", "smaller image"
+BATCH, NEW_TOKENS, TIMED_ROWS, TIMED_TOKENS = 16, 16, 8, 16
+
+
+def accuracy_at_budgets(model, processor, rows: list[dict], budgets=BUDGETS, timed_rows: int = TIMED_ROWS) -> dict:
+    """
+    Every method at every budget, the model's own levels, the controller's choice and the best level of each question.
+
+    Args:
+        rows: with `image`, `question` and `answer`.
+
+    Returns:
+        dict: `rows` and `entries`, each with `method`, `budget`, `tokens` (that are read, mean), `accuracy` (value,
+        low, high; exact match) and, except for the best level, `first_token_ms` and `tokens_per_second` (medians).
+
+    Raises:
+        ValueError: a model without levels, rows without answers.
+    """
+    if not model.config.granularities:
+        raise ValueError("the model has no levels of granularity; take one whose semantic tokens can be replaced")
+    rows = [row for row in rows if row.get("answer")]
+    if not rows:
+        raise ValueError("no row has an answer; give questions with answers")
+    settings = list(_settings(model, budgets))
+    right = {key: _right(model, processor, rows, *key) for key in tqdm(settings, desc="accuracy", disable=None)}
+    seconds = _seconds(model, processor, rows[:timed_rows], settings)
+    entries = []
+    for key in settings:
+        method, level, budget = key
+        first, whole = (np.median(seconds[key, tokens]) for tokens in (1, TIMED_TOKENS))
+        entries.append(
+            {
+                "method": method, "level": level, "budget": budget, "tokens": _tokens(model, processor, rows, *key),
+                "accuracy": _share(right[key]), "first_token_ms": 1000 * float(first),
+                "tokens_per_second": float((TIMED_TOKENS - 1) / max(whole - first, 1e-9)),
+            }
+        )  # fmt: skip
+    levels = [right[OURS, name, None] for name in model.config.granularity_names]
+    entries.append(
+        {"method": OURS, "level": "best of each question", "budget": None, "tokens": None}
+        | {"accuracy": _share(np.max(levels, axis=0)), "first_token_ms": None, "tokens_per_second": None}
+    )
+    return {"rows": len(rows), "timed_rows": timed_rows, "threads": torch.get_num_threads(), "entries": entries}
+
+
+def _settings(model, budgets):
+    """(method, level or view, budget) of everything that is measured; budget None for the model as it is."""
+    for name in ("auto", *model.config.granularity_names, PIXEL, FULL):
+        yield OURS, name, None
+    keeps = [entry["keep"] for entry in model.config.granularities]
+    for budget in budgets:
+        if budget not in keeps:
+            yield OURS, None, budget
+        for method in (*METHODS, FASTV):
+            yield method, None, budget
+
+
+def _level(model, budget: int) -> int:
+    """The level whose gains and embedding a budget's tokens take: the coarsest that keeps as many, or the last."""
+    keeps = [entry["keep"] for entry in model.config.granularities]
+    return next((number for number, keep in enumerate(keeps) if keep >= budget), len(keeps) - 1)
+
+
+@contextmanager
+def _prepared(model, processor, method: str, budget: int | None):
+    """The model with a method's tokens in place of its own; smaller images for the one that takes them."""
+    size = processor.image_processor.size
+    try:
+        if method == SMALLER:
+            side = int(budget**0.5)
+            patch = patch_size_of(model.config.vision_config)
+            processor.image_processor.size = {"height": side * patch, "width": budget // side * patch}
+        level = None if budget is None else _level(model, budget)
+        own = budget is None or method == FASTV
+        with nullcontext() if own else replaced(model, processor, level, budget, None if method == OURS else method):
+            yield level
+    finally:
+        processor.image_processor.size = size
+
+
+def _view_and_level(model, name: str | None, level: int | None) -> tuple[str, int | str | None]:
+    if name in (PIXEL, FULL):
+        return name, None
+    return SEMANTIC, level if name is None else None if name == "auto" else name
+
+
+def _answers(model, processor, rows, method, name, budget, tokens=NEW_TOKENS, forced: bool = False) -> list[str]:
+    """The greedy answers to rows; of exactly so many tokens if `forced`."""
+    options = {"max_new_tokens": tokens, "do_sample": False} | ({"min_new_tokens": tokens} if forced else {})
+    with _prepared(model, processor, method, budget) as level:
+        view, granularity = _view_and_level(model, name, level)
+        if method == FASTV:
+            return [_fastv(model, processor, row, level, budget, tokens, forced) for row in rows]
+        found = []
+        for start in range(0, len(rows), BATCH):
+            chats = [question_about(open_image(row["image"]), row["question"]) for row in rows[start : start + BATCH]]
+            prompt = encode(model, processor, chats, granularity)
+            found += generate(model, processor, prompt, visual_view=view, **options)[0]
+        return found
+
+
+def _fastv(model, processor, row, level, budget, tokens, forced) -> str:
+    chat = question_about(open_image(row["image"]), row["question"])
+    text = processor.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
+    inputs = processor(text=text, images=[open_image(row["image"])], visual_view=PIXEL, return_tensors="pt")
+    inputs = dict(inputs.to(model.device, dtype=model.dtype))
+    ends = model.generation_config.eos_token_id
+    ends = () if forced or ends is None else tuple(ends) if isinstance(ends, list) else (ends,)
+    ids = fastv_answer(model, inputs | {"granularity": level}, budget, tokens, ends)
+    return processor.decode(ids, skip_special_tokens=True).strip()
+
+
+def _right(model, processor, rows, *key) -> np.ndarray:
+    said = _answers(model, processor, rows, *key)
+    return np.array([_plain(answer) == _plain(row["answer"]) for answer, row in zip(said, rows, strict=True)], float)
+
+
+def _plain(text: str) -> str:
+    return " ".join(text.lower().split()).rstrip(".")
+
+
+def _seconds(model, processor, rows, settings) -> dict:
+    """Seconds of answers of one token and of several to single questions, by setting and number of tokens."""
+    calls = {}
+    for key in settings:
+        for tokens in (1, TIMED_TOKENS):
+            turn = cycle(rows)
+            calls[key, tokens] = lambda key=key, tokens=tokens, turn=turn: _answers(
+                model, processor, [next(turn)], *key, tokens=tokens, forced=True
+            )
+    return interleaved(calls, len(rows), model.device)
+
+
+def _tokens(model, processor, rows, method, name, budget) -> float:
+    """Image tokens that are read, mean over rows; of FastV those that its later layers read."""
+    if method == FASTV:
+        return float(budget)
+    with _prepared(model, processor, method, budget) as level:
+        view, granularity = _view_and_level(model, name, level)
+        chats = [question_about(open_image(row["image"]), row["question"]) for row in rows[:BATCH]]
+        read = encode(model, processor, chats, granularity).visual.describe(view)
+        return float(np.mean([sum(row["tokens"].values()) for row in read]))
+
+
+def _share(values_N: np.ndarray) -> tuple[float, float, float]:
+    sums_N2 = np.stack([values_N, np.ones_like(values_N)], 1)
+    return float(values_N.mean()), *interval(lambda sums: sums[:, 0] / sums[:, 1], sums_N2)
+
+
+def budgets_markdown(report: dict) -> str:
+    """A table with a line for every method at every budget."""
+    lines = []
+    for entry in report["entries"]:
+        name = entry["method"] if entry["level"] is None else f"{entry['method']}, {entry['level']}"
+        numbers = ("tokens", ".1f"), ("first_token_ms", ".0f"), ("tokens_per_second", ".1f")
+        tokens, first, speed = ("" if entry[key] is None else format(entry[key], form) for key, form in numbers)
+        lines.append([name, tokens, with_interval(*entry["accuracy"]), first, speed])
+    note = (
+        f"Exact match of greedy answers to {report['rows']} questions with 95 % intervals; medians of time over "
+        f"{report['timed_rows']} questions, one at a time, tower included, {report['threads']} threads."
+    )
+    header = ["method", "image tokens", "accuracy", "first token (ms)", "tokens/s"]
+    return f"{note}\n\n{markdown_table(header, lines)}"
+
+
+def draw_budgets(report: dict) -> Figure:
+    """Accuracy against tokens and against the time to the first token; what nothing beats in both is ringed."""
+    entries = [entry for entry in report["entries"] if entry["tokens"] is not None]
+    figure = Figure(figsize=(10, 4.4), layout="constrained")
+    panels = figure.subplots(1, 2, sharey=True)
+    methods = list(dict.fromkeys(entry["method"] for entry in entries))
+    for axes, key, title in zip(panels, ("tokens", "first_token_ms"), ("image tokens", "time to first token (ms)")):
+        for number, method in enumerate(methods):
+            own = sorted((entry for entry in entries if entry["method"] == method), key=lambda entry: entry[key])
+            style = {"color": COLOURS[number % len(COLOURS)], "marker": MARKERS[number % len(MARKERS)]}
+            values = [entry["accuracy"][0] for entry in own]
+            axes.plot([entry[key] for entry in own], values, linestyle="", label=method, markersize=5, **style)
+        best = -1.0
+        for entry in sorted(entries, key=lambda entry: (entry[key], -entry["accuracy"][0])):
+            if entry["accuracy"][0] > best:
+                best = entry["accuracy"][0]
+                axes.plot(entry[key], best, "o", markersize=11, fillstyle="none", color=COLOURS[6], linewidth=0.8)
+        axes.set_xlabel(title, fontsize=9)
+        axes.set_xscale("log")
+        axes.tick_params(labelsize=8)
+        axes.grid(alpha=0.25)
+        axes.spines[["top", "right"]].set_visible(False)
+    panels[0].set_ylabel("accuracy", fontsize=9)
+    handles, labels = panels[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=4, fontsize=8, frameon=False)
+    return figure
