@@ -2,7 +2,6 @@
 
 import base64
 import json
-import urllib.request
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,15 +12,31 @@ from transformers.generation.streamers import BaseStreamer
 from modeling_granulon import GranulonConfig, GranulonForConditionalGeneration, GranulonProcessor, load_rgb
 from modeling_granulon.visual_output import GranulonVisualOutput
 
+from .fetch import fetch
 from .text import first_line
 
-MAX_BYTES = 50_000_000  # of a downloaded image
-TIMEOUT = 20  # seconds without data from the server of an image
 # Entries of a configuration, and weights by their shapes, that follow from its levels.
 DERIVED_FROM_LEVELS = ("default_granularity", "max_semantic_tokens")
 PROJECTOR = "model.multi_modal_projector."
 LEVEL_WEIGHTS = ("model.granularity_controller.", f"{PROJECTOR}gain_offsets", f"{PROJECTOR}level_embedding")
 LEVEL_WEIGHTS += (f"{PROJECTOR}cluster_embedding",)
+
+
+def read_config(name: str | Path, revision: str = "main") -> dict:
+    """
+    The values of a Granulon's configuration, from a folder or a Hub repository.
+
+    Raises:
+        ValueError: there is no Granulon under this name.
+    """
+    try:
+        values, _ = GranulonConfig.get_config_dict(name, revision=revision)
+    except OSError as error:
+        raise ValueError(f"{name} was not found locally or on the Hub: {first_line(error)}") from error
+    if (found := values.get("model_type")) != GranulonConfig.model_type:
+        expected = f"{name} is a model of type {found!r}, expected {GranulonConfig.model_type!r}"
+        raise ValueError(f"{expected}; granulon-assemble makes one of an encoder and a language model")
+    return values
 
 
 def load_model(
@@ -49,13 +64,7 @@ def load_model(
         ValueError: there is no Granulon under this name, an override is unknown, or weights are missing or have
             another shape.
     """
-    try:
-        values, _ = GranulonConfig.get_config_dict(name, revision=revision)
-    except OSError as error:
-        raise ValueError(f"{name} was not found locally or on the Hub: {first_line(error)}") from error
-    if (found := values.get("model_type")) != GranulonConfig.model_type:
-        expected = f"{name} is a model of type {found!r}, expected {GranulonConfig.model_type!r}"
-        raise ValueError(f"{expected}; granulon-assemble makes one of an encoder and a language model")
+    values = read_config(name, revision)
     overrides = overrides or {}
     if unknown := overrides.keys() - GranulonConfig().to_dict().keys():
         raise ValueError(f"the configuration has no {', '.join(sorted(unknown))}; check the overrides")
@@ -89,27 +98,21 @@ def load_processor(name: str | Path, config: GranulonConfig, *, revision: str = 
     return processor
 
 
-def open_image(source) -> Image.Image:
+def open_image(source, public_only: bool = False) -> Image.Image:
     """
     The image of a file, an http(s) address, a data URL, bytes or a PIL image, as `load_rgb` returns it.
 
+    Args:
+        public_only: of addresses, fetch public ones alone (fetch.py).
+
     Raises:
-        ValueError: it cannot be fetched, is larger than `MAX_BYTES`, or is not a usable image.
+        ValueError: it cannot be fetched, is larger than fetch.py allows, or is not a usable image.
     """
     if isinstance(source, str) and source.startswith("data:"):
         return load_rgb(base64.b64decode(source.partition(",")[2], validate=True))
-    if not isinstance(source, str) or not source.startswith(("http://", "https://")):
-        return load_rgb(source)
-    # urllib: a size limit and a timeout are enough, and it does not depend on the Hub client's version.
-    request = urllib.request.Request(source, headers={"User-Agent": "granulon"})
-    try:
-        with urllib.request.urlopen(request, timeout=TIMEOUT) as response:
-            data = response.read(MAX_BYTES + 1)
-    except OSError as error:
-        raise ValueError(f"{source} cannot be fetched: {error}") from error
-    if len(data) > MAX_BYTES:
-        raise ValueError(f"{source} is larger than {MAX_BYTES} bytes; download and shrink it first")
-    return load_rgb(data)
+    if isinstance(source, str) and source.startswith(("http://", "https://")):
+        return load_rgb(fetch(source, public_only))
+    return load_rgb(source)
 
 
 @dataclass

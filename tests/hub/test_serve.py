@@ -4,12 +4,15 @@ import os
 import socket
 import subprocess
 import sys
+import threading
 import time
+from contextlib import contextmanager
 from types import SimpleNamespace
 
+import psutil
 import pytest
 from conftest import count_calls
-from space_load import bad_files, data_url, good_picture
+from space_load import bad_files, data_url, good_picture, png_bomb
 
 from granulon.hub.assemble import assemble_tiny
 from granulon.hub.inference import load_model, load_processor
@@ -18,11 +21,12 @@ from modeling_granulon import load_rgb
 openai = pytest.importorskip("openai")
 pytest.importorskip("fastapi")
 from transformers.cli.serve import Serve  # noqa: E402
-from transformers.cli.serving import chat_completion, model_manager, utils  # noqa: E402
+from transformers.cli.serving import chat_completion, model_manager, response, utils  # noqa: E402
+from transformers.cli.serving import server as server_module  # noqa: E402
 from typer.main import get_command  # noqa: E402
 from typer.testing import CliRunner  # noqa: E402
 
-from granulon.hub.serve import listed_models, make_command, register  # noqa: E402
+from granulon.hub.serve import make_command, register  # noqa: E402
 
 QUESTION = "What is it?"
 
@@ -43,22 +47,31 @@ def wait_for(port, alive, log=None):
         time.sleep(0.1)
 
 
+@contextmanager
+def running(folder, model, *options):
+    """An OpenAI client of a server in a process of its own, which is its attribute `process`."""
+    port = free_port()
+    command = [sys.executable, "-m", "granulon.hub.serve", str(model), "--port", str(port), "--device", "cpu"]
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "NO_PROXY": "127.0.0.1,localhost", "HF_HOME": str(folder)}
+    log = folder / f"log-{port}"
+    with open(log, "w") as output:
+        process = subprocess.Popen([*command, *options], env=environment, stdout=output, stderr=subprocess.STDOUT)
+    client = openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0)
+    client.process = process
+    try:
+        wait_for(port, lambda: process.poll() is None, log)
+        yield client
+    finally:
+        process.terminate()
+        process.wait(20)
+
+
 @pytest.fixture(scope="module")
 def server(tmp_path_factory):
     folder = tmp_path_factory.mktemp("serve")
     model = assemble_tiny(folder / "tiny")
-    port = free_port()
-    command = [sys.executable, "-m", "granulon.hub.serve", str(model), "--port", str(port), "--device", "cpu"]
-    environment = os.environ | {"HF_HUB_OFFLINE": "1", "NO_PROXY": "127.0.0.1,localhost", "HF_HOME": str(folder)}
-    with open(folder / "log", "w") as log:
-        process = subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT)
-    client = openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0)
-    try:
-        wait_for(port, lambda: process.poll() is None, folder / "log")
-        yield SimpleNamespace(client=client, model=str(model), folder=folder)
-    finally:
-        process.terminate()
-        process.wait(20)
+    with running(folder, model) as client:
+        yield SimpleNamespace(client=client, model=str(model), folder=folder, process=client.process)
 
 
 @pytest.fixture(scope="module")
@@ -113,6 +126,8 @@ def test_one_answer_runs_each_part_once(server, monkeypatch):
     """In this process, where the served model can be watched; what `register` changes is put back."""
     for owner, name in (
         (chat_completion, "ChatCompletionHandler"),
+        (response, "ResponseHandler"),
+        (server_module, "build_server"),
         (utils.BaseHandler, "get_processor_inputs_from_messages"),
         (model_manager.ModelManager, "get_gen_models"),
     ):
@@ -148,7 +163,9 @@ def test_a_question_without_an_image_is_answered(server, expected):
         ({"image": "/etc/hostname"}, "an image is a data URL"),
         ({"image": "file:///etc/hostname"}, "an image is a data URL"),
         ({"image": "data:image/png;base64,???"}, "image_url: "),
-        ({"image": "http://127.0.0.1:9/none.png"}, "cannot be fetched"),
+        ({"image": "http://127.0.0.1:9/none.png"}, "addresses need granulon-serve --allow-urls"),
+        ({"extra_body": {"n": 2}}, "n: Input should be 1"),
+        ({"extra_body": {"max_tokens": "many"}}, "max_tokens: "),
         *(
             ({"messages": messages}, "a list of at least one object")
             for messages in (
@@ -177,7 +194,7 @@ def test_a_question_without_an_image_is_answered(server, expected):
                 {"type": "video_url", "video_url": {"url": "http://127.0.0.1:9/x.mp4"}},
             )
         ),
-        ({"extra_body": {"nonsense": 1}}, "Unexpected fields"),
+        ({"extra_body": {"nonsense": 1}}, "nonsense: not supported"),
     ],
 )
 def test_unusable_requests_are_refused_with_one_clear_message(fields, message, server):
@@ -210,9 +227,75 @@ def test_the_model_that_is_served_is_listed_on_a_machine_that_has_cached_none(se
     assert [model.id for model in server.client.models.list()] == [server.model]
 
 
-def test_a_server_without_a_model_lists_the_cached_ones(tmp_path):
-    anything = SimpleNamespace(force_model=None)
-    assert listed_models(anything, tmp_path / "none") == []
+@pytest.fixture(scope="module")
+def open_server(server):
+    """A server that fetches images, and takes two of a request."""
+    with running(server.folder, server.model, "--allow-urls", "--max-images", "2") as client:
+        yield SimpleNamespace(client=client, model=server.model)
+
+
+def test_images_of_private_addresses_are_not_fetched_even_where_addresses_are_allowed(open_server):
+    for address in ("http://127.0.0.1:9/x.png", "http://169.254.169.254/latest/meta-data/", "http://localhost/x.png"):
+        with pytest.raises(openai.BadRequestError, match="which is not a public address"):
+            ask(open_server, image=address)
+
+
+def test_a_request_may_have_so_many_images(open_server):
+    part = {"type": "image_url", "image_url": {"url": data_url(good_picture())}}
+    content = [{"type": "text", "text": QUESTION}]
+    assert ask(open_server, messages=[{"role": "user", "content": [part] * 2 + content}]).choices
+    with pytest.raises(openai.BadRequestError, match=r"3 images; a request may have 2 \(--max-images\)"):
+        ask(open_server, messages=[{"role": "user", "content": [part] * 3 + content}])
+
+
+def test_an_answer_ends_before_a_stop_text_streamed_and_at_once(server, expected):
+    whole = expected()
+    stop = whole[-4:-1]
+    for options in ({"stop": stop}, {"stop": [stop, "something else"]}):
+        wanted = whole[: whole.index(stop)]
+        assert ask(server, **options).choices[0].message.content == wanted
+        streamed = ask(server, stream=True, stream_options={"include_usage": True}, **options)
+        assert "".join(chunk.choices[0].delta.content or "" for chunk in streamed if chunk.choices) == wanted
+    assert ask(server).choices[0].message.content == whole
+
+
+def test_ten_images_of_49_megapixels_are_decoded_one_at_a_time(server):
+    """A request of some kilobytes, which as pictures would take 1.2 GB; what is held of each is small."""
+    bomb = data_url(png_bomb(7000))
+    part = {"type": "image_url", "image_url": {"url": bomb}}
+    process = psutil.Process(server.process.pid)
+    before = process.memory_info().rss
+    seen, done = [], threading.Event()
+
+    def watch():
+        while not done.wait(0.02):
+            seen.append(process.memory_info().rss)
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    try:
+        ask(server, messages=[{"role": "user", "content": [part] * 8 + [{"type": "text", "text": QUESTION}]}])
+        with pytest.raises(openai.BadRequestError, match="10 images; a request may have 8"):
+            ask(server, messages=[{"role": "user", "content": [part] * 10}])
+    finally:
+        done.set()
+        watcher.join()
+    assert max(seen) - before < 600e6
+
+
+def test_a_model_that_is_no_granulon_or_missing_is_refused_in_one_line(tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    for model, message in {
+        str(tmp_path): "is a model of type 'llama', expected 'granulon'",
+        str(tmp_path / "none"): "was not found locally or on the Hub",
+    }.items():
+        done = subprocess.run(
+            [sys.executable, "-m", "granulon.hub.serve", model], env=os.environ | {"HF_HUB_OFFLINE": "1"},
+            capture_output=True, text=True, timeout=60,
+        )  # fmt: skip
+        assert done.returncode == 1 and message in done.stderr
+        assert done.stderr.strip().splitlines()[-1].startswith("granulon-serve: ")
+        assert "Traceback" not in done.stderr
 
 
 def test_bad_images_are_refused_and_the_server_keeps_running(server, expected):
@@ -226,7 +309,7 @@ def test_bad_images_are_refused_and_the_server_keeps_running(server, expected):
 def test_the_command_keeps_the_options_of_transformers_serve():
     assert CliRunner().invoke(make_command(), ["--help"]).exit_code == 0
     options = {option for parameter in get_command(make_command()).params for option in parameter.opts}
-    assert {"--attn-implementation", "--port"} <= options
+    assert {"--attn-implementation", "--port", "--allow-urls", "--max-images", "--max-body-mb"} <= options
 
 
 def test_the_processor_keeps_the_contract_of_vllms_transformers_backend(server):
