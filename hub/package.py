@@ -36,9 +36,17 @@ ALLOWED = {
     ADAPTER: [ADAPTER_WEIGHTS, ADAPTER_CONFIG, "*.py", "*.jinja"],
     TRAINABLE_ONLY: ["config.json", "*.py", "*.jinja"],
 }
+RELEASE = "granulon_release.json"  # the hashes of what was published with it: what a later release may overwrite
 RESULTS = ".eval_results/*.yaml"  # where the Hub reads evaluation results
 # Everything that this publisher may have put into a repository, and what else a loader would read.
-PUBLISHED = [TRAINABLE, *PROCESSOR, *METADATA_FILES, RESULTS, *(entry for kind in KINDS for entry in ALLOWED[kind])]
+PUBLISHED = [
+    TRAINABLE,
+    RELEASE,
+    *PROCESSOR,
+    *METADATA_FILES,
+    RESULTS,
+    *(entry for kind in KINDS for entry in ALLOWED[kind]),
+]
 LOADED_SUFFIXES = (".safetensors", ".safetensors.index.json", ".py", ".json", ".jinja", ".bin", ".model")
 
 
@@ -50,10 +58,11 @@ class Package:
     files: dict[str, Path | bytes]  # path in the repository to a file, or to its content
     base: tuple[str, str] | None = None  # of an adapter: the model it belongs to, and that model's revision
 
-    @cached_property
-    def hashes(self) -> dict[str, tuple[str, str]]:
-        """SHA-256 and git hash of each file: the Hub reports the first for large files, the second for small ones."""
-        return {path: _hashes(content) for path, content in self.files.items()}
+    def __post_init__(self):
+        # SHA-256 and git hash of each file: the Hub reports the first for large files, the second for small ones.
+        self.hashes = {path: _hashes(content) for path, content in self.files.items()}
+        self.files[RELEASE] = _to_json({"files": self.hashes})
+        self.hashes[RELEASE] = _hashes(self.files[RELEASE])
 
     @cached_property
     def sha(self) -> str:
@@ -216,6 +225,7 @@ def _read_results(files: dict[str, Path | bytes]) -> list[EvalResultEntry]:
 def _check_files(folder: Path, kind: str, kept: dict[str, Path]):
     """All weights and the processor are there, and the code is byte for byte the code of this package."""
     only_trained = kind == TRAINABLE_ONLY and (folder / TRAINABLE).is_file()
+    check_no_links(folder, kept)
     weights = {ADAPTER_WEIGHTS if kind == ADAPTER else TRAINABLE if only_trained else "model.safetensors"}
     if kind != ADAPTER and "config.json" not in kept:
         raise ValueError(f"{folder} has neither config.json nor {ADAPTER_CONFIG}: no model and no adapter")
@@ -223,6 +233,14 @@ def _check_files(folder: Path, kind: str, kept: dict[str, Path]):
         weights = set(json.loads((folder / INDEX).read_text())["weight_map"].values())
     if absent := sorted(name for name in weights if not (folder / name).is_file()):
         raise ValueError(f"{folder} lacks {', '.join(absent[:3])} ({len(absent)} in all); save the checkpoint again")
+    if kind == MODEL:
+        shards = {name for name in kept if matches(name, ["model*.safetensors"])}
+        if other := sorted(shards ^ weights):
+            names = f"{', '.join(other[:3])} ({len(other)} in all)"
+            where = f"{INDEX} and the files" if (folder / INDEX).is_file() else "model.safetensors and the files"
+            raise ValueError(
+                f"{folder}: {where} beside it do not agree on {names}; remove what is left of older saves"
+            )
     for name in weights:
         try:
             with safe_open(folder / name, "pt"):  # reads the header, which holds the size of the file
@@ -240,6 +258,13 @@ def _check_files(folder: Path, kind: str, kept: dict[str, Path]):
     if other := sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name)):
         names, remedy = ", ".join(other[:3]), "load the model and save it again with the installed version"
         raise ValueError(f"{folder} has other code than this package ({names}): {remedy}")
+
+
+def check_no_links(folder: Path, names: Iterable[str]):
+    """Raise `ValueError` for files that are links, which could lead anywhere on this machine."""
+    paths = {name: [folder / name, *(folder / parent for parent in Path(name).parents[:-1])] for name in names}
+    if linked := sorted(name for name, own in paths.items() if any(path.is_symlink() for path in own)):
+        raise ValueError(f"{folder} has links ({', '.join(linked[:3])}); copy the files themselves: cp -rL")
 
 
 def _trainable_weights(folder: Path, manifest: dict) -> bytes:

@@ -6,12 +6,17 @@
 The files are uploaded to a branch. A new process loads the model from there and must get the logits of the local
 folder. Then one commit brings the same files to `main`, with a tag: readers see the old version or the new one. After
 a failure run the same command again; files that the Hub has are not uploaded twice.
+
+Files on the Hub that no release of ours wrote, or that were changed since, are neither overwritten nor deleted: they
+stop the command, unless `--replace` is given.
 """
 
 import os
+import re
 import subprocess
 import sys
 import tempfile
+import time
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -19,21 +24,35 @@ from pathlib import Path
 
 import torch
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, ModelInfo, SpaceCard, SpaceInfo
-from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError
-from huggingface_hub.hf_api import RepoFile
+from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalTokenNotFoundError, RepositoryNotFoundError
+from huggingface_hub.utils import HFValidationError, validate_repo_id
 from safetensors import safe_open
 from transformers import HfArgumentParser
 from transformers.hf_argparser import HfArg
 
 from .assemble import assemble
+from .changes import Changes, PublishError, hashes_on_hub, released_hashes
 from .licences import terms
 from .manifest import read_manifest
-from .package import ADAPTER, ADAPTER_CONFIG, MODEL, TRAINABLE_ONLY, Package, make_package, matches, size_of
+from .package import (
+    ADAPTER,
+    ADAPTER_CONFIG,
+    MODEL,
+    TRAINABLE_ONLY,
+    Package,
+    check_no_links,
+    make_package,
+    matches,
+    size_of,
+)
 from .text import first_line
 
 SPACE = Path(__file__).resolve().parent.parent / "space"
 SPACE_FILES = ["README.md", "requirements.txt", "*.py", "*.js", "*.css", "examples/*.jpg"]  # uploaded to a Space
 NOTICE_SETTING, LLAMA_LINE = "MODEL_NOTICE", "Built with Llama"  # variable of the Space, and its value for Llama
+TAG = re.compile(r"(?!.*(\.\.|//|@\{|\.lock$))[\w][\w.+/-]*(?<![./])")  # what git takes, and is easily typed
+BRANCHES = ("main", "master", "HEAD")
+HEARTBEAT = 30  # seconds between two lines of a long check
 TIMEOUT = 3600  # seconds for a new process to download, load and answer
 HTTP_LIBRARIES = "httpx", "httpx2", "httpcore", "httpcore2"  # which one depends on the version of huggingface_hub
 
@@ -49,7 +68,8 @@ class PublishArguments:
     trainable_only: bool = HfArg(default=False, help="publish the trained parts alone")
     space: str | None = HfArg(default=None, help="also publish the demo for this model as this Space")
     results: str | None = HfArg(default=None, help="folder of granulon-evaluate, with results for the card")
-    dry_run: bool = HfArg(default=False, help="print what would be uploaded, and upload nothing")
+    replace: bool = HfArg(default=False, help="overwrite and delete files that no release wrote; lists them")
+    dry_run: bool = HfArg(default=False, help="print what would change on the Hub, and change nothing")
     licences: list[str] = HfArg(default_factory=list, help="undeclared licences: vision=..., text=..., DATA=...")
     outputs_of: list[str] = HfArg(default_factory=list, help="models on whose outputs this one was trained")
 
@@ -60,10 +80,6 @@ class PublishArguments:
         if (folder / ADAPTER_CONFIG).exists() and not (folder / "config.json").exists():
             return ADAPTER
         return TRAINABLE_ONLY if self.trainable_only else MODEL
-
-
-class PublishError(ValueError):
-    """Publishing stopped; the message says where, and what to do."""
 
 
 def main():
@@ -79,10 +95,13 @@ def run(arguments: PublishArguments, api: HfApi):
     folder, repo_id, revision = Path(arguments.folder), arguments.repo_id, arguments.revision
     if not folder.is_dir():
         raise PublishError(f"{folder} is not a folder; give a checkpoint")
-    if arguments.space:
-        _check_space(arguments)
     if wrong := [entry for entry in arguments.licences if "=" not in entry]:
         raise PublishError(f"--licences takes NAME=LICENCE, found {wrong}")
+    check_names(arguments)
+    if arguments.space:
+        _check_space(arguments)
+    if not arguments.dry_run:
+        _check_owner(arguments, api)
     licences = dict(entry.rsplit("=", 1) for entry in arguments.licences)
     required = terms(folder, repo_id, licences, arguments.outputs_of)
     options = (arguments.base_model, arguments.results)
@@ -94,45 +113,109 @@ def run(arguments: PublishArguments, api: HfApi):
     for warning in warnings:
         print(f"warning: {warning}", file=sys.stderr)
     if arguments.dry_run:
-        print(_overview(package, arguments))
+        print(_overview(package, arguments, api))
         return
-    print(f"published {publish(package, repo_id, api, folder, revision, arguments.private, arguments.create_pr)}")
+    address = publish(
+        package, repo_id, api, folder, revision, arguments.private, arguments.create_pr, arguments.replace
+    )
+    print(f"published {address}")
     if arguments.space:
         settings = {"MODEL_ID": repo_id, "MODEL_REVISION": revision}
         if any(LLAMA_LINE in line for line in required.credits):  # Llama's licence requires it to be visible
             settings[NOTICE_SETTING] = LLAMA_LINE
-        print(f"published {publish_space(arguments.space, settings, api, arguments.private)}")
+        print(f"published {publish_space(arguments.space, settings, api, arguments.private, arguments.replace)}")
+
+
+def check_names(arguments: PublishArguments):
+    """Raise `PublishError` for a repository or tag whose name the Hub would not take."""
+    for option, name in (("repo_id", arguments.repo_id), ("space", arguments.space)):
+        if name is None:
+            continue
+        try:
+            validate_repo_id(name)
+        except HFValidationError as error:
+            raise PublishError(f"--{option} {name}: {first_line(error)}") from error
+        if name.count("/") != 1:
+            raise PublishError(f"--{option} is {name}; expected OWNER/NAME")
+    if not TAG.fullmatch(arguments.revision) or arguments.revision in BRANCHES:
+        raise PublishError(f"--revision {arguments.revision!r} cannot be a tag; take a version such as v1.0.0")
+
+
+def _check_owner(arguments: PublishArguments, api: HfApi):
+    """Raise `PublishError` unless the token's account is, or belongs to, the owner of what is written."""
+    with translate_hub_errors(arguments.repo_id):
+        try:
+            user = api.whoami()
+        except (LocalTokenNotFoundError, ValueError) as error:  # there is none, or the client may not use it
+            raise PublishError("no token (401): log in with `hf auth login` and a token that may write") from error
+    own = [user["name"], *(organisation["name"] for organisation in user.get("orgs", []))]
+    alternatives = {arguments.repo_id: "choose a name of your own, or use --create_pr"}
+    if arguments.space:
+        alternatives[arguments.space] = "choose a Space of your own with --space"
+    for name, alternative in alternatives.items():
+        if name.partition("/")[0] not in own and not arguments.create_pr:
+            raise PublishError(f"the token is of {', '.join(own)}, who may not write to {name}: {alternative}")
 
 
 def check_before_training(arguments: PublishArguments, api: HfApi):
     """
     Raise `ValueError` now for what would stop the publishing of a model that is yet to be trained.
 
-    That is: no valid token, a tag that exists, and, where `folder` is the local model it starts from, its licences.
+    That is: names that the Hub does not take, no valid token or one of another owner, a tag that exists, and, where
+    `folder` is the local model it starts from, its licences.
     """
     repo_id, revision = arguments.repo_id, arguments.revision
+    check_names(arguments)
+    _check_owner(arguments, api)
     with translate_hub_errors(repo_id):
-        api.whoami()
         if api.repo_exists(repo_id) and api.revision_exists(repo_id, revision):
             raise PublishError(f"{repo_id} has a tag {revision}, and tags never change: choose another revision")
     if Path(arguments.folder).is_dir():
         terms(Path(arguments.folder), repo_id)
 
 
-def _overview(package: Package, arguments: PublishArguments) -> str:
-    """What would be uploaded, and where."""
+def changes_of(package: Package, repo_id: str, api: HfApi) -> Changes:
+    """What publishing would do to `main`."""
+    found = hashes_on_hub(repo_id, "main", api)
+    return Changes.of(package.hashes, package.stale(found), found, released_hashes(repo_id, found, api))
+
+
+def _overview(package: Package, arguments: PublishArguments, api: HfApi) -> str:
+    """What would be uploaded, and where, and what that would do to what is there."""
     target = "a pull request" if arguments.create_pr else f"main, tagged {arguments.revision}"
-    sizes = {path: size_of(content) for path, content in sorted(package.files.items())}
+    sizes = {path: size_of(content) for path, content in package.files.items()}
     megabytes = sum(sizes.values()) / 1e6
-    lines = [f"{package.kind} to {arguments.repo_id}, {target}; {len(sizes)} files, {megabytes:.1f} MB:"]
-    lines += [f"  {size:>14,}  {path}" for path, size in sizes.items()]
+    lines = [f"{package.kind} to {arguments.repo_id}, {target}; {len(sizes)} files, {megabytes:.1f} MB"]
+    lines += _compared(arguments.repo_id, api, sizes, lambda: changes_of(package, arguments.repo_id, api))
     if arguments.space:
-        lines += [f"Space to {arguments.space}:", *(f"  {name}" for name in space_files())]
-    return "\n".join(lines)
+        contents, sizes = space_contents({"MODEL_ID": arguments.repo_id}), {}
+        lines += [f"Space to {arguments.space}"]
+        sizes = {path: size_of(content) for path, content in contents.files.items()}
+        lines += _compared(arguments.space, api, sizes, lambda: space_changes(contents, arguments.space, api))
+    return "\n".join([*lines, "+ added, ~ changed, - deleted, = as it is, ! not written by a release"])
+
+
+def _compared(repo_id: str, api: HfApi, sizes: dict[str, int], compare) -> list[str]:
+    """The lines of an overview; all files are new where there is no repository, or no Hub."""
+    new = Changes(sorted(sizes), [], [], [])
+    try:
+        with translate_hub_errors(repo_id):
+            changes, note = compare(), "which exists"
+    except PublishError as error:
+        missing = isinstance(error.__cause__, RepositoryNotFoundError)
+        changes, note = new, "which would be created" if missing else f"not compared: {error}"
+    return [f"  ({repo_id}, {note})", *changes.lines(sizes)]
 
 
 def publish(
-    package: Package, repo_id: str, api: HfApi, folder: Path, revision: str, private=False, create_pr=False
+    package: Package,
+    repo_id: str,
+    api: HfApi,
+    folder: Path,
+    revision: str,
+    private: bool = False,
+    create_pr: bool = False,
+    replace: bool = False,
 ) -> str:
     """
     Upload a package to a branch, verify it, commit it to `main` with a tag, and return the address.
@@ -140,6 +223,7 @@ def publish(
     Args:
         folder: source of the package; the model on the Hub must have its logits.
         revision: the tag. With `create_pr` only a pull request is opened.
+        replace: also overwrite and delete files that no release wrote.
 
     Raises:
         PublishError: the Hub refuses or cannot be reached, the published model differs, the tag has other files, or
@@ -158,6 +242,8 @@ def publish(
         if tagged and not same_files(package, repo_id, revision, api):
             found = f"{repo_id} has a tag {revision} with other files"
             raise PublishError(f"{found}, and tags never change: choose another --revision")
+        if not is_published:
+            changes_of(package, repo_id, api).check(repo_id, replace)
         commit = start if is_published else _stage_verify_promote(package, repo_id, start, api, folder)
         if not tagged:
             api.create_tag(repo_id, tag=revision, revision=commit)
@@ -187,6 +273,7 @@ def _check_private(repo_id: str, found: ModelInfo | SpaceInfo, private: bool):
 
 def _stage_verify_promote(package: Package, repo_id: str, start: str, api: HfApi, folder: Path) -> str:
     api.create_branch(repo_id, branch=package.branch, exist_ok=True)
+    _say(f"uploading {len(package.files)} files to a branch of {repo_id}")
     staged = _commit(package, repo_id, api, revision=package.branch).oid
     _verify(package, repo_id, staged, api, folder)
     # The same files again, without an upload: one commit, refused by the Hub if `main` is no longer at `start`.
@@ -209,7 +296,7 @@ def _pull_request(package: Package, repo_id: str, api: HfApi, folder: Path) -> s
 
 def _commit(package: Package, repo_id: str, api: HfApi, **options):
     added = [CommitOperationAdd(path, content) for path, content in sorted(package.files.items())]
-    paths = _hashes_on_hub(repo_id, options.get("revision", "main"), api)
+    paths = hashes_on_hub(repo_id, options.get("revision", "main"), api)
     removed = [CommitOperationDelete(path) for path in package.stale(paths)]
     message = f"Granulon {package.sha[:12]}"
     return api.create_commit(repo_id, [*added, *removed], commit_message=message, **options)
@@ -217,15 +304,8 @@ def _commit(package: Package, repo_id: str, api: HfApi, **options):
 
 def same_files(package: Package, repo_id: str, revision: str, api: HfApi) -> bool:
     """Whether a revision has the package's files, byte for byte, and none of an earlier version besides."""
-    found = _hashes_on_hub(repo_id, revision, api)
+    found = hashes_on_hub(repo_id, revision, api)
     return not package.stale(found) and all(found.get(path) in hashes for path, hashes in package.hashes.items())
-
-
-def _hashes_on_hub(repo_id: str, revision: str, api: HfApi) -> dict[str, str]:
-    """The paths of a revision's files, and the SHA-256 (large files) or git hash of each."""
-    tree = api.list_repo_tree(repo_id, recursive=True, revision=revision)
-    files = (entry for entry in tree if isinstance(entry, RepoFile))
-    return {file.path: file.lfs.sha256 if file.lfs else file.blob_id for file in files}
 
 
 def _verify(package: Package, repo_id: str, commit: str, api: HfApi, folder: Path):
@@ -265,6 +345,7 @@ def cold_load(work: Path, api: HfApi, *source: str) -> tuple[torch.Tensor, str]:
     """Logits and answer of a model in a new process; `source` as in cold_load.py."""
     output = work / "logits.safetensors"
     script = str(Path(__file__).with_name("cold_load.py"))
+    _say(f"loading {' at '.join(source)} in a new process, whose answer is compared")
     failure = f"{' at '.join(source[2:] or source[:2])} does not load"
     _run_in_new_process(failure, [script, str(output), *source], work, api)
     with safe_open(output, "pt") as stored:
@@ -278,15 +359,27 @@ def _run_in_new_process(failure: str, command: list[str], work: Path, api: HfApi
         **os.environ, **token, "HF_ENDPOINT": api.endpoint, "HF_HUB_OFFLINE": "0", "HF_HUB_CACHE": str(work / "hub"),
         "HF_MODULES_CACHE": str(work / "modules"),
     }  # fmt: skip
-    options = {"env": environment, "cwd": work, "capture_output": True, "text": True, "timeout": TIMEOUT}
-    try:
-        done = subprocess.run([sys.executable, *command], **options)
-    except subprocess.TimeoutExpired as error:
-        limit = f"in a new process within {TIMEOUT // 60} minutes"
-        raise PublishError(f"{failure} {limit}; main is unchanged, run the same command again") from error
-    if done.returncode:
-        last = done.stderr.strip().splitlines()[-1:] or ["no message"]
+    options = {"env": environment, "cwd": work, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    start = time.monotonic()
+    with subprocess.Popen([sys.executable, *command], **options) as process:
+        while True:
+            try:
+                errors = process.communicate(timeout=HEARTBEAT)[1]
+                break
+            except subprocess.TimeoutExpired as error:
+                passed = time.monotonic() - start
+                if passed > TIMEOUT:
+                    process.kill()
+                    limit = f"in a new process within {TIMEOUT // 60} minutes"
+                    raise PublishError(f"{failure} {limit}; main is unchanged, run the same command again") from error
+                _say(f"{passed:.0f} s")
+    if process.returncode:
+        last = errors.strip().splitlines()[-1:] or ["no message"]
         raise PublishError(f"{failure} in a new process: {last[0]}; main is unchanged")
+
+
+def _say(step: str):
+    print(f"granulon-publish: {step} ...", file=sys.stderr, flush=True)
 
 
 def _check_space(arguments: PublishArguments):
@@ -307,22 +400,44 @@ def space_files() -> list[str]:
     return [name for name in names if matches(name, SPACE_FILES)]
 
 
-def publish_space(space_id: str, settings: dict[str, str], api: HfApi, private: bool = False) -> str:
-    """Upload the Space in one commit and set its variables; its address. Raises `PublishError` as `publish` does."""
+def space_contents(settings: dict[str, str]) -> Package:
+    """The files of the Space; its card names the model of the settings."""
+    names = space_files()
+    check_no_links(SPACE, names)
     card = SpaceCard.load(SPACE / "README.md")
     card.data.models = [settings["MODEL_ID"]]
-    contents = {name: str(SPACE / name) for name in space_files()} | {"README.md": str(card).encode()}
+    return Package("space", {name: SPACE / name for name in names} | {"README.md": str(card).encode()})
+
+
+def space_changes(contents: Package, space_id: str, api: HfApi) -> Changes:
+    """What publishing would do to a Space; what the Hub itself writes into a new one is nobody's."""
+    found = hashes_on_hub(space_id, "main", api, "space")
+    released = released_hashes(space_id, found, api, "space")
+    if set(found) <= {".gitattributes", "README.md"}:
+        released = {path: [value] for path, value in found.items()}
+    stale = [path for path in released if path in found and path not in contents.files]
+    return Changes.of(contents.hashes, stale, found, released)
+
+
+def publish_space(
+    space_id: str, settings: dict[str, str], api: HfApi, private: bool = False, replace: bool = False
+) -> str:
+    """Upload the Space in one commit and set its variables; its address. Raises `PublishError` as `publish` does."""
+    contents = space_contents(settings)
     with translate_hub_errors(space_id, "choose a Space of your own with --space"):
         api.create_repo(space_id, repo_type="space", space_sdk="gradio", private=private, exist_ok=True)
         _check_private(space_id, api.space_info(space_id), private)
+        changes = space_changes(contents, space_id, api)
+        changes.check(space_id, replace)
         current = {key: variable.value for key, variable in api.get_space_variables(space_id).items()}
         for key, value in settings.items():
             if current.get(key) != value:
                 api.add_space_variable(space_id, key, value)
         if NOTICE_SETTING in current and NOTICE_SETTING not in settings:  # of another model before
             api.delete_space_variable(space_id, NOTICE_SETTING)
-        added = [CommitOperationAdd(name, content) for name, content in contents.items()]
-        api.create_commit(space_id, added, commit_message="The Space", repo_type="space")
+        operations = [CommitOperationAdd(name, content) for name, content in contents.files.items()]
+        operations += [CommitOperationDelete(name) for name in changes.deleted]
+        api.create_commit(space_id, operations, commit_message="The Space", repo_type="space")
     return f"{api.endpoint}/spaces/{space_id}"
 
 

@@ -1,6 +1,8 @@
 """`granulon-publish` with the real client: readers see the old version or the new one, and it loads as the model."""
 
+import hashlib
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -106,7 +108,7 @@ def test_the_published_files_are_code_weights_and_metadata_and_nothing_of_the_ru
     assert set(files) == {
         *CODE, ".gitattributes", "README.md", "config.json", "generation_config.json", "model.safetensors",
         "granulon_manifest.json", "processor_config.json", "tokenizer.json", "tokenizer_config.json",
-        "chat_template.jinja", ".eval_results/pope.yaml", "LICENSE.md",
+        "chat_template.jinja", ".eval_results/pope.yaml", "LICENSE.md", "granulon_release.json",
     }  # fmt: skip
     assert b"/home/me" not in b"".join(files.values())
     assert [name for name in hub.repos["model", REPO].refs if "publish-" in name] == [], "the branch is gone"
@@ -263,11 +265,39 @@ OLDER = [
 def test_files_of_an_earlier_version_are_deleted(checkpoint, older, hub, unverified):
     publish(hub, checkpoint)
     repo, new = hub.repos["model", REPO], hub.files(REPO)
+    record = json.loads(new["granulon_release.json"])
+    record["files"][older] = [hashlib.sha256(b"old").hexdigest(), hashlib.sha1(b"blob 3\0old").hexdigest()]
     beside = {older: hub.store(b"old"), "picture.jpg": hub.store(b"theirs"), "notes/a.txt": hub.store(b"theirs")}
-    repo.commit("refs/heads/main", repo.resolve("main").files | beside, "an earlier state, and what is not ours")
+    beside |= {"granulon_release.json": hub.store(json.dumps(record).encode())}
+    repo.commit("refs/heads/main", repo.resolve("main").files | beside, "an earlier release, and what is not ours")
     publish(hub, checkpoint, revision="v0.1.1")
     newest = hub.files(REPO, "v0.1.1")
     assert newest.keys() - new.keys() == {"picture.jpg", "notes/a.txt"} and new.keys() - newest.keys() == set()
+
+
+@pytest.mark.parametrize("path", [*OLDER, "config.json", "README.md", "model.safetensors"])
+def test_what_no_release_wrote_is_neither_overwritten_nor_deleted(checkpoint, path, hub, unverified, capsys):
+    theirs = {path: b"theirs", "picture.jpg": b"theirs"}
+    hub.make_repo(REPO, files=theirs)
+    with pytest.raises(PublishError, match=f"no release of this command wrote.*: {re.escape(path)}. .*--replace"):
+        publish(hub, checkpoint)
+    assert hub.files(REPO) == {".gitattributes": hub.files(REPO)[".gitattributes"], **theirs}
+    assert {method for method, _ in hub.log} <= {"GET", "HEAD"}
+    publish(hub, checkpoint, replace=True)
+    assert f"replacing in {REPO}: {path}" in capsys.readouterr().err
+    files = hub.files(REPO)
+    assert files["picture.jpg"] == b"theirs" and files.get(path) != b"theirs"
+
+
+def test_a_card_that_was_edited_on_the_hub_is_not_overwritten(checkpoint, newer, hub, unverified):
+    publish(hub, checkpoint)
+    repo = hub.repos["model", REPO]
+    repo.commit("refs/heads/main", repo.resolve("main").files | {"README.md": hub.store(b"my words")}, "edited")
+    with pytest.raises(PublishError, match="changed since: README.md"):
+        publish(hub, newer, revision="v2")
+    assert hub.files(REPO)["README.md"] == b"my words"
+    publish(hub, newer, revision="v2", replace=True)
+    assert hub.files(REPO)["README.md"] != b"my words"
 
 
 def test_a_commit_in_between_is_not_overwritten(checkpoint, hub, unverified):
@@ -284,7 +314,7 @@ def test_a_commit_in_between_is_not_overwritten(checkpoint, hub, unverified):
         publish(hub, checkpoint)
     assert set(hub.files(REPO)) == {"theirs.txt"}
     publish(hub, checkpoint)
-    assert "model.safetensors" in hub.files(REPO)
+    assert {"model.safetensors", "theirs.txt"} <= set(hub.files(REPO))
 
 
 @pytest.mark.parametrize("token", ["hf_wrong", False])
@@ -295,18 +325,17 @@ def test_a_wrong_token_is_explained(checkpoint, hub, token):
 
 
 def test_a_repository_of_another_account_is_refused(checkpoint, hub):
-    with pytest.raises(PublishError, match="403.*choose a name of your own, or use --create_pr"):
-        publish(hub, checkpoint, token="hf_other")
     hub.make_repo(REPO, files={"README.md": b"theirs"})
-    with pytest.raises(PublishError, match="403.*choose a name of your own"):
+    with pytest.raises(PublishError, match="of other, who may not write to jinlab/.*your own, or use --create_pr"):
         publish(hub, checkpoint, token="hf_other")
+    assert hub.log == [("GET", "/api/whoami-v2")]
     assert hub.files(REPO)["README.md"] == b"theirs" and "model.safetensors" not in hub.files(REPO)
 
 
 def test_a_repository_that_is_gated_is_explained(checkpoint, hub):
     hub.make_repo(REPO, gated=True)
     with pytest.raises(PublishError, match="gated: accept its conditions"):
-        publish(hub, checkpoint, token="hf_other")
+        publish(hub, checkpoint, token="hf_other", create_pr=True)
 
 
 def test_an_adapter_whose_base_is_gated_is_refused_before_anything_is_sent(adapter, hub):
@@ -348,11 +377,31 @@ def test_a_public_repository_is_not_taken_for_a_private_one(checkpoint, hub, unv
     assert "model.safetensors" in hub.files(REPO)
 
 
-def test_a_dry_run_prints_what_would_go_where_and_sends_nothing(checkpoint, hub, capsys):
+def test_a_dry_run_shows_what_would_change_and_changes_nothing(checkpoint, newer, hub, unverified, capsys):
+    def shown(path):
+        return next(line.split()[0] for line in printed.splitlines() if line.endswith(f" {path}"))
+
     publish(hub, checkpoint, dry_run=True, space="jinlab/granulon")
     printed = capsys.readouterr().out
-    assert "model.safetensors" in printed and "main, tagged v0.1.0" in printed and "app.py" in printed
-    assert not hub.log
+    assert "main, tagged v0.1.0" in printed and printed.count("which would be created") == 2
+    assert shown("model.safetensors") == shown("app.py") == "+"
+    publish(hub, checkpoint, space="jinlab/granulon")
+    repo = hub.repos["model", REPO]
+    beside = {"README.md": hub.store(b"my words"), "old.bin": hub.store(b"theirs"), "a.png": hub.store(b"theirs")}
+    repo.commit("refs/heads/main", repo.resolve("main").files | beside, "edited")
+    hub.log.clear()
+    publish(hub, newer, dry_run=True, revision="v2", space="jinlab/granulon", token=False)
+    printed = capsys.readouterr().out
+    assert shown("model.safetensors") == "~" and shown("README.md") == "~!" and shown("old.bin") == "-!"
+    assert shown("config.json") == shown("app.py") == "=" and " a.png" not in printed
+    assert {method for method, _ in hub.log} <= {"GET", "HEAD"}
+
+
+def test_a_dry_run_without_the_hub_says_so(checkpoint, tmp_path, impatient, capsys):
+    with FakeHub(tmp_path / "hub") as hub:
+        pass
+    publish(hub, checkpoint, dry_run=True)
+    assert "not compared: the connection to the Hub broke" in capsys.readouterr().out
 
 
 def test_llama_and_dinov3_are_named_and_their_agreements_are_published(checkpoint, tmp_path, hub, unverified):
@@ -381,7 +430,72 @@ def test_an_incomplete_folder_is_refused_before_anything_is_sent(checkpoint, hub
     (folder / missing).unlink()
     with pytest.raises(ValueError, match=missing):
         publish(hub, folder)
-    assert not hub.log
+    assert not hub.repos
+
+
+def test_links_are_not_followed(checkpoint, hub, tmp_path):
+    secret = tmp_path / "secret"
+    secret.write_text("a key")
+    for name in ("LICENSE", "vocab.txt", "licences"):
+        folder = shutil.copytree(checkpoint, tmp_path / f"with-{name}")
+        if name == "licences":
+            (tmp_path / "elsewhere/text").mkdir(parents=True)
+            (tmp_path / "elsewhere/text/LICENSE").write_text("a key")
+            (folder / "licences").symlink_to(tmp_path / "elsewhere")
+        else:
+            (folder / name).unlink(missing_ok=True)
+            (folder / name).symlink_to(secret)
+        try:
+            publish(hub, folder, dry_run=True)
+        except ValueError as error:
+            assert f"has links ({name}" in str(error)
+        else:
+            assert name == "licences", "a link to a folder is not walked into"
+    assert not hub.repos
+
+
+def test_shards_outside_the_index_and_an_index_that_leads_outside_are_refused(checkpoint, hub, tmp_path):
+    folder = shutil.copytree(checkpoint, tmp_path / "shards")
+    shutil.copy(folder / "model.safetensors", folder / "model-00001-of-00002.safetensors")
+    with pytest.raises(ValueError, match="do not agree on model-00001-of-00002.safetensors .*older saves"):
+        publish(hub, folder)
+    shutil.copy(folder / "model.safetensors", tmp_path / "outside.safetensors")
+    for file in folder.glob("model*.safetensors"):
+        file.unlink()
+    index = {"metadata": {}, "weight_map": {"a": "../outside.safetensors"}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(ValueError, match="do not agree on ../outside.safetensors"):
+        publish(hub, folder)
+    assert not hub.repos
+
+
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        ({"repo_id": "granulon"}, "repo_id is granulon; expected OWNER/NAME"),
+        ({"repo_id": "a/b/c"}, "--repo_id a/b/c: "),
+        ({"repo_id": "jinlab/has space"}, "--repo_id jinlab/has space: "),
+        ({"repo_id": "../jinlab"}, "--repo_id"),
+        ({"space": "granulon"}, "--space is granulon; expected OWNER/NAME"),
+        ({"space": "other/granulon"}, "who may not write to other/granulon: choose a Space of your own"),
+        *(
+            ({"revision": tag}, "cannot be a tag")
+            for tag in ("", "main", "a b", "a..b", "-x", "x.lock", "x/", "a~1", "a:b", "HEAD")
+        ),
+    ],
+)
+def test_names_are_checked_before_the_folder_is_read(settings, message, checkpoint, hub, monkeypatch):
+    monkeypatch.setattr(module, "make_package", lambda *_: pytest.fail("read the folder"))
+    with pytest.raises(PublishError, match=message):
+        publish(hub, checkpoint, **settings)
+    assert not hub.repos
+
+
+def test_long_steps_are_announced(checkpoint, hub, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(module, "HEARTBEAT", 0.5)
+    publish(hub, checkpoint)
+    said = capsys.readouterr().err
+    assert "uploading" in said and "loading" in said and re.search(r"granulon-publish: \d+ s \.\.\.", said)
 
 
 def test_the_space_gets_its_files_and_the_model_it_shows(checkpoint, hub, unverified):
@@ -415,14 +529,14 @@ def test_a_space_is_refused_for_what_it_cannot_load_before_anything_is_sent(chec
     ):
         with pytest.raises(PublishError, match=message):
             publish(hub, folder, space="jinlab/granulon", **settings)
-    assert not hub.log
+    assert not hub.repos
 
 
 def test_an_installation_without_the_space_is_refused_before_anything_is_sent(checkpoint, hub, tmp_path, monkeypatch):
     monkeypatch.setattr(module, "SPACE", tmp_path)
     with pytest.raises(PublishError, match="there is no Space"):
         publish(hub, checkpoint, space="jinlab/granulon")
-    assert not hub.log
+    assert not hub.repos
 
 
 def test_the_space_of_a_private_model_needs_a_token(checkpoint, hub, unverified, capsys):
@@ -447,10 +561,28 @@ def test_the_space_shows_the_line_of_llama_while_it_shows_a_llama(checkpoint, hu
     assert variables == {"MODEL_ID": REPO, "MODEL_REVISION": "v0.1.0"}
 
 
-def test_a_space_of_another_account_is_refused_with_a_remedy(checkpoint, hub, unverified):
-    hub.make_repo("other/granulon", kind="space")
-    with pytest.raises(PublishError, match="403.*choose a Space of your own with --space"):
-        publish(hub, checkpoint, space="other/granulon")
+def test_a_space_that_no_release_wrote_is_not_overwritten(checkpoint, hub, unverified):
+    theirs = {"app.py": b"theirs", "data.csv": b"theirs"}
+    hub.make_repo("jinlab/granulon", kind="space", files=theirs)
+    with pytest.raises(PublishError, match="changed since: app.py. .*--replace"):
+        publish(hub, checkpoint, space="jinlab/granulon")
+    files = hub.files("jinlab/granulon", kind="space")
+    assert {name: files[name] for name in theirs} == theirs and len(files) <= 3
+    assert not hub.repos["space", "jinlab/granulon"].variables
+    publish(hub, checkpoint, space="jinlab/granulon", replace=True)
+    files = hub.files("jinlab/granulon", kind="space")
+    assert files["app.py"] != b"theirs" and files["data.csv"] == b"theirs"
+
+
+def test_files_that_an_earlier_space_had_are_deleted(checkpoint, hub, unverified, tmp_path, monkeypatch):
+    own = module.SPACE
+    monkeypatch.setattr(module, "SPACE", shutil.copytree(own, tmp_path / "space"))
+    (module.SPACE / "older.py").write_text("old = 1")
+    publish(hub, checkpoint, space="jinlab/granulon")
+    assert "older.py" in hub.files("jinlab/granulon", kind="space")
+    monkeypatch.setattr(module, "SPACE", own)
+    publish(hub, checkpoint, space="jinlab/granulon")
+    assert "older.py" not in hub.files("jinlab/granulon", kind="space")
 
 
 def trainable_of(checkpoint, folder, hub):
