@@ -41,7 +41,9 @@ def checkpoint(model: str, folder: Path, size: int, levels: bool) -> Path:
     """The model for images of `size` pixels that never ends an answer by itself; LLaVA without `levels`."""
     loaded = load_model(model, overrides=None if levels else {"granularities": []}, dtype=torch.bfloat16)
     processor = load_processor(model, loaded.config)
-    loaded.generation_config.eos_token_id = loaded.config.text_config.vocab_size - 1
+    # No token that ends an answer or that a client does not see.
+    generation, special = loaded.generation_config, processor.tokenizer.all_special_ids
+    generation.suppress_tokens = sorted({*(generation.suppress_tokens or []), *special})
     processor.image_processor.size = {"height": size, "width": size}
     loaded.save_pretrained(folder)
     processor.save_pretrained(folder)
@@ -93,10 +95,11 @@ class Server:
         """The arguments of a chat request, as this engine takes them."""
         content = [{"type": "image_url", "image_url": {"url": image}}, {"type": "text", "text": QUESTION}]
         options = {} if view == "llava" else {"visual_view": view}
-        extra = {"mm_processor_kwargs": options, "ignore_eos": True} if self.engine == "vLLM" else options
+        if self.engine == "vLLM":
+            options = {"mm_processor_kwargs": options, "ignore_eos": True, "skip_special_tokens": False}
         return {
             "model": str(self.folder), "messages": [{"role": "user", "content": content}], "stream": True,
-            "max_tokens": tokens, "temperature": 0, "extra_body": extra,
+            "max_tokens": tokens, "temperature": 0, "extra_body": options,
         }  # fmt: skip
 
 

@@ -152,11 +152,11 @@ class GranulonForEvaluation(lmms):
         conversations = [self._conversation(request) for request in requests]
         prompt = encode(self.model, self.processor, conversations, self._requested_level(requests))
         options, until = _generation_options(requests[0].args[2], self.max_new_tokens)
-        texts, lengths = generate(self.model, self.processor, prompt, self.view, **options)
+        texts, tokens = generate(self.model, self.processor, prompt, self.view, **options)
         described = describe(self.model, prompt, self.view)
         return [
             GenerationResult(_cut(text, until), VisualCounts.of(*counts))
-            for text, *counts in zip(texts, described, lengths, strict=True)
+            for text, *counts in zip(texts, described, map(len, tokens), strict=True)
         ]
 
     def _conversation(self, request: Instance) -> list[dict]:

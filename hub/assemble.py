@@ -42,6 +42,7 @@ TRAINABLE = "trainable.safetensors"
 TRAINABLE_WEIGHTS = ("model.multi_modal_projector.", "model.granularity_controller.")
 ADAPTER_ENDINGS, ADAPTER_SCALE = (".lora_A.weight", ".lora_B.weight"), "adapter_scale"
 # Tokens that stand for an image, else tokens reserved for later use; the embedding has a row for both already.
+LARGEST_IMAGE = 4096  # pixels per side
 IMAGE_TOKENS = ["<|image_pad|>", "<|image|>", "<image>"]
 RESERVED_TOKEN = re.compile(r"<\|?(reserved|unused)\w*\d+\|?>")
 PAD_TOKEN = "<|finetune_right_pad_id|>"  # of Llama 3, whose tokenizer does not name it
@@ -190,7 +191,7 @@ def _config_and_processor(vision: Source, text: Source, image_size, trained: Sou
     own = {"vision_config": vision_config, "text_config": text_config, "image_token_id": image_token_id}
     config = GranulonConfig(**own, **trained_settings | settings)
     processor = GranulonProcessor(
-        _image_processor(vision, vision_config, image_size or trained_size),
+        _image_processor(vision, vision_config, trained_size if image_size is None else image_size),
         tokenizer,
         patch_size=patch_size_of(vision_config),
         num_semantic_tokens=config.max_semantic_tokens,
@@ -322,7 +323,10 @@ def _image_processor(vision: Source, vision_config, image_size: int | None) -> V
         settings = json.loads(nested.read_text())["image_processor"]
     else:
         raise ValueError(f"{vision.name} has no preprocessor_config.json, which holds the normalisation of its images")
-    side = image_size or _input_side(settings, vision_config)
+    side = _input_side(settings, vision_config) if image_size is None else image_size
+    if not patch_size_of(vision_config) <= side <= LARGEST_IMAGE:
+        least = patch_size_of(vision_config)
+        raise ValueError(f"image_size is {side}; expected {least} (one patch) to {LARGEST_IMAGE} pixels")
     patch = patch_size_of(vision_config)
     if side % patch:
         remedy = f"choose an image_size of {side // patch * patch} or {(side // patch + 1) * patch}"
@@ -405,8 +409,14 @@ def assemble_tiny(output: str | Path) -> Path:
 
 
 def main():
-    (arguments,) = HfArgumentParser(AssembleArguments, description=__doc__).parse_args_into_dataclasses()
+    parser = HfArgumentParser(AssembleArguments, description=__doc__)
     try:
+        arguments, unknown = parser.parse_args_into_dataclasses(return_remaining_strings=True)
+        if unknown:
+            raise ValueError(f"unknown arguments: {' '.join(unknown)}; granulon-assemble --help lists those there are")
+        others = [name for name in ("vision", "text", "image_size", "trained") if getattr(arguments, name) is not None]
+        if arguments.tiny and others:
+            raise ValueError(f"--tiny makes a model of its own; omit {', '.join(f'--{name}' for name in others)}")
         if arguments.tiny:
             output = assemble_tiny(arguments.output)
         elif arguments.trained or (arguments.vision and arguments.text):

@@ -158,9 +158,9 @@ def describe(model, prompt: Prompt, visual_view: str = "auto") -> list[dict]:
 @torch.no_grad()
 def generate(
     model, processor, prompt: Prompt, visual_view: str = "auto", streamer: BaseStreamer | None = None, **options
-) -> tuple[list[str], list[int]]:
+) -> tuple[list[str], list[torch.Tensor]]:
     """
-    The answers to encoded conversations, and the number of tokens of each.
+    The answers to encoded conversations, and the tokens of each, without padding.
 
     Args:
         visual_view: "full", "pixel", "semantic" or "auto".
@@ -171,8 +171,7 @@ def generate(
     output = model.generate(**text, **visual, streamer=streamer, **options)
     new = output[:, text["input_ids"].shape[1] :]
     answers = processor.batch_decode(new, skip_special_tokens=True)
-    lengths = (new != processor.tokenizer.pad_token_id).sum(1).tolist()
-    return [answer.strip() for answer in answers], lengths
+    return [answer.strip() for answer in answers], [ids[ids != processor.tokenizer.pad_token_id] for ids in new]
 
 
 def question_about(image, question: str) -> list[dict]:

@@ -13,6 +13,7 @@ from PIL import Image, ImageDraw, ImageFont
 COLOURS = np.array(
     [(230, 159, 0), (86, 180, 233), (0, 158, 115), (240, 228, 66), (0, 114, 178), (213, 94, 0), (204, 121, 167)]
 )
+HEAT = np.array((213, 48, 0))
 TINT = 0.55  # how much of the colour covers the image
 SIDE = 480  # pixels of the longer side of a shown image
 MARGIN, LEGEND_WIDTH, LINE = 20, 230, 22
@@ -26,12 +27,14 @@ def draw_clusters(image, cluster_map, clusters, lines):
     Args:
         image (`PIL.Image.Image`): RGB.
         cluster_map (`array`): (H, W) int, number of the cluster of each patch, from 0.
-        clusters (`list[dict]`): number (from 1), score (Eq. 6) and share of the patches of each, best first.
+        clusters (`list[dict]`): number (from 1), score (Eq. 6) and share of the patches of each, best first; where
+            they have `nats`, a third picture shows how much each carried the answer.
         lines (`list[str]`): the text above, long ones are wrapped.
     """
+    panels = 3 if "nats" in clusters[0] else 2
     scale = SIDE / max(image.size)
     shown = image.resize([max(round(side * scale), 1) for side in image.size], Image.Resampling.LANCZOS)
-    width = 4 * MARGIN + 2 * shown.width + LEGEND_WIDTH
+    width = (panels + 2) * MARGIN + panels * shown.width + LEGEND_WIDTH
     text = [row for line in lines for row in textwrap.wrap(line, width // 9) or [""]]
     top = 2 * MARGIN + LINE * len(text)
     height = top + max(shown.height, LINE * (len(clusters) + 1)) + MARGIN
@@ -42,16 +45,37 @@ def draw_clusters(image, cluster_map, clusters, lines):
         draw.text((MARGIN, MARGIN + LINE * index), row, INK, ImageFont.load_default(17))
     page.paste(shown, (MARGIN, top))
     page.paste(overlay_clusters(shown, np.asarray(cluster_map)), (2 * MARGIN + shown.width, top))
-    _draw_legend(page, (3 * MARGIN + 2 * shown.width, top), clusters)
+    if panels == 3:
+        page.paste(overlay_evidence(shown, np.asarray(cluster_map), clusters), (3 * MARGIN + 2 * shown.width, top))
+    _draw_legend(page, ((panels + 1) * MARGIN + panels * shown.width, top), clusters)
     return page
+
+
+def overlay_evidence(image, cluster_map, clusters):
+    """The image (RGB), grey where a cluster of its (H, W) map did not carry the answer, the redder the more it did.
+
+    clusters (`list[dict]`): number (from 1) and nats of each.
+    """
+    nats_K = np.zeros(cluster_map.max() + 1)
+    for entry in clusters:
+        nats_K[entry["number"] - 1] = max(entry["nats"], 0)
+    share_hw1 = _enlarged((nats_K / max(nats_K.max(), 1e-9))[cluster_map], image)[..., None]
+    grey_hw3 = np.asarray(image.convert("L").convert("RGB"), dtype=float)
+    pixels_hw3 = grey_hw3 * (1 - TINT * share_hw1) + HEAT * TINT * share_hw1
+    return Image.fromarray(pixels_hw3.round().astype(np.uint8))
+
+
+def _enlarged(values_HW, image):
+    """Values of the patches as those of the image's pixels."""
+    rows_h = np.arange(image.height) * values_HW.shape[0] // image.height
+    columns_w = np.arange(image.width) * values_HW.shape[1] // image.width
+    return values_HW[rows_h[:, None], columns_w]
 
 
 def overlay_clusters(image, cluster_map):
     """The image (RGB) tinted by cluster of its (H, W) map, with borders and numbers."""
     grid_height, grid_width = cluster_map.shape
-    rows_h = np.arange(image.height) * grid_height // image.height
-    columns_w = np.arange(image.width) * grid_width // image.width
-    map_hw = cluster_map[rows_h[:, None], columns_w]
+    map_hw = _enlarged(cluster_map, image)
     pixels_hw3 = _tinted(np.asarray(image, dtype=float), map_hw, TINT)
     pixels_hw3[_borders(map_hw)] = 255
 
@@ -105,7 +129,8 @@ def _label_places(cluster_map):
 def _draw_legend(page, corner, clusters):
     x, y = corner
     draw, font, small = ImageDraw.Draw(page), ImageFont.load_default(16), ImageFont.load_default(13)
-    for text, offset in (("cluster", 0), ("score", 110), ("share", 175)):
+    last = "nats" if "nats" in clusters[0] else "share"
+    for text, offset in (("cluster", 0), ("score", 110), (last, 175)):
         draw.text((x + offset, y), text, FAINT, small)
     for entry in clusters:
         y += LINE
@@ -113,6 +138,10 @@ def _draw_legend(page, corner, clusters):
         swatch_hw3 = _tinted(np.full((LINE - 6, 32, 3), 255.0), cluster_HW, 1)
         page.paste(Image.fromarray(swatch_hw3.round().astype(np.uint8)), (x, y + 2))
         draw.rectangle((x, y + 2, x + 31, y + LINE - 5), outline=FAINT)
-        columns = ((f"{entry['number']}", 42), (f"{entry['score']:.2f}", 110), (f"{entry['share']:.0%}", 175))
+        columns = (
+            (f"{entry['number']}", 42),
+            (f"{entry['score']:.2f}", 110),
+            (format(entry[last], ".0%" if last == "share" else "+.1f"), 175),
+        )
         for text, offset in columns:
             draw.text((x + offset, y), text, INK, font)

@@ -1,9 +1,9 @@
-"""Generation with images: they are encoded once, and a view shortens what is read, not what is returned."""
+"""Generation with images, which are encoded once, and which clusters of the images carried an answer."""
 
 import torch
 from transformers.generation import GenerationMixin
 
-from .image_tokens import check_images_present, compact, hide_slots, insert_slots, take
+from .image_tokens import SEMANTIC, check_images_present, compact, hide_slots, insert_slots, take
 
 
 class GranulonGenerationMixin(GenerationMixin):
@@ -84,6 +84,79 @@ class GranulonGenerationMixin(GenerationMixin):
         output = super().generate(inputs=prompt_ids, attention_mask=mask_BT.long(), **kwargs)
         return _complete(output, input_ids, mask_BT.shape[1], visual)
 
+    @torch.no_grad()
+    def evidence(
+        self, input_ids: torch.LongTensor, visual, answer_ids: torch.LongTensor, attention_mask=None, **inputs
+    ) -> dict:
+        """Which clusters carried an answer: how much less likely it is without the semantic token of each.
+
+        One batch of semantic views: a row with every semantic token, and one per cluster in which its token is hidden
+        as an empty slot is. The encoder does not run again. In the full view, the pixel tokens could tell the same.
+
+        Args:
+            input_ids, attention_mask: (1,T), the prompt of the answer. Other outputs of the processor are not used.
+            visual: what `encode` returned for this prompt.
+            answer_ids: (A,) or (1,A) long, the generated tokens; those that end or pad an answer are not counted.
+
+        Returns:
+            log_likelihood: of the answer with every semantic token, in nats.
+            clusters: a dict for each cluster of each image, sorted by nats, most first: image (place among the
+                prompt's images, from 0), number (of the cluster in its image, from 1, as in `describe`), nats (the
+                log-likelihood that is lost without it; negative where the answer gets likelier).
+
+        Raises:
+            ValueError: several prompts, a model without levels, a prompt without semantic slots, an empty answer.
+        """
+        if len(input_ids) != 1 or len(visual.images_per_row) != 1:
+            raise ValueError(f"evidence takes one prompt, found {len(input_ids)}; pass the rows one by one")
+        if visual.semantic_mask is None:
+            raise ValueError("a model without levels of granularity has no clusters; take one with granularities")
+        answer_A = self._answer_tokens(answer_ids.reshape(-1).to(input_ids.device))
+        placeholder_BT = self.model.placeholders(input_ids, None)
+        placed = visual.place(self.model.layout(placeholder_BT, visual=visual, visual_view=SEMANTIC), SEMANTIC)
+        mask_BT = self._padding_mask(input_ids) if attention_mask is None else attention_mask
+        mask_BT = hide_slots(mask_BT, placeholder_BT, placed.visible_BR)
+
+        # What is seen of the prompt, then the answer: one row with every token (the first) and C rows without one.
+        prompt_BL = take(input_ids, compact(mask_BT.bool())[0])
+        hidden_C = self.model.placeholders(prompt_BL, None)[0].nonzero().squeeze(-1)
+        row_C = torch.arange(1, len(hidden_C) + 1, device=hidden_C.device)
+        ids_RS = torch.cat([prompt_BL[0], answer_A]).expand(len(hidden_C) + 1, -1)
+        mask_RS = torch.ones_like(ids_RS).index_put((row_C, hidden_C), torch.zeros_like(row_C))
+        place_RA = torch.arange(prompt_BL.shape[1], ids_RS.shape[1], device=ids_RS.device).expand(len(ids_RS), -1)
+        image_BCE = take(placed.embeds_BRE, compact(placed.visible_BR)[0])
+        states_RAE = self.model(
+            input_ids=ids_RS,
+            attention_mask=mask_RS,
+            image_embeds=image_BCE.expand(len(ids_RS), -1, -1),
+            predict=place_RA,
+            use_cache=False,
+        ).last_hidden_state
+        # Row by row: the logits of all rows at once would need gigabytes for a long answer.
+        nats = [
+            -torch.nn.functional.cross_entropy(self.lm_head(states_AE).float(), answer_A, reduction="sum").item()
+            for states_AE in states_RAE
+        ]
+        # Semantic slots stand in reverse order of their clusters.
+        image_C, slot_C = (index.tolist() for index in visual.semantic_mask.flip(-1).nonzero(as_tuple=True))
+        numbers = [visual.semantic_mask.shape[1] - slot for slot in slot_C]
+        clusters = [
+            {"image": image, "number": number, "nats": nats[0] - rest}
+            for image, number, rest in zip(image_C, numbers, nats[1:], strict=True)
+        ]
+        clusters.sort(key=lambda cluster: (-cluster["nats"], cluster["image"], cluster["number"]))
+        return {"log_likelihood": nats[0], "clusters": clusters}
+
+    def _answer_tokens(self, answer_A: torch.LongTensor) -> torch.LongTensor:
+        """An answer's tokens without those that end or pad it; raises ValueError for one that cannot be scored."""
+        config = self.generation_config
+        ends = [id for entry in (config.eos_token_id, config.pad_token_id) for id in _as_list(entry)]
+        kept_A = answer_A[~torch.isin(answer_A, answer_A.new_tensor(ends))]
+        if not len(kept_A) or self.model.placeholders(kept_A, None).any():
+            found = "image tokens" if len(kept_A) else "no tokens"
+            raise ValueError(f"the answer has {found}; pass the text tokens that were generated after the prompt")
+        return kept_A
+
     def _padding_id(self) -> int:
         """A token id for masked places that is not the image placeholder."""
         pad = self.generation_config.pad_token_id
@@ -95,9 +168,13 @@ class GranulonGenerationMixin(GenerationMixin):
         if input_ids is None or pad is None:
             return None
         padding_BT = input_ids == pad
-        if pad in (eos if isinstance(eos, (list, tuple)) else [eos]):
+        if pad in _as_list(eos):
             padding_BT = padding_BT.long().cumprod(-1).bool()
         return (~padding_BT).long()
+
+
+def _as_list(token_id: int | list[int] | None) -> list[int]:
+    return [] if token_id is None else list(token_id) if isinstance(token_id, (list, tuple)) else [token_id]
 
 
 def _check_generation(kwargs: dict, generation_config):

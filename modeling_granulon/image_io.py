@@ -42,6 +42,8 @@ def load_rgb(source, max_pixels=50_000_000):
         return _decode(source, max_pixels, "image")
     if isinstance(source, (str, os.PathLike)):
         name = f"image {os.fspath(source)}"
+        if os.path.exists(source) and not os.path.isfile(source):  # opening a pipe would wait for somebody to write
+            raise ValueError(f"{name} cannot be read: it is not a regular file")
     elif isinstance(source, (bytes, bytearray, memoryview)):
         name, source = "image", io.BytesIO(source)
     elif hasattr(source, "read"):

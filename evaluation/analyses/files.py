@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from granulon.evaluation.matrix import model_identity, used_versions
-from granulon.hub.ask import read_rows
+from granulon.hub.answer import read_rows
 from granulon.hub.files import write_atomically
 
 # The palette of Okabe and Ito, for all kinds of colour vision, and marker shapes for prints without colour.
@@ -24,7 +24,7 @@ def read_questions(source: str, limit: int | None = None) -> list[dict]:
     Rows with `image`, `question` and `answer` (from `answer` or `truth`; None without both).
 
     Args:
-        source: a file, folder or data set as `granulon.hub.ask.read_rows` takes it.
+        source: a file, folder or data set as `granulon.hub.answer.read_rows` takes it.
         limit: read only the first rows.
 
     Raises:

@@ -16,11 +16,13 @@ from conftest import count_calls
 from PIL import Image
 from sources import text_source, vision_source
 
-from granulon.hub import ask as module
-from granulon.hub.ask import answer_rows, ask, read_rows
+from granulon.hub import answer as module
+from granulon.hub.answer import answer_rows, ask, place_of, read_rows
+from granulon.hub.ask import VIEWS, main
 from granulon.hub.assemble import assemble, assemble_tiny
 from granulon.hub.inference import load_model, load_processor
 from modeling_granulon import load_rgb
+from modeling_granulon.image_tokens import VISUAL_VIEWS
 
 SETTINGS = {"model": "tiny", "granularity": None, "view": "full", "max_new_tokens": 6}
 
@@ -64,14 +66,14 @@ def image_file(picture, tmp_path):
 def run_command(monkeypatch, capsys, *arguments):
     torch.manual_seed(0)
     monkeypatch.setattr(sys, "argv", ["granulon-ask", *map(str, arguments)])
-    module.main()
+    main()
     return capsys.readouterr()
 
 
 def error_of(monkeypatch, *arguments):
     monkeypatch.setattr(sys, "argv", ["granulon-ask", *map(str, arguments)])
     with pytest.raises(SystemExit) as stop:
-        module.main()
+        main()
     assert str(stop.value).startswith("granulon-ask: ") and "\n" not in str(stop.value)
     return str(stop.value)
 
@@ -187,7 +189,11 @@ def test_the_picture_is_written(folder, image_file, tmp_path, monkeypatch, capsy
         ({"--image": "missing.png"}, "missing.png cannot be read"),
         ({"--image": __file__}, "is not an image in one of the formats"),
         ({"--model": "/no/such/folder"}, "/no/such/folder was not found locally or on the Hub"),
-        ({"--picture": "missing/out.png"}, "No such file"),
+        ({"--picture": "out.txt"}, "--picture is out.txt; expected a file that ends in .png, .jpg"),
+        ({"--picture": f"{__file__}/out.png"}, "which cannot be written"),
+        ({"--picture": "/proc/out.png"}, "/proc/out.png, which cannot be written"),
+        ({"--max_new_tokens": "0"}, "--max_new_tokens is 0; expected 1 or more"),
+        ({"--colour": "red"}, "unknown arguments: --colour"),
         ({"--batch": "pictures"}, "give either --image or --batch"),
     ],
 )
@@ -200,6 +206,74 @@ def test_what_is_missing_in_the_command_is_named(folder, image_file, monkeypatch
     assert "give either --image or --batch" in error_of(monkeypatch, "--model", folder, "How many?")
     assert "no question" in error_of(monkeypatch, "--model", folder, "--image", image_file)
     assert "needs --output" in error_of(monkeypatch, "--model", folder, "--batch", "pictures", "How many?")
+
+
+def test_what_cannot_work_is_refused_before_the_model_is_loaded(folder, image_file, tmp_path, monkeypatch):
+    monkeypatch.setattr("granulon.hub.inference.load_model", lambda *_, **__: pytest.fail("loaded the model"))
+    os.mkfifo(tmp_path / "pipe.png")
+    os.mkfifo(tmp_path / "pipe.jsonl")
+    one = ["--model", folder, "--image"]
+    many = ["--model", folder, "--output", tmp_path / "out.jsonl", "--batch"]
+    for options, message in (
+        ([*one, tmp_path / "pipe.png", "What?"], "is not a regular file"),
+        ([*one, image_file, "--picture", tmp_path, "What?"], "expected a file that ends in"),
+        ([*many, tmp_path / "pipe.jsonl", "What?"], "pipe.jsonl is no regular file"),
+        ([*many, tmp_path / "none.jsonl", "What?"], "none.jsonl does not exist; give a folder"),
+        ([*many, "./none", "What?"], "./none does not exist"),
+        ([*many, "a/b/c", "What?"], "a/b/c does not exist"),
+        ([*many, image_file, "What?"], "does not end in .json or .jsonl"),
+        (["--model", folder, "--output", "out.csv", "--batch", tmp_path, "What?"], "ends in .jsonl"),
+        (["--model", folder, "--output", "/proc/out.jsonl", "--batch", tmp_path, "What?"], "cannot be written"),
+    ):
+        assert message in error_of(monkeypatch, *options)
+
+
+def test_the_help_comes_at_once_and_shows_the_batch():
+    times = []
+    for _ in range(3):
+        start = time.monotonic()
+        done = subprocess.run([sys.executable, "-m", "granulon.hub.ask", "--help"], capture_output=True, text=True)
+        times.append(time.monotonic() - start)
+    assert "--batch pictures/" in done.stdout and "accelerate launch" in done.stdout
+    loaded = subprocess.run(
+        [sys.executable, "-c", "import sys, granulon.hub.ask; print('torch' in sys.modules)"], capture_output=True
+    )
+    assert loaded.stdout.strip() == b"False", "what takes seconds to import is imported later"
+    assert VIEWS == VISUAL_VIEWS
+
+
+def test_why_names_the_cluster_whose_token_the_answer_needs(loaded, picture, monkeypatch):
+    model, processor = loaded
+    result = ask(model, processor, picture, "How many?", granularity="medium", max_new_tokens=4, why=True)
+    plain = ask(model, processor, picture, "How many?", granularity="medium", max_new_tokens=4)
+    nats = [entry["nats"] for entry in result["clusters"]]
+    assert nats == sorted(nats, reverse=True) and len(nats) == 10
+    by_number = {entry["number"]: entry for entry in plain["clusters"]}
+    for entry in result["clusters"]:
+        assert entry["share"] == by_number[entry["number"]]["share"]
+        assert entry["place"] == place_of(result["cluster_map"], entry["number"] - 1)
+
+
+@pytest.mark.parametrize(
+    "cells, place",
+    [([(0, 0)], "top left"), ([(4, 4)], "middle"), ([(8, 4), (8, 5)], "bottom"), ([(4, 8)], "right"),
+     ([(0, 8), (1, 8)], "top right"), ([(0, 0), (8, 8)], "middle")],
+)  # fmt: skip
+def test_a_place_is_named_by_the_middle_of_a_cluster(cells, place):
+    cluster_map = np.zeros((9, 9), int)
+    for cell in cells:
+        cluster_map[cell] = 1
+    assert place_of(cluster_map, 1) == place
+
+
+def test_the_command_says_why_and_draws_it(folder, image_file, tmp_path, monkeypatch, capsys):
+    target = tmp_path / "new" / "why.png"
+    options = ["--model", folder, "--image", image_file, "--picture", target, "--max_new_tokens", "4", "--why"]
+    printed = run_command(monkeypatch, capsys, *options, "How many?").out
+    lines = printed[printed.index("nats that the answer loses") :].splitlines()
+    assert len(lines) > 3 and all(re.search(r"[+-]\d+\.\d\d  cluster \d+ \(.*% of the image\)", x) for x in lines[1:])
+    with Image.open(target) as page:
+        assert page.width > 1500, "a third picture"
 
 
 # ----- many images
@@ -274,11 +348,11 @@ def test_a_run_resumes_with_another_number_of_processes_and_after_a_torn_line(ti
     run(tiny, rows, output, rank=0, world_size=2)
     part = tmp_path / "out.jsonl.00000-of-00002"
     part.write_bytes(part.read_bytes()[:-9])  # killed while it wrote
-    opened, open_row = [], module._open_row
-    monkeypatch.setattr(module, "_open_row", lambda *arguments: opened.append(arguments) or open_row(*arguments))
+    opened, open_row = [], module.open_row
+    monkeypatch.setattr(module, "open_row", lambda *arguments: opened.append(arguments) or open_row(*arguments))
     assert run(tiny, rows, output)["earlier"] == 3 and len(opened) == 4
     assert output.read_bytes() == (tmp_path / "complete.jsonl").read_bytes()
-    assert run(tiny, rows, output)["earlier"] == 7 and len(opened) == 4, "a finished run answers nothing again"
+    assert run(tiny, rows, output)["earlier"] == 6 and len(opened) == 5, "only the row that failed is tried again"
     assert output.read_bytes() == (tmp_path / "complete.jsonl").read_bytes()
 
 
@@ -316,11 +390,63 @@ def test_rows_of_a_file_have_their_own_questions_and_paths_beside_it(name, image
         read_rows(images / name)
 
 
-@pytest.mark.parametrize("text, message", [("[5]", "row 0 of .* has no image"), ("{", "is not JSON"), ("", "no rows")])
+@pytest.mark.parametrize(
+    "text, message", [("[5]", "row 0 of .* is a int; expected an object"), ("{", "is not JSON"), ("", "no rows")]
+)
 def test_a_file_without_usable_rows_is_refused(text, message, tmp_path):
     (tmp_path / "rows.json").write_text(text)
     with pytest.raises(ValueError, match=message):
         read_rows(tmp_path / "rows.json", "How many?")
+
+
+def test_rows_that_failed_are_tried_again(tiny, images, tmp_path):
+    rows, output = read_rows(images, "How many?"), tmp_path / "out.jsonl"
+    assert run(tiny, rows, output)["failed"] == 1
+    complete = lines_of(output)
+    good = (images / "a.png").read_bytes()
+    broken = images / "broken.png"
+    before = broken.read_bytes()
+    broken.write_bytes(good)
+    try:
+        assert run(tiny, rows, output) == {"rows": 7, "answered": 1, "failed": 0, "earlier": 6}
+    finally:
+        broken.write_bytes(before)
+    again = lines_of(output)
+    assert again[3]["answer"] == complete[0]["answer"] and "error" not in again[3]
+    assert again[:3] + again[4:] == complete[:3] + complete[4:] and len(list(tmp_path.iterdir())) == 1
+
+
+def test_other_columns_of_a_row_are_kept(tiny, images, tmp_path):
+    row = {
+        "image": "a.png",
+        "question": "Where?",
+        "id": 7,
+        "answer": "the truth",
+        "tags": ["x"],
+        "score": float("nan"),
+    }
+    (images / "more.jsonl").write_text(json.dumps(row))
+    run(tiny, read_rows(images / "more.jsonl"), tmp_path / "out.jsonl")
+    (line,) = lines_of(tmp_path / "out.jsonl")
+    assert line["id"] == 7 and line["tags"] == ["x"] and line["score"] == "nan"
+    assert line["given_answer"] == "the truth" and line["answer"] != "the truth" and "name" not in line
+
+
+def test_odd_file_names_and_pipes_in_a_folder_do_not_stop_a_run(tiny, images, tmp_path):
+    folder = tmp_path / "odd"
+    folder.mkdir()
+    names = ["with space.png", "new\nline.png", "-dash.png", "ümlaut.png", "[star*].png"]
+    for name in names:
+        (folder / name).write_bytes((images / "a.png").read_bytes())
+    with open(os.fsencode(folder) + b"/\xff.png", "wb") as file:
+        file.write((images / "a.png").read_bytes())
+    os.mkfifo(folder / "pipe.png")
+    counts = run(tiny, read_rows(folder, "How many?"), tmp_path / "out.jsonl")
+    assert counts == {"rows": 7, "answered": 6, "failed": 1, "earlier": 0}
+    found = {
+        line["image"]: line for line in (json.loads(x) for x in (tmp_path / "out.jsonl").read_bytes().splitlines())
+    }
+    assert set(names) < set(found) and "is not a regular file" in found["pipe.png"]["error"]
 
 
 def test_an_empty_folder_is_refused(tmp_path):

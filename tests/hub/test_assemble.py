@@ -37,6 +37,7 @@ from granulon.hub.assemble import (
     assemble,
     assemble_tiny,
     byte_tokenizer,
+    main,
     with_image_parts,
 )
 
@@ -329,6 +330,29 @@ def test_unusable_sources_are_refused_and_nothing_is_written(case, visions, text
     with pytest.raises(ValueError, match=message):
         assemble(vision, text, tmp_path / "out" / "model")
     assert not list((tmp_path / "out").iterdir())
+
+
+@pytest.mark.parametrize("size", [-8, 0, 3, 4100])
+def test_an_image_size_out_of_range_is_refused(size, visions, texts, tmp_path):
+    with pytest.raises(ValueError, match=rf"image_size is {size}; expected 4 \(one patch\) to 4096 pixels"):
+        assemble(visions["dinov3"], texts["qwen2"], tmp_path / "model", image_size=size)
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (["--tiny", "--vision", "x"], "--tiny makes a model of its own; omit --vision"),
+        (["--tiny", "--image_size", "64", "--trained", "x"], "omit --image_size, --trained"),
+        (["--tiny", "--colour", "red"], "unknown arguments: --colour red"),
+        (["--vision", "x"], "give --vision and --text, --trained, or --tiny"),
+    ],
+)
+def test_options_that_contradict_each_other_are_refused_in_one_line(options, message, tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["granulon-assemble", "--output", str(tmp_path / "out"), *options])
+    with pytest.raises(SystemExit) as stop:
+        main()
+    assert str(stop.value).startswith("granulon-assemble: ") and message in str(stop.value)
+    assert "\n" not in str(stop.value) and not (tmp_path / "out").exists()
 
 
 def test_an_image_size_that_patches_do_not_divide_is_refused(visions, texts, tmp_path):

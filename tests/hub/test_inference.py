@@ -62,13 +62,15 @@ def test_a_batch_with_a_level_for_each_conversation_is_encoded_once_and_answered
     calls = count_calls(model)
     prompt = encode(model, processor, conversations, ["coarse", "fine"])
     descriptions = describe(model, prompt, "auto")
-    answers, lengths = generate(model, processor, prompt, "auto", max_new_tokens=5, do_sample=False)
+    answers, tokens = generate(model, processor, prompt, "auto", max_new_tokens=5, do_sample=False)
     assert calls["vision_tower"] == 1
     assert [row["granularity"]["name"] for row in descriptions] == ["coarse", "fine"]
     assert [row["view"] for row in descriptions] == ["semantic", "full"]
-    for conversation, level, answer, length in zip(conversations, ("coarse", "fine"), answers, lengths, strict=True):
+    for conversation, level, answer, ids in zip(conversations, ("coarse", "fine"), answers, tokens, strict=True):
         alone = encode(model, processor, [conversation], level)
-        assert generate(model, processor, alone, "auto", max_new_tokens=5, do_sample=False) == ([answer], [length])
+        (own,), (own_ids,) = generate(model, processor, alone, "auto", max_new_tokens=5, do_sample=False)
+        assert own == answer == processor.decode(ids, skip_special_tokens=True).strip()
+        assert torch.equal(own_ids, ids) and 0 < len(ids) <= 5
 
 
 def test_a_conversation_without_images_is_answered():

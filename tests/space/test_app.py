@@ -16,7 +16,7 @@ from conftest import count_calls
 from PIL import Image
 from space_load import bad_files, data_url, good_picture, peak_memory, png_bomb, running_space
 
-from granulon.hub.ask import ask
+from granulon.hub.answer import ask
 from granulon.hub.assemble import assemble_tiny
 from granulon.hub.inference import load_model, load_processor
 from modeling_granulon import load_rgb
