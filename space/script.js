@@ -43,8 +43,18 @@
   });
   // A stopped answer is whole for screen readers too.
   document.addEventListener("click", (event) => {
-    if (!event.target.closest?.("#stop")) return;
-    const rest = (box) => box.setAttribute("aria-busy", "false");
-    setTimeout(() => document.querySelectorAll("[aria-busy=true].answer").forEach(rest), 500);
+    if (event.target.closest?.("#stop")) {
+      setTimeout(() => document.querySelectorAll("#status [aria-busy=true]").forEach((box) => {
+        box.setAttribute("aria-busy", "false");
+        box.textContent = "Stopped.";
+      }), 500);
+    }
+    // What was asked for comes into view: on a narrow page it would be below.
+    const target = event.target.closest?.("#compare") ? "#compared" : event.target.closest?.("#ask") ? "#answer" : null;
+    if (target && (target === "#compared" || window.innerWidth < 900)) {
+      const into = () => document.querySelector(target)?.scrollIntoView({behavior: "smooth", block: "nearest"});
+      setTimeout(into, 400);
+      setTimeout(into, 1500);
+    }
   });
 })();

@@ -55,7 +55,15 @@ def space(tmp_path_factory):
     app = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(app)
     model = assemble_tiny(folder / "tiny")
-    yield SimpleNamespace(app=app, overlay=app.overlay, granulon=app.Granulon(str(model)), model=model, folder=folder)
+    model_file = sys.modules[app.Granulon.__module__]
+    yield SimpleNamespace(
+        app=app,
+        model_file=model_file,
+        overlay=app.overlay,
+        granulon=app.Granulon(str(model)),
+        model=model,
+        folder=folder,
+    )
     patch.undo()
 
 
@@ -146,7 +154,11 @@ def prepared(space, picture_file, **changes):
         "question": "What is it?", "level": "auto", "view": "full", "max_new_tokens": 8, "temperature": 0, "seed": 0
     }  # fmt: skip
     image, settings = space.granulon.check(picture_file, *(values | changes).values())
-    return space.granulon.prepare(image, settings["question"]), settings
+    return space.granulon.prepare(image, settings["turns"]), settings
+
+
+STATUS, FACTS, BARS, SEEN, COMPARED = range(2, 7)  # places in an update of the page
+ASKED = ("What is it?", "auto", *SETTINGS)
 
 
 def answering(space, inputs, settings):
@@ -158,22 +170,71 @@ def text_of(space, *prepared_inputs):
     return [text for text, _ in answering(space, *prepared_inputs)][-1]
 
 
+def skipped(value):
+    return value == gradio.skip()
+
+
 def test_the_page_shows_level_bars_clusters_and_numbers_before_the_answer_and_then_streams(space, picture_file):
     respond = space.app.handlers(space.granulon)["respond"]
-    first, *rest = respond(picture_file, "What is it?", "auto", *SETTINGS)
-    assert "Reading" in first[0] and "First token" in first[1] and 'class="bars"' in first[2] and "<figure" in first[3]
-    assert len(rest) > 2 and " s<small>to the first word" in rest[0][1]
-    assert (
-        all('aria-busy="true"' in update[0] for update in (first, *rest[:-1])) and 'aria-busy="false"' in rest[-1][0]
-    )
-    lengths = [len(update[0]) for update in rest[:-1]]
-    assert lengths == sorted(lengths)
+    reading, first, *rest = respond([], picture_file, *ASKED)
+    assert "Reading" in reading[STATUS] and reading[COMPARED] == "", "what was compared before goes"
+    assert [message["content"] for message in reading[1]] == ["What is it?", "…"]
+    assert "First token" in first[FACTS] and 'class="bars"' in first[BARS] and "<figure" in first[SEEN]
+    assert "for “What is it?”" in first[SEEN], "it is said whose clusters these are"
+    assert len(rest) > 2 and " s<small>to the first word" in rest[0][FACTS]
+    assert all('aria-busy="true"' in update[STATUS] for update in (reading, first, *rest[:-1]))
+    assert 'aria-busy="false"' in rest[-1][STATUS] and rest[-1][0] == "", "the question can be followed by another"
+    lengths = [len(update[1][-1]["content"]) for update in rest[:-1]]
+    assert lengths == sorted(lengths) and all(len(update[1]) == 2 for update in rest)
 
 
-def test_every_level_is_answered_side_by_side(space, picture_file):
-    *_, page = space.app.handlers(space.granulon)["compare"](picture_file, "What is it?", "auto", *SETTINGS)
-    assert page.count("<figure") == page.count('class="answer"') == 3
+def test_a_conversation_goes_on_with_what_was_said(space, picture_file, monkeypatch):
+    seen, prepare = [], space.granulon.prepare
+    monkeypatch.setattr(space.granulon, "prepare", lambda image, turns: seen.append(turns) or prepare(image, turns))
+    respond = space.app.handlers(space.granulon)["respond"]
+    *_, last = respond([], picture_file, *ASKED)
+    as_gradio_sends_it = [{**m, "content": [{"type": "text", "text": m["content"]}]} for m in last[1]]
+    *_, last = respond(as_gradio_sends_it, picture_file, "And why?", *ASKED[1:])
+    assert [message["role"] for message in last[1]] == ["user", "assistant"] * 2
+    assert seen == [["What is it?"], ["What is it?", as_gradio_sends_it[1]["content"][0]["text"], "And why?"]]
+    inputs = prepare(space.granulon.load_rgb(picture_file), seen[1])
+    text = space.granulon.processor.tokenizer.decode(inputs["input_ids"][0])
+    assert text.count("user") >= 2 and text.index("What is it?") < text.index("And why?")
+    question = space.granulon.processor.tokenizer.decode(inputs["question_input_ids"][0])
+    assert question == "And why?", "the level follows the latest question"
+
+
+def test_what_carried_the_answer_is_shown_when_it_is_whole(space, picture_file):
+    *_, streamed, last = space.app.handlers(space.granulon)["respond"]([], picture_file, *ASKED)
+    assert skipped(streamed[SEEN]) and "what carried the answer" in last[SEEN]
+    nats = [float(text) for text in re.findall(r'<i class="nats">([+-][\d.]+)</i>', last[SEEN])]
+    ranks = [int(text) for text in re.findall(r"--rank: (\d+)", last[SEEN])]
+    assert len(nats) > 3 and sorted(zip(ranks, nats))[0][1] == max(nats)
+    heat = [float(text) for text in re.findall(r"--heat: ([\d.]+)", last[SEEN])]
+    assert max(heat) == 1.0 and min(heat) >= 0
+
+
+def test_an_error_is_one_calm_line_in_its_place_and_leaves_the_page_as_it_is(space, picture_file):
+    functions = space.app.handlers(space.granulon)
+    chat = [{"role": "user", "content": "Before?"}, {"role": "assistant", "content": "So."}]
+    (update,) = functions["respond"](chat, picture_file, "  ", *ASKED[1:])
+    assert 'role="alert"' in update[STATUS] and "There is no question yet; type one below the image." in update[STATUS]
+    assert update[1] == chat and all(map(skipped, (update[0], *update[FACTS:])))
+    (update,) = functions["compare"]([], None, *ASKED)
+    assert "There is no image yet" in update[0] and skipped(update[1])
+
+
+def test_every_level_is_answered_side_by_side_with_progress(space, picture_file):
+    first, *updates = space.app.handlers(space.granulon)["compare"]([], picture_file, *ASKED)
+    assert "level 1 of 3" in first[0] and first[1].count("Waiting") == 3
+    assert [page.count("<figure") for _, page in updates] == [1, 2, 3]
+    assert "level 2 of 3" in updates[0][0] and "Compared below" in updates[-1][0]
+    page = updates[-1][1]
+    assert page.count("<figure") == page.count('class="answer"') == 3 and "Waiting" not in page
     assert re.findall(r"<h3>(\w+)</h3>", page) == ["coarse", "medium", "fine"]
+    chat = [{"role": "user", "content": "What is it?"}, {"role": "assistant", "content": "So."}]
+    *_, last = space.app.handlers(space.granulon)["compare"](chat, picture_file, "", *ASKED[1:])
+    assert re.sub(r"f\d+|[\d.]+ s", "", last[1]) == re.sub(r"f\d+|[\d.]+ s", "", page), "the last question again"
 
 
 def test_closing_the_answer_stops_the_model(space, picture_file):
@@ -181,7 +242,7 @@ def test_closing_the_answer_stops_the_model(space, picture_file):
     next(answer)
     start = time.perf_counter()
     answer.close()
-    space.app.WORKER.submit(int).result(timeout=0.5)  # the worker is free for the next answer
+    space.model_file.WORKER.submit(int).result(timeout=0.5)  # the worker is free for the next answer
     assert time.perf_counter() - start < 0.5
 
 
@@ -192,15 +253,15 @@ def test_an_answer_that_does_not_begin_in_time_is_an_error_and_ends(space, pictu
         time.sleep(0.5)
         slow.append("done")
 
-    monkeypatch.setattr(space.app, "SECONDS", 0.1)
+    monkeypatch.setattr(space.model_file, "SECONDS", 0.1)
     respond = space.app.handlers(space.granulon)["respond"]
     with monkeypatch.context() as patch:
         patch.setattr(space.granulon.model, "generate", generate)
-        with pytest.raises(gradio.Error, match="The answer took longer than 0.1 s"):
-            list(respond(picture_file, "What is it?", "auto", *SETTINGS))
+        *_, last = respond([], picture_file, *ASKED)
+        assert "The answer took longer than 0.1 s" in last[STATUS]
         assert slow == ["done"]  # the next answer does not wait for it
-    monkeypatch.setattr(space.app, "SECONDS", 60)
-    assert len(list(respond(picture_file, "What is it?", "auto", *SETTINGS))) > 2
+    monkeypatch.setattr(space.model_file, "SECONDS", 60)
+    assert len(list(respond([], picture_file, *ASKED))) > 2
 
 
 def test_the_level_that_is_shown_is_the_one_that_answers(space, picture_file, monkeypatch):
@@ -222,7 +283,8 @@ def test_the_level_that_is_shown_is_the_one_that_answers(space, picture_file, mo
 def test_one_answer_runs_each_part_once(name, answers, space, picture_file):
     granulon = space.app.Granulon(str(space.model))
     calls = count_calls(granulon.model)
-    list(space.app.handlers(granulon)[name](picture_file, "What is it?", "auto", *SETTINGS))
+    chat = [] if name == "answer" else [[]]
+    list(space.app.handlers(granulon)[name](*chat, picture_file, *ASKED))
     assert calls == {"vision_tower": answers, "granularity_controller": answers, "aggregation": answers}
 
 
@@ -242,14 +304,14 @@ def test_a_gpu_is_requested_for_as_long_as_needed_and_not_for_refused_inputs(spa
     monkeypatch.setattr(space.app, "spaces", SimpleNamespace(GPU=gpu))
     functions = space.app.handlers(space.granulon)
     for name, tokens in (("respond", 100), ("compare", 10), ("compare", 512)):
-        list(functions[name](picture_file, "What is it?", "auto", "full", tokens, 0, 0))
+        list(functions[name]([], picture_file, "What is it?", "auto", "full", tokens, 0, 0))
     functions["explain"](picture_file, "What is it?", "auto")
     assert requested == [30, 43, 190, 10]
     bad = space.folder / "no-image.png"
     bad.write_bytes(b"this is no image")
     for refused in ((str(bad), "What is it?"), (picture_file, "")):
-        with pytest.raises(gradio.Error):
-            list(functions["respond"](*refused, "auto", *SETTINGS))
+        (update,) = functions["respond"]([], *refused, "auto", *SETTINGS)
+        assert 'role="alert"' in update[STATUS]
     assert len(requested) == 4
 
 
@@ -293,9 +355,9 @@ def test_a_model_without_levels_answers_too(space, picture_file):
     plain.processor, plain.load_rgb, plain.levels = granulon.processor, granulon.load_rgb, []
     plain.processor.num_semantic_tokens = 0
     try:
-        first, *_ = app.handlers(plain)["respond"](picture_file, "What is it?", "auto", *SETTINGS)
-        assert "64 pixel + 0 semantic" in first[1]
-        *_, page = app.handlers(plain)["compare"](picture_file, "What is it?", "auto", *SETTINGS)
+        _, first, *_ = app.handlers(plain)["respond"]([], picture_file, *ASKED)
+        assert "64 pixel + 0 semantic" in first[FACTS]
+        *_, (_, page) = app.handlers(plain)["compare"]([], picture_file, *ASKED)
         assert page.count('class="answer"') == 1
         assert app.handlers(plain)["explain"](picture_file, "What is it?", "auto")["clusters"] == []
     finally:
@@ -358,7 +420,7 @@ def test_the_api_answers_what_the_command_line_answers(level, running, space, pi
     del expected["tokens"]["text"]
     assert result["tokens"] == expected["tokens"] and result["seconds_to_first_token"] > 0
     for found, wanted in zip(result["clusters"], expected["clusters"], strict=True):
-        assert found.pop("name") and found == pytest.approx(wanted, abs=1e-5)
+        assert found.pop("name") and isinstance(found.pop("nats"), float) and found == pytest.approx(wanted, abs=1e-5)
     seen = running.client.predict(handle_file(picture_file), "What is it?", level, api_name="/explain")
     assert np.array_equal(seen["cluster_map"], expected["cluster_map"])
 

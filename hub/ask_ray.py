@@ -1,0 +1,77 @@
+"""Answer the rows of a folder, file or data set on the workers of a Ray cluster, as `granulon-ask --batch` would.
+
+    python -m granulon.hub.ask_ray --model granulon-small --batch rows.jsonl --output out.jsonl --workers 8 --gpus 1
+
+Needs the package ray. Every worker loads the model once and reads the rows itself, so every node must reach both.
+"""
+
+import json
+import sys
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from transformers.hf_argparser import HfArg, HfArgumentParser
+
+from .ask import AskArguments, check
+
+
+@dataclass
+class RayArguments(AskArguments):
+    question: str | None = HfArg(default=None, help="asked about every image whose row has none")
+    workers: int = HfArg(default=1, help="copies of the model")
+    gpus: float = HfArg(default=0.0, help="GPUs of each worker")
+
+
+class Worker:
+    """A model that answers batches of row numbers; `arguments` are a `RayArguments` as a dict."""
+
+    def __init__(self, arguments: dict):
+        from .answer import read_rows
+        from .inference import load_model, load_processor
+
+        self.rows = read_rows(arguments["batch"], arguments["question"], arguments["split"])
+        self.settings = {name: arguments[name] for name in ("model", "granularity", "view", "max_new_tokens")}
+        self.model = load_model(arguments["model"], device_map="cuda" if arguments["gpus"] else "cpu")
+        self.processor = load_processor(arguments["model"], self.model.config)
+
+    def __call__(self, batch: dict) -> dict:
+        from .answer import add_answers, open_row
+
+        opened = [open_row(number, self.rows[number], self.settings) for number in batch["id"].tolist()]
+        add_answers(self.model, self.processor, [entry for entry in opened if entry[1] is not None], self.settings)
+        return {"line": [json.dumps(line) for line, _ in opened]}
+
+
+def run(arguments: RayArguments):
+    """Write the lines of all rows to the output, in order; raises `ValueError` as `granulon-ask` does."""
+    import ray
+
+    from .answer import read_rows
+    from .files import write_jsonl
+
+    check(arguments, arguments.question)
+    rows = len(read_rows(arguments.batch, arguments.question, arguments.split))
+    given = asdict(arguments)  # workers have other working directories
+    given |= {name: str(Path(given[name]).absolute()) for name in ("batch", "model") if Path(given[name]).exists()}
+    answered = ray.data.range(rows).map_batches(
+        Worker,
+        fn_constructor_kwargs={"arguments": given},
+        batch_size=arguments.batch_size,
+        concurrency=arguments.workers,
+        num_gpus=arguments.gpus,
+    )
+    lines = [json.loads(entry["line"]) for entry in answered.iter_rows()]
+    write_jsonl(arguments.output, sorted(lines, key=lambda line: line["row"]))
+    print(f"{rows} rows, {sum('error' in line for line in lines)} failed", file=sys.stderr)
+
+
+def main():
+    try:
+        (arguments,) = HfArgumentParser(RayArguments, description=__doc__).parse_args_into_dataclasses()
+        run(arguments)
+    except (ImportError, OSError, ValueError) as error:
+        sys.exit(f"granulon.hub.ask_ray: {error}")
+
+
+if __name__ == "__main__":
+    main()
