@@ -2,8 +2,8 @@
 
 A figure is a value with its 95% bootstrap interval. A table row marked "(paper)" holds the paper's own figures. A run
 that was not made is shown as such. If a table names an entry to compare with, its differences to the others of its
-group are tested on the same samples: McNemar's exact test for right-or-wrong figures, else the paired bootstrap; the
-p-values of a table are corrected together by Holm's method.
+group are tested on the same samples: McNemar's exact test for right-or-wrong figures, else random swaps. These
+are the planned comparisons of a column; the p-values of a column are corrected together by Holm's method.
 """
 
 import json
@@ -22,7 +22,7 @@ from granulon.hub.text import markdown_table, with_interval
 from .matrix import Entry, Matrix, Settings, read_results, read_samples
 from .metrics import BERTSCORE, JUDGED, METRICS
 from .scoring import metric_of, units
-from .statistics import holm, mcnemar, paired, percentiles, resampled
+from .statistics import FEWEST, holm, mcnemar, paired, percentiles, resampled
 
 PAPER = Path(__file__).with_name("paper_tables.yaml")
 UNDEFINED = "undefined"  # such as the precision of a model that never says yes
@@ -139,8 +139,11 @@ class Results:
         samples = result["judges"][self.judge]["samples"] if is_judged(name) else _samples(result["folder"])
         return units(samples, name)
 
-    def compare(self, ours: Entry, theirs: Entry, task: str, name: str) -> dict | None:
-        """A paired test of two entries, or why there is none (`not_tested`); None if one has no such figure."""
+    def compare(self, ours: Entry, theirs: Entry, task: str, name: str, comparisons: int = 1) -> dict | None:
+        """A paired test of two entries, or why there is none (`not_tested`); None if one has no such figure.
+
+        comparisons: tests that are corrected together.
+        """
         pair = [self.result(entry, task) for entry in (ours, theirs)]
         if None in pair or any(isinstance(self.lookup(result, name), str) for result in pair):
             return None
@@ -156,12 +159,17 @@ class Results:
             return {**test, "not_tested": reason}
         if (sample := _changed_sample(*pair)) is not None:
             return {**test, "not_tested": f"sample {sample} differs: the data changed between the two runs"}
+        if len(our_units) < FEWEST:
+            return {
+                **test,
+                "not_tested": f"{len(our_units)} samples: with fewer than {FEWEST} nothing can be concluded",
+            }
         metric = METRICS[metric_of(name)]
         ours_NS, theirs_NS = _array(our_units), _array({unit: their_units[unit] for unit in our_units})
-        test |= paired(metric.value, ours_NS, theirs_NS)
+        test |= paired(metric.value, ours_NS, theirs_NS, comparisons=comparisons)
         if metric.proportion:
             test["p"] = mcnemar(ours_NS[:, 0], theirs_NS[:, 0])
-        return {**test, "test": "McNemar" if metric.proportion else "bootstrap", "samples": len(ours_NS)}
+        return {**test, "test": "McNemar" if metric.proportion else "swaps", "samples": len(ours_NS)}
 
 
 def write_tables(output: Path, matrix: Matrix, results: Results) -> list[Path]:
@@ -250,7 +258,7 @@ def markdown(table: Table) -> str:
         text += ["The paper says:", "\n".join(f"- {note}" for note in table.notes)]
     if table.tests:
         text += ["## Paired tests", markdown_table(TEST_HEADER, [_test_row(test) for test in table.tests], 4)]
-        text.append("p is corrected by Holm's method over all tests of this table.")
+        text.append("p is corrected by Holm's method over the tests of a column: those of one figure.")
     return "\n\n".join(text) + "\n"
 
 
@@ -289,7 +297,7 @@ def _test_row(test: dict) -> list[str]:
 
 
 def _tests(compare: str | None, entries: list[Entry], columns: list[dict], results: Results) -> list[dict]:
-    """Every possible test of a table, with p-values corrected over all of them."""
+    """The planned tests of a table, with p-values corrected over those of a figure."""
     figures = dict.fromkeys((task, column["figure"]) for column in columns for task in column["tasks"])
     pairs = [
         (ours, theirs)
@@ -297,10 +305,13 @@ def _tests(compare: str | None, entries: list[Entry], columns: list[dict], resul
         for theirs in entries
         if ours.name == compare and theirs.name != compare and ours.group == theirs.group
     ]
-    tests = [results.compare(ours, theirs, *figure) for ours, theirs in pairs for figure in figures]
-    tests = [test for test in tests if test is not None]
-    corrected = holm([test.get("p", float("nan")) for test in tests])
-    return [{**test, **({"p_corrected": p} if "p" in test else {})} for test, p in zip(tests, corrected)]
+    tests = []
+    for figure in figures:
+        found = [results.compare(ours, theirs, *figure, comparisons=len(pairs)) for ours, theirs in pairs]
+        found = [test for test in found if test is not None]
+        corrected = holm([test.get("p", float("nan")) for test in found])
+        tests += [{**test, **({"p_corrected": p} if "p" in test else {})} for test, p in zip(found, corrected)]
+    return tests
 
 
 def _mark_best(figures: list[list[Figure]], columns: list[dict]) -> list[tuple[Figure, ...]]:

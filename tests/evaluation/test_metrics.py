@@ -1,6 +1,7 @@
 """Metrics, intervals and paired tests: equal to the libraries', and to the authors' definitions on worked examples."""
 
 import re
+from itertools import product
 
 import numpy as np
 import pytest
@@ -280,6 +281,33 @@ def test_a_paired_test_sees_a_difference_that_two_intervals_hide_and_none_where_
     assert test["p"] < 0.05 and 0 < test["low"] < test["difference"] < test["high"]
     assert interval(METRICS["mean"].value, ours)[0] < interval(METRICS["mean"].value, theirs)[1]
     assert paired(METRICS["mean"].value, ours, ours)["p"] == 1
+
+
+def test_flipped_signs_give_the_exact_p_of_a_small_sample():
+    ours = np.array([[3.0, 1], [2, 1], [5, 1], [1, 1], [4, 1]])
+    theirs = np.array([[1.0, 1], [1, 1], [2, 1], [2, 1], [1, 1]])
+    differences = (ours - theirs)[:, 0]
+    exact = np.mean(
+        [
+            abs(sum(s * d for s, d in zip(signs, differences))) >= abs(differences.sum())
+            for signs in product((1, -1), repeat=5)
+        ]
+    )
+    assert paired(METRICS["mean"].value, ours, theirs)["p"] == pytest.approx(exact, abs=0.015)
+
+
+def test_the_smallest_p_falls_below_one_per_cent_after_any_correction():
+    ours, theirs = np.stack([np.ones(40), np.ones(40)], 1), np.stack([np.zeros(40), np.ones(40)], 1)
+    for comparisons in (1, 40, 200):
+        assert paired(METRICS["mean"].value, ours, theirs, comparisons=comparisons)["p"] * comparisons < 0.01
+
+
+def test_no_more_than_five_per_cent_are_found_without_a_difference():
+    draws, found = np.random.default_rng(3), 0
+    for trial in range(200):
+        pair = [np.stack([draws.normal(0, 1, 40), np.ones(40)], 1) for _ in range(2)]
+        found += paired(METRICS["mean"].value, *pair, seed=trial, resamples=50)["p"] < 0.05
+    assert found / 200 <= 0.05 + 2 * (0.05 * 0.95 / 200) ** 0.5
 
 
 def test_mcnemars_test_is_the_exact_binomial_one_of_the_samples_that_differ():

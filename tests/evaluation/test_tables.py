@@ -5,6 +5,7 @@ import re
 import shlex
 from dataclasses import asdict, replace
 
+import numpy as np
 import pytest
 import yaml
 
@@ -240,7 +241,7 @@ TABLE = {
 
 @pytest.fixture
 def filled(tmp_path):
-    right = [[1] * 6 + [0] * 14, [1] * 15 + [0] * 5]
+    right = [[1] * 6 + [0] * 14, [1] * 15 + [0] * 5]  # 20 samples, the fewest of a test
     for place, entry in enumerate(ENTRIES[:2]):
         samples = make_samples("choice_accuracy", right[place])
         for sample in samples:
@@ -248,7 +249,7 @@ def filled(tmp_path):
         make_run(tmp_path, entry, "one", samples)
         samples = [
             {"id": number, "statistics": {"recall": [0.25 + place / 2, 1.0], "chair_i": [2 - place, 4, 1, 1, 1, 1]}}
-            for number in range(10 + place)
+            for number in range(20 + place)
         ]
         make_run(tmp_path, entry, "two", samples)
     return tmp_path
@@ -272,13 +273,46 @@ def test_entries_are_tested_in_pairs_if_their_samples_are_the_same(filled):
         ("plain & simple", "chair_i"),
     ]  # fmt: skip
     assert tests[0]["test"] == "McNemar" and tests[0]["p"] == pytest.approx(2 * 0.5**9)
-    assert tests[0]["p_corrected"] == pytest.approx(tests[0]["p"]), "the larger p of two tests"
-    assert "ours has 11 samples and plain & simple 10, 10 of them the same; run both on the same" in written["t.md"]
+    assert tests[0]["p_corrected"] == tests[0]["p"], "the one planned test of its column"
+    assert tests[1]["test"] == "swaps" and tests[1]["p"] == pytest.approx(2 * 0.5**9, abs=0.002)
+    assert "ours has 21 samples and plain & simple 20, 20 of them the same; run both on the same" in written["t.md"]
+
+
+def test_fewer_than_twenty_samples_say_that_nothing_can_be_concluded(tmp_path):
+    for entry, values in zip(ENTRIES[:2], ([1] * 19, [0] * 19)):
+        make_run(tmp_path, entry, "one", make_samples("choice_accuracy", values))
+    text = write(tmp_path, Matrix(ENTRIES[:2], ["one"], [TABLE | {"columns": TABLE["columns"][:1]}]))["t.md"]
+    assert "19 samples: with fewer than 20 nothing can be concluded" in text and "0.0000" not in text
+
+
+def simulated(folder, effect, seed, rivals=7, samples=500):
+    """A matrix of a model and its rivals on one column; what is hard for one is mostly hard for all."""
+    random = np.random.default_rng(seed)
+    hard_N = random.random(samples)
+    names = ["ours", *(f"rival {number}" for number in range(rivals))]
+    entries = [Entry(name, name, "G") for name in names]
+    for entry in entries:
+        rate = 0.5 + (effect if entry.name == "ours" else 0)
+        own_N = 0.7 * hard_N + 0.3 * random.random(samples)
+        threshold = np.quantile(0.7 * random.random(20_000) + 0.3 * random.random(20_000), rate)
+        make_run(folder, entry, "one", make_samples("choice_accuracy", (own_N < threshold).astype(int).tolist()))
+    written = write(folder, Matrix(entries, ["one"], [TABLE | {"columns": TABLE["columns"][:1]}]))
+    return [test["p_corrected"] for test in json.loads(written["t.json"])["tests"]]
+
+
+def test_an_effect_of_eight_points_is_found_among_seven_rivals_after_correction(tmp_path):
+    found = np.concatenate([simulated(tmp_path / f"{seed}", 0.08, seed) for seed in range(6)])
+    assert len(found) == 42 and (found < 0.05).mean() > 0.8
+
+
+def test_without_an_effect_few_matrices_find_one(tmp_path):
+    found = [min(simulated(tmp_path / f"{seed}", 0.0, seed, rivals=3, samples=120)) < 0.05 for seed in range(60)]
+    assert np.mean(found) <= 0.05 + 2 * (0.05 * 0.95 / 60) ** 0.5
 
 
 def test_entries_are_not_tested_on_changed_data(tmp_path):
     for place, entry in enumerate(ENTRIES[:2]):
-        samples = make_samples("choice_accuracy", [1, 0, 1])
+        samples = make_samples("choice_accuracy", [1, 0, 1] * 7)
         for number, sample in enumerate(samples):
             sample["doc_sha256"] = f"{number} {place if number == 2 else ''}"
         make_run(tmp_path, entry, "one", samples)
