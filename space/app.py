@@ -198,7 +198,7 @@ def handlers(granulon):
             said = [message["content"] for message in shown][-2 * TURNS :]
             settings["turns"] = [*map(_plain, said), *settings["turns"]]
             shown += [{"role": "user", "content": settings["turns"][-1]}, {"role": "assistant", "content": "…"}]
-            yield gr.skip(), shown, overlay.status("Reading …"), gr.skip(), gr.skip(), gr.skip(), ""
+            yield gr.skip(), [*shown], overlay.status("Reading …"), gr.skip(), gr.skip(), gr.skip(), ""
             for description, text, first in answer_on_gpu(opened, settings):
                 shown[-1] = {"role": "assistant", "content": text or "…"}
                 if first is None:
@@ -208,13 +208,13 @@ def handlers(granulon):
                     views = tiles(description), bars, picture(opened, description, settings["turns"][-1])
                 else:
                     views = tiles(description, first), gr.skip(), gr.skip()
-                yield gr.skip(), shown, overlay.status("Answering …"), *views, gr.skip()
+                yield gr.skip(), [*shown], overlay.status("Answering …"), *views, gr.skip()
         except (ValueError, TimeoutError, gr.Error) as error:
             yield gr.skip(), list(chat or []), overlay.problem(_message(error)), *[gr.skip()] * 4
             return
         shown[-1] = {"role": "assistant", "content": text.strip() or EMPTY}
         seen = picture(opened, description, settings["turns"][-1])
-        yield "", shown, overlay.status(NEXT, done=True), gr.skip(), gr.skip(), seen, gr.skip()
+        yield "", [*shown], overlay.status(NEXT, done=True), gr.skip(), gr.skip(), seen, gr.skip()
 
     def compare(chat, image, question, *values):
         """Yield status and the levels side by side, those that are still to come too."""
@@ -383,8 +383,8 @@ def build(granulon):
                     link = gr.Textbox(label="Link, without the image", interactive=True, elem_id="link")
             with gr.Column(scale=6, min_width=320):
                 chat = gr.Chatbot(
-                    label="Conversation", elem_id="answer", height=None, min_height=90, max_height=420,
-                    buttons=["copy"], layout="panel", placeholder="The conversation appears here.",
+                    label="Conversation", show_label=False, elem_id="answer", height=None, min_height=90,
+                    max_height=420, buttons=["copy"], layout="panel", placeholder="The conversation appears here.",
                 )  # fmt: skip
                 status = gr.HTML(START, elem_id="status", padding=False)
                 views = [gr.HTML(elem_id=name, padding=False) for name in ("facts", "bars", "seen")]
@@ -427,6 +427,7 @@ def appearance():
         border_color_primary="*neutral_300",
         input_border_width="1px",
         input_border_color="*neutral_400",
+        checkbox_border_color="*neutral_500",
         button_border_width="1px",
         button_secondary_border_color="*neutral_300",
         button_primary_background_fill="*primary_600",

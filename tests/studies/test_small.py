@@ -11,7 +11,7 @@ from sources import text_source, vision_source
 
 from granulon.hub.assemble import TRAINABLE, assemble, assemble_tiny
 from granulon.train.data import cutouts
-from studies.small import demo, measure, run
+from studies.small import demo, measure, run, why
 
 
 @pytest.fixture
@@ -51,6 +51,17 @@ def test_the_demo_counts_right_answers_by_set_and_level():
 
 def test_every_kind_of_question_has_a_number_of_answers():
     assert measure.CHOICES.keys() == cutouts.LEVEL_OF.keys() and min(measure.CHOICES.values()) == 2
+
+
+def test_the_cluster_of_a_thing_is_the_one_that_covers_it_and_little_else():
+    mask = np.zeros((cutouts.SIDE, cutouts.SIDE), np.uint8)
+    mask[: 4 * cutouts.PATCH, : 4 * cutouts.PATCH] = 2
+    mask[4 * cutouts.PATCH :: 2] = 2  # half of the other patches: not mostly
+    thing = why.patch_share(mask, 2)
+    assert thing[:4, :4].all() and thing.sum() == 16
+    cluster_map = np.zeros(thing.shape, int)
+    cluster_map[:4, :5], cluster_map[:2, :2] = 1, 2
+    assert why.own_cluster(cluster_map, thing) == 1
 
 
 @pytest.mark.slow
