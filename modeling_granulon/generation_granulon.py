@@ -137,12 +137,12 @@ class GranulonGenerationMixin(GenerationMixin):
             -torch.nn.functional.cross_entropy(self.lm_head(states_AE).float(), answer_A, reduction="sum").item()
             for states_AE in states_RAE
         ]
-        # Semantic slots stand in reverse order of their clusters.
-        image_C, slot_C = (index.tolist() for index in visual.semantic_mask.flip(-1).nonzero(as_tuple=True))
-        numbers = [visual.semantic_mask.shape[1] - slot for slot in slot_C]
+        # An image's used slots stand in the order of its clusters.
+        used_I = visual.semantic_mask.sum(-1).tolist()
+        names = [(image, number) for image, used in enumerate(used_I) for number in range(1, used + 1)]
         clusters = [
             {"image": image, "number": number, "nats": nats[0] - rest}
-            for image, number, rest in zip(image_C, numbers, nats[1:], strict=True)
+            for (image, number), rest in zip(names, nats[1:], strict=True)
         ]
         clusters.sort(key=lambda cluster: (-cluster["nats"], cluster["image"], cluster["number"]))
         return {"log_likelihood": nats[0], "clusters": clusters}

@@ -41,10 +41,32 @@ def test_a_cluster_counts_as_much_as_masking_its_token_by_hand_costs(decoder, im
     assert found["log_likelihood"] == pytest.approx(likelihood_by_hand(model, inputs, visual), abs=1e-5)
     slots = (inputs["input_ids"][0] == model.config.image_token_id).nonzero().squeeze(-1).reshape(images, -1)
     for cluster in found["clusters"]:
-        slot = slots[cluster["image"], -cluster["number"]]  # the best cluster stands last
+        slot = slots[cluster["image"], cluster["number"] - 6]  # the last five slots, in the order of the clusters
         expected = found["log_likelihood"] - likelihood_by_hand(model, inputs, visual, slot)
         assert cluster["nats"] == pytest.approx(expected, abs=1e-5)
     assert max(abs(cluster["nats"]) for cluster in found["clusters"]) > 1e-2, "no token matters"
+
+
+@torch.no_grad()
+def test_the_number_of_a_cluster_is_that_of_its_patches():
+    """A cluster's token is the projected mean of its patches: changing it changes what that cluster carries alone."""
+    model, inputs, visual = asked("qwen2", 1)
+    before = {e["number"]: e["nats"] for e in model.evidence(**inputs, visual=visual, answer_ids=ANSWER)["clusters"]}
+    vision = model.model._vision(inputs["pixel_values"])
+    member_N = visual.cluster_map[0].flatten() == 1  # cluster number 2
+    mean_D = vision.features[0, member_N].mean(0)
+    level = torch.tensor([model.config.granularity_index("fine")])
+    clusters = model.model.aggregation(vision.features, model.model._relation(vision), 1, 6, grid=vision.grid, top_k=5)
+    torch.testing.assert_close(clusters.tokens[0, 1], mean_D)
+    token = model.model.multi_modal_projector(clusters.tokens[:, 1:2], level, clusters.geometry[:, 1:2])
+    slots = (visual.image_hidden_states[0] - token[0]).abs().amax(-1)
+    place = int(slots.argmin())
+    assert slots[place] < 1e-5
+    placeholders = (inputs["input_ids"][0] == model.config.image_token_id).nonzero().squeeze(-1)
+    expected = likelihood_by_hand(model, inputs, visual) - likelihood_by_hand(
+        model, inputs, visual, placeholders[place]
+    )
+    assert before[2] == pytest.approx(expected, abs=1e-5)
 
 
 def test_the_clusters_are_sorted_and_their_order_is_always_the_same():
