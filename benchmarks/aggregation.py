@@ -21,7 +21,7 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from granulon.evaluation.timing import interleaved, machine, medians, milliseconds, peak_bytes
-from granulon.evaluation.token_reduction import tome
+from granulon.evaluation.token_reduction import tome, visionzip
 from granulon.hub.text import markdown_table
 from modeling_granulon import AdaptiveTokenAggregation
 from modeling_granulon.configuration_granulon import DEFAULT_GRANULARITIES
@@ -105,7 +105,7 @@ def methods(features: Tensor, attention: Tensor, side: int) -> dict:
         ("AdaTA", aggregate, (features, *level)),
         ("ToMe", tome, (features, KEPT)),
         ("DPC-KNN", baselines.dpc_knn, (features, CLUSTERS)),
-        ("VisionZip", baselines.visionzip, (features, attention, KEPT)),
+        ("VisionZip", visionzip, (features, attention, KEPT)),
     ):
         calls[name] = partial(call, *arguments)
         calls[f"{name} compiled"] = partial(compiled(call), *arguments)

@@ -9,9 +9,12 @@ import pytest
 ROOT = Path(__file__).parents[1]
 LIBRARIES = {
     "modeling_granulon": {"torch", "transformers", "PIL", "numpy", "huggingface_hub"},
-    "space": {"gradio", "numpy", "overlay", "PIL", "spaces", "torch", "transformers"},
+    "space": {"gradio", "granulon_model", "numpy", "overlay", "PIL", "spaces", "torch", "transformers"},
 }
-SETTINGS_READ = {"space/app.py": {"MODEL_ID", "MODEL_REVISION", "MODEL_NOTICE"}}
+SETTINGS_READ = {
+    "space/app.py": {"MODEL_NOTICE", "MODEL_ABOUT"},
+    "space/granulon_model.py": {"MODEL_ID", "MODEL_REVISION"},
+}
 NETWORK = {
     "aiohttp", "asyncio", "ftplib", "gradio_client", "http", "httpx", "httpx2", "requests", "smtplib", "socket",
     "socketserver", "ssl", "telnetlib", "urllib", "urllib3", "webbrowser", "websockets", "xmlrpc",

@@ -335,7 +335,7 @@ def test_scores_of_two_judges_do_not_mix_in_a_table(runs, judge, server, tmp_pat
     assert f"Judged by `{older}`; the paper's judge was GPT-4o." in written["t.md"]
     assert "not judged" not in written["t.md"]
     (test, other) = json.loads(written["t.json"])["tests"]
-    assert test["figure"] == "gptscore" and test["samples"] == 20 and other["test"] == "bootstrap"
+    assert test["figure"] == "gptscore" and test["samples"] == 20 and other["test"] == "swaps"
     judge("--only", "two", prompt_file=tmp_path / "newer.md")
     assert f"Judged by `{newer}`" in write(runs, matrix)["t.md"], "of two judges with as many runs, the newer"
 
