@@ -83,14 +83,19 @@ class Server:
                 time.sleep(1)
 
     def __exit__(self, *exception):
-        for process in [*psutil.Process(self.process.pid).children(recursive=True), self.process]:
+        for process in self._processes():
             process.kill()
         self.process.wait()
 
+    def _processes(self) -> list[psutil.Process]:
+        if self.process.poll() is not None:
+            return []
+        server = psutil.Process(self.process.pid)
+        return [*server.children(recursive=True), server]
+
     def memory_gb(self) -> float:
-        """What the server's processes hold now, memory that they share counted once each."""
-        processes = [psutil.Process(self.process.pid), *psutil.Process(self.process.pid).children(recursive=True)]
-        return sum(process.memory_info().rss for process in processes) / 1e9
+        """What the server's processes hold now; memory that several share is counted for each."""
+        return sum(process.memory_info().rss for process in self._processes()) / 1e9
 
     def request(self, view: str, image: str, tokens: int) -> dict:
         """The arguments of a chat request, as this engine takes them."""

@@ -33,6 +33,12 @@ def interval(
     return percentiles(resampled(value, statistics_NS, seed, resamples))
 
 
+def mean_and_interval(values_N: np.ndarray) -> tuple[float, float, float]:
+    """The mean over samples, and its interval as `interval` gives it."""
+    sums_N2 = np.stack([values_N, np.ones_like(values_N)], 1)
+    return float(values_N.mean()), *interval(lambda sums: sums[:, 0] / sums[:, 1], sums_N2)
+
+
 def percentiles(resampled_R: np.ndarray) -> tuple[float, float]:
     """The 95% interval of the finite values; (nan, nan) if there are none."""
     finite_R = resampled_R[np.isfinite(resampled_R)]

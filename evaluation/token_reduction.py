@@ -23,18 +23,33 @@ NEIGHBOURS = 32  # patches that PruMerge adds to a kept one
 
 def grid_cells(features: Tensor, kept: int, grid: tuple[int, int]) -> tuple[Tensor, Tensor]:
     """Average pooling: a grid of cells as square as `kept` allows."""
-    rows = next(rows for rows in range(int(kept**0.5), 0, -1) if kept % rows == 0)
-    row_N, column_N = torch.cartesian_prod(*map(torch.arange, grid)).to(features.device).unbind(-1)
-    label_N = row_N * rows // grid[0] * (kept // rows) + column_N * (kept // rows) // grid[1]
+    label_N = cells(kept, grid, features.device)
     member_KN = (label_N == torch.arange(kept, device=features.device)[:, None]).to(features.dtype)
     return member_KN / member_KN.sum(-1, keepdim=True) @ features, label_N.expand(features.shape[:2])
 
 
+def cells(count: int, grid: tuple[int, int], device: torch.device) -> Tensor:
+    """The cell of each patch, (N,) long, of `grid_shape(count)` cells in reading order."""
+    rows, columns = grid_shape(count)
+    row_N, column_N = torch.cartesian_prod(*map(torch.arange, grid)).to(device).unbind(-1)
+    return row_N * rows // grid[0] * columns + column_N * columns // grid[1]
+
+
+def grid_shape(count: int) -> tuple[int, int]:
+    """Rows and columns of as many cells, as square as possible."""
+    rows = next(rows for rows in range(int(count**0.5), 0, -1) if count % rows == 0)
+    return rows, count // rows
+
+
+def hashed(features: Tensor) -> Tensor:
+    """A number of each patch (I,N) that looks random, and depends on nothing but its own features."""
+    wave_D = torch.arange(features.shape[-1], device=features.device).float().sin()
+    return ((features.float() @ wave_D).sin() * 43758.5453).frac().abs()
+
+
 def random_patches(features: Tensor, kept: int) -> tuple[Tensor, Tensor]:
     """Patches that a hash of their own features chooses: they do not depend on the batch or a random state."""
-    wave_D = torch.arange(features.shape[-1], device=features.device).float().sin()
-    hash_IN = ((features.float() @ wave_D).sin() * 43758.5453).frac().abs()
-    return _chosen(features, hash_IN.topk(kept).indices)
+    return _chosen(features, hashed(features).topk(kept).indices)
 
 
 def tome(features: Tensor, kept: int) -> tuple[Tensor, Tensor]:

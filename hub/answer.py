@@ -227,7 +227,7 @@ def answer_rows(
     failed = 0
     with JsonlLog(output, rank, world_size) as log, tqdm(total=len(left), unit="row", disable=rank != 0) as progress:
         for opened in _open_batches(rows, left, batch_size, settings):
-            add_answers(model, processor, [entry for entry in opened if entry[1] is not None], settings)
+            add_answers(model, processor, opened, settings)
             log.append(*(line for line, _ in opened))
             failed += sum(image is None for _, image in opened)
             progress.update(len(opened))
@@ -285,8 +285,9 @@ def _given(row: dict) -> dict:
     return given
 
 
-def add_answers(model, processor, opened: list[tuple[dict, Image.Image]], settings: dict):
-    """Add answer and level to the output lines of a batch."""
+def add_answers(model, processor, opened: list[tuple[dict, Image.Image | None]], settings: dict):
+    """Add answer and level to those output lines of a batch that have an image."""
+    opened = [(line, image) for line, image in opened if image is not None]
     if not opened:
         return
     conversations = [question_about(image, line["question"]) for line, image in opened]

@@ -8,7 +8,7 @@ accelerate launch -m granulon.hub.ask --model granulon-small --batch rows.jsonl 
 import argparse
 import json
 import sys
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 from transformers.hf_argparser import HfArg, HfArgumentParser
@@ -28,6 +28,11 @@ class AskArguments:
     max_new_tokens: int = HfArg(default=256, help="maximal length of an answer")
     batch_size: int = HfArg(default=8, help="rows of --batch that each process answers together")
     picture: str | None = HfArg(default=None, help="file for a picture of --image with its clusters")
+
+    @property
+    def settings(self) -> dict:
+        """What an answer depends on beside its row."""
+        return {name: getattr(self, name) for name in ("model", "granularity", "view", "max_new_tokens")}
 
 
 def _ask_one(arguments: AskArguments, question: str | None, as_json: bool, why: bool):
@@ -66,9 +71,10 @@ def _ask_many(arguments: AskArguments, question: str | None):
     if arguments.granularity is not None:
         model.config.granularity_index(arguments.granularity)  # an unknown level is an error before any answer
     processor = load_processor(arguments.model, model.config)
-    settings = {name: asdict(arguments)[name] for name in ("model", "granularity", "view", "max_new_tokens")}
     rank, world_size = state.process_index, state.num_processes
-    counts = answer_rows(model, processor, rows, arguments.output, settings, arguments.batch_size, rank, world_size)
+    counts = answer_rows(
+        model, processor, rows, arguments.output, arguments.settings, arguments.batch_size, rank, world_size
+    )
     print(", ".join(f"{number} {name}" for name, number in counts.items()), file=sys.stderr)
 
 

@@ -7,7 +7,7 @@ Needs the package ray. Every worker loads the model once and reads the rows itse
 
 import json
 import sys
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from transformers.hf_argparser import HfArg, HfArgumentParser
@@ -23,22 +23,22 @@ class RayArguments(AskArguments):
 
 
 class Worker:
-    """A model that answers batches of row numbers; `arguments` are a `RayArguments` as a dict."""
+    """A model that answers batches of row numbers."""
 
-    def __init__(self, arguments: dict):
+    def __init__(self, arguments: RayArguments):
         from .answer import read_rows
         from .inference import load_model, load_processor
 
-        self.rows = read_rows(arguments["batch"], arguments["question"], arguments["split"])
-        self.settings = {name: arguments[name] for name in ("model", "granularity", "view", "max_new_tokens")}
-        self.model = load_model(arguments["model"], device_map="cuda" if arguments["gpus"] else "cpu")
-        self.processor = load_processor(arguments["model"], self.model.config)
+        self.rows = read_rows(arguments.batch, arguments.question, arguments.split)
+        self.settings = arguments.settings
+        self.model = load_model(arguments.model, device_map="cuda" if arguments.gpus else "cpu")
+        self.processor = load_processor(arguments.model, self.model.config)
 
     def __call__(self, batch: dict) -> dict:
         from .answer import add_answers, open_row
 
         opened = [open_row(number, self.rows[number], self.settings) for number in batch["id"].tolist()]
-        add_answers(self.model, self.processor, [entry for entry in opened if entry[1] is not None], self.settings)
+        add_answers(self.model, self.processor, opened, self.settings)
         return {"line": [json.dumps(line) for line, _ in opened]}
 
 
@@ -51,11 +51,12 @@ def run(arguments: RayArguments):
 
     check(arguments, arguments.question)
     rows = len(read_rows(arguments.batch, arguments.question, arguments.split))
-    given = asdict(arguments)  # workers have other working directories
-    given |= {name: str(Path(given[name]).absolute()) for name in ("batch", "model") if Path(given[name]).exists()}
+    paths = {name: Path(getattr(arguments, name)) for name in ("batch", "model")}
+    absolute = {name: str(path.absolute()) for name, path in paths.items() if path.exists()}
     answered = ray.data.range(rows).map_batches(
         Worker,
-        fn_constructor_kwargs={"arguments": given},
+        # Workers have other working directories.
+        fn_constructor_kwargs={"arguments": replace(arguments, **absolute)},
         batch_size=arguments.batch_size,
         concurrency=arguments.workers,
         num_gpus=arguments.gpus,

@@ -41,8 +41,8 @@ from .text import first_line
 TRAINABLE = "trainable.safetensors"
 TRAINABLE_WEIGHTS = ("model.multi_modal_projector.", "model.granularity_controller.")
 ADAPTER_ENDINGS, ADAPTER_SCALE = (".lora_A.weight", ".lora_B.weight"), "adapter_scale"
-# Tokens that stand for an image, else tokens reserved for later use; the embedding has a row for both already.
 LARGEST_IMAGE = 4096  # pixels per side
+# Tokens that stand for an image, else tokens reserved for later use; the embedding has a row for both already.
 IMAGE_TOKENS = ["<|image_pad|>", "<|image|>", "<image>"]
 RESERVED_TOKEN = re.compile(r"<\|?(reserved|unused)\w*\d+\|?>")
 PAD_TOKEN = "<|finetune_right_pad_id|>"  # of Llama 3, whose tokenizer does not name it
@@ -324,10 +324,9 @@ def _image_processor(vision: Source, vision_config, image_size: int | None) -> V
     else:
         raise ValueError(f"{vision.name} has no preprocessor_config.json, which holds the normalisation of its images")
     side = _input_side(settings, vision_config) if image_size is None else image_size
-    if not patch_size_of(vision_config) <= side <= LARGEST_IMAGE:
-        least = patch_size_of(vision_config)
-        raise ValueError(f"image_size is {side}; expected {least} (one patch) to {LARGEST_IMAGE} pixels")
     patch = patch_size_of(vision_config)
+    if not patch <= side <= LARGEST_IMAGE:
+        raise ValueError(f"image_size is {side}; expected {patch} (one patch) to {LARGEST_IMAGE} pixels")
     if side % patch:
         remedy = f"choose an image_size of {side // patch * patch} or {(side // patch + 1) * patch}"
         raise ValueError(f"images of {side} x {side} pixels do not divide into patches of {patch}; {remedy}")

@@ -188,7 +188,7 @@ def _overview(package: Package, arguments: PublishArguments, api: HfApi) -> str:
     lines = [f"{package.kind} to {arguments.repo_id}, {target}; {len(sizes)} files, {megabytes:.1f} MB"]
     lines += _compared(arguments.repo_id, api, sizes, lambda: changes_of(package, arguments.repo_id, api))
     if arguments.space:
-        contents, sizes = space_contents({"MODEL_ID": arguments.repo_id}), {}
+        contents = space_contents({"MODEL_ID": arguments.repo_id})
         lines += [f"Space to {arguments.space}"]
         sizes = {path: size_of(content) for path, content in contents.files.items()}
         lines += _compared(arguments.space, api, sizes, lambda: space_changes(contents, arguments.space, api))
@@ -196,7 +196,7 @@ def _overview(package: Package, arguments: PublishArguments, api: HfApi) -> str:
 
 
 def _compared(repo_id: str, api: HfApi, sizes: dict[str, int], compare) -> list[str]:
-    """The lines of an overview; all files are new where there is no repository, or no Hub."""
+    """The lines of an overview; without a repository, or without the Hub, all files count as new."""
     new = Changes(sorted(sizes), [], [], [])
     try:
         with translate_hub_errors(repo_id):
@@ -410,7 +410,7 @@ def space_contents(settings: dict[str, str]) -> Package:
 
 
 def space_changes(contents: Package, space_id: str, api: HfApi) -> Changes:
-    """What publishing would do to a Space; what the Hub itself writes into a new one is nobody's."""
+    """What publishing would do to a Space. Files that the Hub itself wrote into a new one may be replaced."""
     found = hashes_on_hub(space_id, "main", api, "space")
     released = released_hashes(space_id, found, api, "space")
     if set(found) <= {".gitattributes", "README.md"}:

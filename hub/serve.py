@@ -62,20 +62,17 @@ class GranulonChatHandler(chat_completion.ChatCompletionHandler):
     _valid_params_class = GranulonRequest
 
     async def handle_request(self, body, request_id):
-        """As upstream; an unusable image and an unknown level or view are refused in the form of OpenAI's errors."""
-        try:
-            options = {name: body.pop(name) for name in ("granularity", "visual_view") if name in body}
-            _, model, processor = self._resolve_model(body)
-            _check_options(options, model.config)
-            if stop := body.pop("stop", None):
-                stops = [stop] if isinstance(stop, str) else stop
-                STOPPED.set(StopText(stops))
-                options["stopping_criteria"] = [StopAtText(processor.tokenizer, stops)]
-            GENERATE_OPTIONS.set(options)
-            body["messages"] = await _open_images(body.get("messages"))
-            return await super().handle_request(body, request_id)
-        except HTTPException as error:
-            return JSONResponse(Refused(error.status_code, error.detail).body(), error.status_code)
+        """As upstream; an unusable image and an unknown level or view are refused."""
+        options = {name: body.pop(name) for name in ("granularity", "visual_view") if name in body}
+        _, model, processor = self._resolve_model(body)
+        _check_options(options, model.config)
+        if stop := body.pop("stop", None):
+            stops = [stop] if isinstance(stop, str) else stop
+            STOPPED.set(StopText(stops))
+            options["stopping_criteria"] = [StopAtText(processor.tokenizer, stops)]
+        GENERATE_OPTIONS.set(options)
+        body["messages"] = await _open_images(body.get("messages"))
+        return await super().handle_request(body, request_id)
 
     def _streaming(self, request_id, model, processor, model_id, inputs, *args, **kwargs):
         inputs = {**inputs, **GENERATE_OPTIONS.get()}
@@ -106,14 +103,11 @@ class GranulonResponseHandler(response.ResponseHandler):
     async def handle_request(self, body, request_id):
         """As upstream; what it cannot read is refused."""
         try:
-            try:
-                messages = self._normalize_input(body)
-            except (AttributeError, KeyError, TypeError, ValueError) as error:
-                raise HTTPException(400, f"input: invalid, {type(error).__name__}: {error}") from error
-            body = {name: value for name, value in body.items() if name != "instructions"}
-            return await super().handle_request(body | {"input": await _open_images(messages)}, request_id)
-        except HTTPException as error:
-            return JSONResponse(Refused(error.status_code, error.detail).body(), error.status_code)
+            messages = self._normalize_input(body)
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise HTTPException(400, f"input: invalid, {type(error).__name__}: {error}") from error
+        body = {name: value for name, value in body.items() if name != "instructions"}
+        return await super().handle_request(body | {"input": await _open_images(messages)}, request_id)
 
 
 class StopAtText(StoppingCriteria):
@@ -161,8 +155,7 @@ class StopText:
 
 
 def processor_inputs(messages, modality):
-    """As upstream, with every image opened by `load_rgb`."""
-    messages = _with_images(messages)
+    """As upstream, for messages whose images the handlers have opened."""
     try:
         conversation = upstream_inputs(messages, modality)
     except (AttributeError, KeyError, TypeError, ValueError) as error:  # the rest is checked already
@@ -249,6 +242,11 @@ def listed_models(manager, cache_dir=None):
     return [{"id": manager.force_model, "object": "model", "created": 0, "owned_by": ""}]
 
 
+async def refuse(request, error: HTTPException):
+    """A refusal of an endpoint in the form of OpenAI's errors."""
+    return JSONResponse(Refused(error.status_code, error.detail).body(), error.status_code)
+
+
 def register(max_body: int = MAX_BODY):
     """Add Granulon to `transformers serve` in this process, and a `Gate` before it."""
     name = GranulonForConditionalGeneration.__name__
@@ -261,6 +259,7 @@ def register(max_body: int = MAX_BODY):
 
     def build_server(*args, **kwargs):
         app = upstream_build_server(*args, **kwargs)
+        app.add_exception_handler(HTTPException, refuse)
         app.add_middleware(Gate, max_body=max_body)
         return app
 

@@ -163,11 +163,10 @@ class Gate:
         return checked
 
     async def _read(self, headers: dict, receive) -> bytes:
-        told = headers.get(b"content-length", b"0")
-        parts, size = [], int(told) if told.isdigit() else 0
-        if size > self.max_body:
+        announced = headers.get(b"content-length", b"0")
+        if announced.isdigit() and int(announced) > self.max_body:
             raise Refused(413, self._too_large())
-        size = 0
+        parts, size = [], 0
         while True:
             message = await receive()
             if message["type"] == "http.disconnect":

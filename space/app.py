@@ -133,7 +133,7 @@ def user_errors(title):
     try:
         yield
     except (ValueError, TimeoutError) as error:
-        raise gr.Error(str(error)[:1].upper() + str(error)[1:] + ".", title=title) from error
+        raise gr.Error(_message(error), title=title) from error
 
 
 def on_gpu(seconds):
@@ -279,6 +279,7 @@ def _plain(content):
 
 
 def _message(error):
+    """The text of an error as a sentence."""
     text = str(getattr(error, "message", error))
     return text[:1].upper() + text[1:].rstrip(".") + "."
 

@@ -11,6 +11,7 @@ import torch
 from sklearn.metrics import adjusted_mutual_info_score
 from torch import Tensor, nn
 
+from granulon.evaluation.token_reduction import cells, hashed
 from modeling_granulon.adaptive_token_aggregation import (
     AdaptiveTokenAggregation,
     AggregationOutput,
@@ -27,9 +28,7 @@ class GridCells(nn.Module):
     """Average pooling over K cells of a grid as square as K allows, in reading order."""
 
     def forward(self, features, attention, alpha, beta, grid, top_k) -> AggregationOutput:
-        rows, columns = grid_shape(top_k)
-        row_N, column_N = patch_places(grid, features.device).unbind(-1)
-        cell_N = row_N * rows // grid[0] * columns + column_N * columns // grid[1]
+        cell_N = cells(top_k, grid, features.device)
         return cluster_means(features, cell_N.expand(features.shape[:2]), grid, top_k)
 
 
@@ -40,10 +39,8 @@ class RandomClusters(nn.Module):
     """
 
     def forward(self, features, attention, alpha, beta, grid, top_k) -> AggregationOutput:
-        place_N2 = patch_places(grid, features.device).float()
-        wave_D = torch.arange(features.shape[-1], device=features.device).float().sin()
-        hash_IN = ((features.float() @ wave_D).sin() * 43758.5453).frac().abs()
-        seeds_IK2 = place_N2[hash_IN.topk(top_k, dim=-1).indices]
+        place_N2 = torch.cartesian_prod(*(torch.arange(side, device=features.device) for side in grid)).float()
+        seeds_IK2 = place_N2[hashed(features).topk(top_k, dim=-1).indices]
         nearest_IN = torch.cdist(place_N2.expand(len(features), -1, -1), seeds_IK2).argmin(-1)
         return cluster_means(features, nearest_IN, grid, top_k)
 
@@ -76,17 +73,6 @@ def separation(assignment_SN: np.ndarray, scenes: list[world.Scene]) -> float:
     """Adjusted mutual information of groups of patches with what the patches show, mean over scenes; 0 is chance."""
     shown_SN = [[" ".join(words) for words in scene.patch_words()] for scene in scenes]
     return float(np.mean([adjusted_mutual_info_score(*pair) for pair in zip(shown_SN, assignment_SN, strict=True)]))
-
-
-def grid_shape(tokens: int) -> tuple[int, int]:
-    """Rows and columns of as many cells, as square as possible."""
-    rows = next(rows for rows in range(int(tokens**0.5), 0, -1) if tokens % rows == 0)
-    return rows, tokens // rows
-
-
-def patch_places(grid: tuple[int, int], device: torch.device) -> Tensor:
-    """Row and column of each patch, (N,2) long."""
-    return torch.cartesian_prod(*(torch.arange(side, device=device) for side in grid))
 
 
 def cluster_means(features: Tensor, cluster_IN: Tensor, grid: tuple[int, int], tokens: int) -> AggregationOutput:

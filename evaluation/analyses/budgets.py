@@ -14,11 +14,11 @@ import torch
 from matplotlib.figure import Figure
 from tqdm import tqdm
 
-from granulon.evaluation.statistics import interval
+from granulon.evaluation.statistics import mean_and_interval
 from granulon.evaluation.timing import interleaved
 from granulon.evaluation.token_reduction import METHODS, fastv_answer, replaced
 from granulon.hub.inference import encode, generate, open_image, question_about
-from granulon.hub.text import markdown_table, with_interval
+from granulon.hub.text import exact_match, markdown_table, with_interval
 from modeling_granulon.image_tokens import FULL, PIXEL, SEMANTIC
 from modeling_granulon.vision_features import patch_size_of
 
@@ -49,7 +49,10 @@ def accuracy_at_budgets(model, processor, rows: list[dict], budgets=BUDGETS, tim
     if not rows:
         raise ValueError("no row has an answer; give questions with answers")
     settings = list(_settings(model, budgets))
-    right = {key: _right(model, processor, rows, *key) for key in tqdm(settings, desc="accuracy", disable=None)}
+    right, read = {}, {}
+    for key in tqdm(settings, desc="accuracy", disable=None):
+        said, read[key] = _answers(model, processor, rows, *key)
+        right[key] = np.array([exact_match(answer, row["answer"]) for answer, row in zip(said, rows, strict=True)])
     seconds = _seconds(model, processor, rows[:timed_rows], settings)
     entries = []
     for key in settings:
@@ -57,15 +60,15 @@ def accuracy_at_budgets(model, processor, rows: list[dict], budgets=BUDGETS, tim
         first, whole = (np.median(seconds[key, tokens]) for tokens in (1, TIMED_TOKENS))
         entries.append(
             {
-                "method": method, "level": level, "budget": budget, "tokens": _tokens(model, processor, rows, *key),
-                "accuracy": _share(right[key]), "first_token_ms": 1000 * float(first),
+                "method": method, "level": level, "budget": budget, "tokens": float(np.mean(read[key])),
+                "accuracy": mean_and_interval(right[key]), "first_token_ms": 1000 * float(first),
                 "tokens_per_second": float((TIMED_TOKENS - 1) / max(whole - first, 1e-9)),
             }
         )  # fmt: skip
     levels = [right[OURS, name, None] for name in model.config.granularity_names]
     entries.append(
         {"method": OURS, "level": "best of each question", "budget": None, "tokens": None}
-        | {"accuracy": _share(np.max(levels, axis=0)), "first_token_ms": None, "tokens_per_second": None}
+        | {"accuracy": mean_and_interval(np.max(levels, axis=0)), "first_token_ms": None, "tokens_per_second": None}
     )
     return {"rows": len(rows), "timed_rows": timed_rows, "threads": torch.get_num_threads(), "entries": entries}
 
@@ -111,67 +114,51 @@ def _view_and_level(model, name: str | None, level: int | None) -> tuple[str, in
     return SEMANTIC, level if name is None else None if name == "auto" else name
 
 
-def _answers(model, processor, rows, method, name, budget, tokens=NEW_TOKENS, forced: bool = False) -> list[str]:
-    """The greedy answers to rows; of exactly so many tokens if `forced`."""
-    options = {"max_new_tokens": tokens, "do_sample": False} | ({"min_new_tokens": tokens} if forced else {})
+def _answers(
+    model, processor, rows, method, name, budget, tokens=NEW_TOKENS, timed: bool = False
+) -> tuple[list[str], list[int]]:
+    """The greedy answers to rows, and the image tokens that each reads; of FastV those that its later layers read.
+
+    Answers that are timed have exactly so many tokens, and what they read is not counted.
+    """
+    options = {"max_new_tokens": tokens, "do_sample": False} | ({"min_new_tokens": tokens} if timed else {})
     with _prepared(model, processor, method, budget) as level:
         view, granularity = _view_and_level(model, name, level)
         if method == FASTV:
-            return [_fastv(model, processor, row, level, budget, tokens, forced) for row in rows]
-        found = []
+            return [_fastv(model, processor, row, level, budget, tokens, timed) for row in rows], [budget] * len(rows)
+        answers, read = [], []
         for start in range(0, len(rows), BATCH):
             chats = [question_about(open_image(row["image"]), row["question"]) for row in rows[start : start + BATCH]]
             prompt = encode(model, processor, chats, granularity)
-            found += generate(model, processor, prompt, visual_view=view, **options)[0]
-        return found
+            answers += generate(model, processor, prompt, visual_view=view, **options)[0]
+            if not timed:
+                read += [sum(row["tokens"].values()) for row in prompt.visual.describe(view)]
+        return answers, read
 
 
-def _fastv(model, processor, row, level, budget, tokens, forced) -> str:
-    chat = question_about(open_image(row["image"]), row["question"])
-    text = processor.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
-    inputs = processor(text=text, images=[open_image(row["image"])], visual_view=PIXEL, return_tensors="pt")
+def _fastv(model, processor, row, level, budget, tokens, timed) -> str:
+    image = open_image(row["image"])
+    text = processor.apply_chat_template(
+        question_about(image, row["question"]), add_generation_prompt=True, tokenize=False
+    )
+    inputs = processor(text=text, images=[image], visual_view=PIXEL, return_tensors="pt")
     inputs = dict(inputs.to(model.device, dtype=model.dtype))
     ends = model.generation_config.eos_token_id
-    ends = () if forced or ends is None else tuple(ends) if isinstance(ends, list) else (ends,)
+    ends = () if timed or ends is None else tuple(ends) if isinstance(ends, list) else (ends,)
     ids = fastv_answer(model, inputs | {"granularity": level}, budget, tokens, ends)
     return processor.decode(ids, skip_special_tokens=True).strip()
 
 
-def _right(model, processor, rows, *key) -> np.ndarray:
-    said = _answers(model, processor, rows, *key)
-    return np.array([_plain(answer) == _plain(row["answer"]) for answer, row in zip(said, rows, strict=True)], float)
-
-
-def _plain(text: str) -> str:
-    return " ".join(text.lower().split()).rstrip(".")
-
-
 def _seconds(model, processor, rows, settings) -> dict:
     """Seconds of answers of one token and of several to single questions, by setting and number of tokens."""
-    calls = {}
+    calls, rows = {}, [row | {"image": open_image(row["image"])} for row in rows]  # before the time is taken
     for key in settings:
         for tokens in (1, TIMED_TOKENS):
             turn = cycle(rows)
             calls[key, tokens] = lambda key=key, tokens=tokens, turn=turn: _answers(
-                model, processor, [next(turn)], *key, tokens=tokens, forced=True
+                model, processor, [next(turn)], *key, tokens=tokens, timed=True
             )
     return interleaved(calls, len(rows), model.device)
-
-
-def _tokens(model, processor, rows, method, name, budget) -> float:
-    """Image tokens that are read, mean over rows; of FastV those that its later layers read."""
-    if method == FASTV:
-        return float(budget)
-    with _prepared(model, processor, method, budget) as level:
-        view, granularity = _view_and_level(model, name, level)
-        chats = [question_about(open_image(row["image"]), row["question"]) for row in rows[:BATCH]]
-        read = encode(model, processor, chats, granularity).visual.describe(view)
-        return float(np.mean([sum(row["tokens"].values()) for row in read]))
-
-
-def _share(values_N: np.ndarray) -> tuple[float, float, float]:
-    sums_N2 = np.stack([values_N, np.ones_like(values_N)], 1)
-    return float(values_N.mean()), *interval(lambda sums: sums[:, 0] / sums[:, 1], sums_N2)
 
 
 def budgets_markdown(report: dict) -> str:

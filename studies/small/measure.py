@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from granulon.evaluation.statistics import interval
+from granulon.evaluation.statistics import mean_and_interval
 from granulon.hub.files import read_jsonl
 from granulon.hub.inference import encode, generate, load_model, load_processor, open_image, question_about
 from granulon.hub.text import markdown_table, with_interval
@@ -69,9 +69,7 @@ def share(values: np.ndarray) -> str:
     """A mean and its 95% bootstrap interval."""
     if not len(values):
         return "-"
-    return with_interval(
-        values.mean(), *interval(lambda sums: sums[:, 0] / sums[:, 1], np.stack([values, np.ones_like(values)], 1))
-    )
+    return with_interval(*mean_and_interval(values))
 
 
 def commonest(train: list[dict]) -> dict[str, str]:

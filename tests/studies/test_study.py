@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+from granulon.evaluation.token_reduction import grid_shape
 from granulon.train.controller.fit import train_controller
 from modeling_granulon.adaptive_token_aggregation import AdaptiveTokenAggregation
 from studies import run as study
@@ -26,7 +27,7 @@ from studies.arms import (
 )
 from studies.encoders import as_pixels, encode, make_encoder
 from studies.report import comparisons_table, mean_over_seeds, mean_with_interval, statistics
-from studies.tokens import MODULES, SOURCES, ColourClusters, grid_shape
+from studies.tokens import MODULES, SOURCES, ColourClusters
 from studies.training import TEXT_FIRST, Scale, cached, label_rows, predicted_levels, template_level
 
 KINDS = tuple(world.KINDS)

@@ -17,7 +17,7 @@ os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_KVCACHE_SPACE": 
 import numpy as np  # noqa: E402
 import openai  # noqa: E402
 import torch  # noqa: E402
-from conftest import DECODERS, TOWERS, byte_tokenizer, make_image, make_processor  # noqa: E402
+from conftest import DECODERS, LEVELS, TOWERS, byte_tokenizer, make_image, make_processor  # noqa: E402
 from PIL import Image  # noqa: E402
 from vllm import LLM, SamplingParams  # noqa: E402
 
@@ -25,10 +25,6 @@ from modeling_granulon import GranulonConfig, GranulonForConditionalGeneration, 
 
 pytestmark = pytest.mark.slow
 REAL = Path(__file__).parents[2] / "build/granulon-small"
-LEVELS = [
-    {"name": "coarse", "stride": 2, "clusters": 3, "keep": 2, "view": "semantic"},
-    {"name": "fine", "stride": 1, "clusters": 6, "keep": 5, "view": "full"},
-]
 WIDTHS = {
     "hidden_size": 128,
     "intermediate_size": 96,
