@@ -10,11 +10,15 @@ import json
 import sys
 from argparse import Namespace
 from collections import Counter
+from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
 
 import datasets
 import transformers
+from huggingface_hub import HfApi
+from huggingface_hub.constants import HF_HUB_CACHE
+from huggingface_hub.file_download import repo_folder_name
 from lmms_eval.api.task import ConfigurableMessagesTask
 from lmms_eval.evaluator import simple_evaluate
 from lmms_eval.tasks import TaskManager
@@ -25,9 +29,11 @@ from tenacity import RetryError
 from granulon.hub.text import first_line
 
 from .metrics import BERTSCORE, METRICS, bertscore_statistics
+from .protocols import OURS, PROTOCOLS
 from .scoring import LMMS_EVAL_FIGURES, UNSCORED, figures, statistics_of
 
 TASKS = Path(__file__).parent / "tasks"
+HUB_TIMEOUT = 10.0  # seconds
 MODEL_NAME = "granulon"  # the key for this model in a task's `lmms_eval_specific_kwargs`
 NLTK_DATA = "NLTK's data: python -m nltk.downloader punkt_tab averaged_perceptron_tagger_eng wordnet"
 # Tasks of lmms-eval whose scoring needs data that pip does not install.
@@ -48,13 +54,54 @@ def reduce_logging():
     transformers.logging.disable_progress_bar()
 
 
-def task_config(name: str) -> dict:
+def task_config(name: str, protocol: str = OURS) -> dict:
     """
-    The configuration of a task of ours or of lmms-eval.
+    The configuration of a task of ours or of lmms-eval, as a protocol has it.
 
     Raises:
-        ValueError: the task does not exist, is a group of tasks, or needs a package that is not installed.
+        ValueError: the task does not exist, is a group of tasks, needs a package that is not installed, or is not part
+            of the protocol.
     """
+    rules = PROTOCOLS[protocol]
+    if not rules.has(name):
+        raise ValueError(f"the protocol {protocol} has no task {name}; it has {', '.join(rules.tasks)}")
+    config = _read_task((rules.tasks or {}).get(name, name))
+    if rules.options:
+        config["generation_kwargs"] = dict(rules.options)
+    if rules.limit is not None:
+        config["metadata"] = {**config["metadata"], "limit": rules.limit}
+    if rules.question_first:
+        config["doc_to_messages"] = _question_before_image(config["doc_to_text"], config["doc_to_visual"])
+    config["metric_list"] = [entry for entry in config.get("metric_list") or [] if rules.has(name, entry["metric"])]
+    return config
+
+
+def own_limit(config: dict) -> int | None:
+    """The number of samples that a task evaluates unless another is asked for; None for all."""
+    metadata = config.get("metadata")
+    return metadata.get("limit") if isinstance(metadata, dict) else None
+
+
+@lru_cache
+def data_commit(path: str, revision: str | None) -> str | None:
+    """The commit of a data set on the Hub, or the one in its cache; None if neither is found."""
+    if Path(path).exists():
+        return None
+    try:
+        return HfApi().dataset_info(path, revision=revision, timeout=HUB_TIMEOUT).sha
+    except Exception:  # the client's own errors have no common class
+        cached = Path(HF_HUB_CACHE, repo_folder_name(repo_id=path, repo_type="dataset"), "refs", revision or "main")
+        return cached.read_text().strip() if cached.is_file() else None
+
+
+def with_commit(config: dict, commit: str | None) -> dict:
+    """The configuration of a task with its data at a commit."""
+    options = config.get("dataset_kwargs") or {}
+    return config if commit is None else config | {"dataset_kwargs": {**options, "revision": commit}}
+
+
+def _read_task(name: str) -> dict:
+    """The content of a task's file."""
     index = _task_manager().task_index
     if name not in index:
         index = _task_manager(include_defaults=True).task_index
@@ -207,6 +254,17 @@ def _sample(logged: dict, metrics: list[str]) -> dict:
         # lmms-eval's own hash is that of the task's name alone.
         "doc_sha256": hashlib.sha256(json.dumps(doc, sort_keys=True).encode()).hexdigest(),
     }
+
+
+def _question_before_image(doc_to_text: Callable, doc_to_visual: Callable) -> Callable:
+    """A task's `doc_to_messages` for prompts whose image stands on a line after the question."""
+
+    def question_before_image(doc, lmms_eval_specific_kwargs=None):
+        options = [] if lmms_eval_specific_kwargs is None else [lmms_eval_specific_kwargs]
+        images = [{"type": "image", "url": image} for image in doc_to_visual(doc)]
+        return [{"role": "user", "content": [{"type": "text", "text": f"{doc_to_text(doc, *options)}\n"}, *images]}]
+
+    return question_before_image
 
 
 def _no_aggregation(items: list) -> float:

@@ -20,9 +20,11 @@ from granulon.hub.files import read_jsonl, write_atomically
 from granulon.hub.manifest import MANIFEST, versions, weights_sha256
 from granulon.hub.text import first_line
 
+from .protocols import OURS
+
 MATRICES = Path(__file__).parent
 RUNS, RESULT, SAMPLES, ANSWERS = "runs", "result.json", "samples.jsonl", "answers.jsonl"
-LIBRARIES = ("granulon", "lmms_eval", "transformers", "torch", "datasets", "sacrebleu", "torchmetrics", "numpy")
+LIBRARIES = ("granulon", "lmms_eval", "transformers", "torch", "datasets", "sacrebleu", "numpy")
 _weights_sha256 = lru_cache(weights_sha256)  # every task of an entry needs it
 
 
@@ -39,6 +41,7 @@ class Entry:
         overrides: changes of the configuration.
         tasks: of this entry; None for the matrix's.
         made_by: the command that trains the model, printed where the model is missing.
+        trained_on: the tasks on whose training data the model was trained; on others it is evaluated zero-shot.
     """
 
     name: str
@@ -50,6 +53,7 @@ class Entry:
     overrides: dict = field(default_factory=dict)
     tasks: tuple[str, ...] | None = None
     made_by: str | None = None
+    trained_on: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -61,11 +65,13 @@ class Settings:
         limit: number of samples of each task; None for all.
         sample_rows: whether the samples are generated (sample_rows.py) instead of the task's data.
         bertscore_model: encoder for BERTScore, a folder or Hub id; it changes figures, but no answers.
+        protocol: a name in protocols.py.
     """
 
     limit: int | None = None
     sample_rows: bool = False
     bertscore_model: str = "roberta-large"
+    protocol: str = OURS
 
 
 @dataclass(frozen=True)
@@ -142,7 +148,8 @@ def run_key(entry: Entry, identity: dict, task: dict, settings: Settings) -> str
     """The key of a run: a hash of everything that decides its answers."""
     options = {name: getattr(entry, name) for name in ("granularity", "view", "overrides")}
     model = {name: value for name, value in identity.items() if name != "manifest"}
-    content = json.dumps([options, model, task, settings.limit, settings.sample_rows], sort_keys=True, default=str)
+    shared = [settings.limit, settings.sample_rows, settings.protocol]
+    content = json.dumps([options, model, task, *shared], sort_keys=True, default=str)
     return hashlib.sha256(content.encode()).hexdigest()[:16]
 
 
@@ -174,29 +181,38 @@ def read_results(output: Path) -> list[dict]:
     results = []
     for file in sorted((output / RUNS).glob(f"*/{RESULT}")):
         result = json.loads(file.read_text())
+        result["settings"] = {"protocol": OURS} | result["settings"]  # older runs do not name it
         judges = {more.stem: json.loads(more.read_text()) for more in sorted(file.parent.glob("judge-*.json"))}
         entries = [json.loads(more.read_text()) for more in sorted(file.parent.glob("entry-*.json"))]
         results.append(result | {"folder": str(file.parent), "judges": judges, "entries": [result["entry"], *entries]})
     return sorted(results, key=lambda result: result["finished_at"])
 
 
-def largest_runs(output: Path, only: Sequence[str] = (), tasks: Sequence[str] = ()) -> list[dict]:
+def largest_runs(
+    output: Path, only: Sequence[str] = (), tasks: Sequence[str] = (), protocol: str = OURS
+) -> list[dict]:
     """
     For each entry and task the result of the finished run with the most samples, and of equal ones the newest.
 
     Args:
         only, tasks: names of entries and of tasks; all by default.
+        protocol: of the runs.
 
     Raises:
         ValueError: there is no finished run, or none of an entry's name or of the tasks.
     """
     found = {}
     for result in read_results(output):
+        if result["settings"]["protocol"] != protocol:
+            continue
         key = json.dumps([result["entry"], result["task"]["name"]], sort_keys=True)
         if key not in found or result.get("samples", 0) >= found[key].get("samples", 0):
             found[key] = result
     if not found:
-        raise ValueError(f"{output} has no finished runs; run granulon-evaluate --output {output} first")
+        options = f"--output {output}" if protocol == OURS else f"--output {output} --protocol {protocol}"
+        raise ValueError(
+            f"{output} has no finished runs of the protocol {protocol}; run granulon-evaluate {options} first"
+        )
     names = {result["entry"]["name"] for result in found.values()}
     if missing := set(only) - names:
         raise ValueError(f"{output} has no finished run of {sorted(missing)}; it has {sorted(names)}")
@@ -225,4 +241,6 @@ def _entry(place: str, given: dict) -> Entry:
         raise ValueError(f"{place} has unknown keys {sorted(unknown)}; known are {', '.join(known)}")
     if missing := {"name", "model"} - given.keys():
         raise ValueError(f"{place} has no {' and no '.join(sorted(missing))}")
-    return Entry(**{key: tuple(value) if key == "tasks" and value else value for key, value in given.items()})
+    return Entry(
+        **{key: tuple(value) if key in ("tasks", "trained_on") and value else value for key, value in given.items()}
+    )

@@ -4,7 +4,7 @@ A metric consists of statistics of one answer (numbers, additive over samples) a
 recall is (recall of this answer, 1) and the first sum over the second. Values are per cent, except BLEU, which has its
 own scale of 100.
 
-docs/evaluation.md explains each metric under "What is counted".
+docs/evaluation.md explains each metric under "Metrics".
 
 Shapes: N samples, S statistics, R resamples.
 """
@@ -22,12 +22,11 @@ LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 BERTSCORE = "bertscore"  # computed in batches after a run; samples hold the texts until then
 BERTSCORE_MODEL = "roberta-large"
 BERTSCORE_LAYERS = {"roberta-large": 17}  # the hidden state that bert-score uses; of other encoders the last
-# torchmetrics (1.9) sorts answers and references by length, independently, and does not restore their order: with
-# three pairs or more, answers are compared with the references of other samples.
-BERTSCORE_BATCH = 2
+BERTSCORE_BATCH = 32  # pairs in one pass
 BLEU_ORDERS = 4
-SEGMENTS = 5  # of an answer, for a judge
-JUDGED = ("gptscore", "gpt_hallucination", "gpt_granularity")  # of the complete answer; _1 to _5 are its segments
+JUDGED = ("gptscore", "gpt_hallucination", "gpt_granularity")  # of an answer
+SEGMENTS = 5  # of an answer in the authors' protocol
+JUDGED_SEGMENTS = tuple(f"{name}_{number}" for name in JUDGED[:2] for number in range(1, SEGMENTS + 1))
 
 
 @dataclass(frozen=True)
@@ -132,29 +131,56 @@ def bertscore_statistics(
         (number, answer, reference)
         for number, (answer, own) in enumerate(zip(answers, references, strict=True))
         for reference in usable_references(own)
-        if words(answer)
     ]
+    pairs.sort(key=lambda pair: len(pair[1]) + len(pair[2]))  # little padding
     best = [0.0] * len(answers)
     score = _bertscorer(model, device) if pairs else None
     for start in range(0, len(pairs), BERTSCORE_BATCH):
         numbers, predictions, targets = zip(*pairs[start : start + BERTSCORE_BATCH])
-        for number, f1 in zip(numbers, score(list(predictions), list(targets)), strict=True):
+        for number, f1 in zip(numbers, score(predictions, targets), strict=True):
             best[number] = max(best[number], f1)
     return [[f1, 1.0] for f1 in best]
 
 
-def _bertscorer(model: str, device) -> Callable[[list[str], list[str]], list[float]]:
-    """torchmetrics' BERTScore with an encoder that is loaded once."""
-    from torchmetrics.functional.text.bert import bert_score  # takes seconds to import
+def _bertscorer(model: str, device) -> Callable[[Sequence[str], Sequence[str]], list[float]]:
+    """
+    BERTScore's F1 of pairs, as the library bert-score computes it without idf weights and rescaling.
+
+    Each token is matched with the most similar one of the other text, special tokens included; in the two means the
+    special tokens do not count. Shapes: B pairs, T and R tokens of the two texts, D the encoder's width.
+    """
+    import torch
     from transformers import AutoModel, AutoTokenizer
 
     try:
         encoder, tokenizer = AutoModel.from_pretrained(model), AutoTokenizer.from_pretrained(model)
     except OSError as error:
         raise ValueError(f"the BERTScore model {model} was not found: {first_line(error)}") from error
-    settings = {"model": encoder, "user_tokenizer": tokenizer, "num_layers": BERTSCORE_LAYERS.get(model)}
-    settings |= {"truncation": True, "batch_size": BERTSCORE_BATCH, "device": device}
-    return lambda predictions, targets: np.atleast_1d(bert_score(predictions, targets, **settings)["f1"]).tolist()
+    encoder = encoder.eval().to(device or "cpu")
+    if (layers := BERTSCORE_LAYERS.get(model)) is not None:
+        encoder.encoder.layer = encoder.encoder.layer[:layers]
+    longest = min(tokenizer.model_max_length, encoder.config.max_position_embeddings - 2)
+    special = torch.tensor([tokenizer.cls_token_id, tokenizer.sep_token_id], device=encoder.device)
+
+    def embed(texts):
+        # RoBERTa has other tokens for a word after a space; bert-score adds one to texts that are not empty.
+        texts = [f" {text.strip()}" if text.strip() else "" for text in texts]
+        tokens = tokenizer(texts, truncation=True, max_length=longest, padding=True, return_tensors="pt")
+        ids_BT, mask_BT = tokens["input_ids"].to(encoder.device), tokens["attention_mask"].to(encoder.device)
+        states_BTD = encoder(input_ids=ids_BT, attention_mask=mask_BT).last_hidden_state.float()
+        return torch.nn.functional.normalize(states_BTD, dim=-1), mask_BT > 0, mask_BT * ~torch.isin(ids_BT, special)
+
+    @torch.no_grad()
+    def score(predictions, targets):
+        (states_BTD, mask_BT, counts_BT), (states_BRD, mask_BR, counts_BR) = embed(predictions), embed(targets)
+        is_pair_BTR = mask_BT[:, :, None] & mask_BR[:, None, :]
+        cosine_BTR = (states_BTD @ states_BRD.mT).masked_fill(~is_pair_BTR, -1.0)
+        precision_B = (cosine_BTR.amax(2) * counts_BT).sum(1) / counts_BT.sum(1)
+        recall_B = (cosine_BTR.amax(1) * counts_BR).sum(1) / counts_BR.sum(1)
+        f1_B = 2 * precision_B * recall_B / (precision_B + recall_B)
+        return f1_B.nan_to_num(0.0).tolist()  # an empty text has no tokens that count
+
+    return score
 
 
 def statistics(names: Sequence[str], answer: str, references: Sequence[str]) -> dict[str, list[float]]:
@@ -268,8 +294,7 @@ METRICS = {
     "ratio": Metric(None, _share(0, 1)),
     "ratio_wrong": Metric(None, _share(0, 1), higher_is_better=False),
     **{
-        f"{figure}{segment}": Metric(None, _share(0, 1, scale=1.0), higher_is_better=figure != "gpt_hallucination")
-        for figure in JUDGED
-        for segment in ("", *(f"_{number}" for number in range(1, SEGMENTS + 1)))
+        name: Metric(None, _share(0, 1, scale=1.0), higher_is_better=not name.startswith("gpt_hallucination"))
+        for name in (*JUDGED, *JUDGED_SEGMENTS)
     },
 }

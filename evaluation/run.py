@@ -21,6 +21,7 @@ from transformers import HfArgumentParser
 from modeling_granulon.image_tokens import VISUAL_VIEWS
 
 from .matrix import Entry, Matrix, Settings, read_matrix
+from .protocols import OURS, PROTOCOLS
 from .tables import Results, write_tables
 
 
@@ -40,7 +41,14 @@ class EvaluateArguments:
     overrides: str | None = field(
         default=None, metadata={"help": 'changes of the configuration as JSON, such as {"controller": "random"}'}
     )
-    limit: int | None = field(default=None, metadata={"help": "use only the first samples of each task, this many"})
+    protocol: str = field(
+        default=OURS,
+        metadata={"help": "how questions are asked and answers are scored", "choices": list(PROTOCOLS)},
+    )
+    limit: int | None = field(
+        default=None,
+        metadata={"help": "use only the first samples of each task, this many, instead of the task's own number"},
+    )
     batch_size: int = field(default=8, metadata={"help": "prompts in one pass, on each process"})
     bertscore_model: str = field(
         default="roberta-large", metadata={"help": "encoder for BERTScore: a folder or a Hub id"}
@@ -64,7 +72,7 @@ def main(argv: list[str] | None = None):
 
 def _evaluate(arguments: EvaluateArguments):
     matrix, output = _matrix(arguments), Path(arguments.output)
-    settings = Settings(arguments.limit, arguments.sample_rows, arguments.bertscore_model)
+    settings = Settings(arguments.limit, arguments.sample_rows, arguments.bertscore_model, arguments.protocol)
     failed, not_computed = {}, []
     if not arguments.tables_only:
         try:
@@ -130,7 +138,19 @@ def _selected(matrix: Matrix, arguments: EvaluateArguments) -> Matrix:
         raise ValueError(f"{arguments.matrix} has no entry {sorted(missing)}; it has {names}")
     if arguments.tasks:
         entries = [replace(entry, tasks=None) for entry in entries]
-    return Matrix(entries, arguments.tasks or matrix.tasks, matrix.tables)
+    return _of_protocol(Matrix(entries, arguments.tasks or matrix.tasks, matrix.tables), arguments.protocol)
+
+
+def _of_protocol(matrix: Matrix, protocol: str) -> Matrix:
+    """The part of a matrix whose tasks a protocol has. Raises `ValueError` if there are none."""
+    has, named = PROTOCOLS[protocol].has, dict.fromkeys(run.task for run in matrix.runs)
+    left_out = [task for task in named if not has(task)]
+    if left_out and PartialState().is_main_process:
+        print(f"the protocol {protocol} has no {', '.join(left_out)}")
+    if len(left_out) == len(named):
+        raise ValueError(f"the protocol {protocol} has only the tasks {', '.join(PROTOCOLS[protocol].tasks)}")
+    entries = [replace(entry, tasks=entry.tasks and tuple(filter(has, entry.tasks))) for entry in matrix.entries]
+    return Matrix([entry for entry in entries if entry.tasks != ()], list(filter(has, matrix.tasks)), matrix.tables)
 
 
 if __name__ == "__main__":

@@ -97,11 +97,12 @@ class Runner:
         config, model, task = fail_together(lambda: self._identify(run))
         entry = replace(run.entry, overrides=effective_overrides(run.entry))
         folder = run_folder(self.output, run, run_key(entry, model, task, self.settings))
+        limit = self.settings.limit or engine.own_limit(config)
         if on_main_rank((folder / RESULT).is_file):
             return on_main_rank(lambda: self._reuse(run, folder))
         start = time.monotonic()
         loaded = fail_together(lambda: self._prepare(run, config, folder))
-        answers = engine.answer(self.model, loaded, self.settings.limit)
+        answers = engine.answer(self.model, loaded, limit)
         if answers is not None:
             samples, aggregated = answers
             description = {
@@ -109,6 +110,11 @@ class Runner:
                 "entry": asdict(run.entry),
                 "task": task,
                 "model": model,
+                "data": {
+                    "path": config.get("dataset_path"),
+                    "revision": (config.get("dataset_kwargs") or {}).get("revision"),
+                },
+                "limit": limit,
                 "samples": len(samples),
                 "seen": _seen(samples),
                 "seconds": round(time.monotonic() - start, 1),
@@ -131,7 +137,11 @@ class Runner:
 
     def _identify(self, run: Run) -> tuple[dict, dict, dict]:
         """The configuration of the task, and the identities of model and task."""
-        config = engine.task_config(run.task)
+        config = engine.task_config(run.task, self.settings.protocol)
+        if not self.settings.sample_rows:
+            asked = (config.get("dataset_kwargs") or {}).get("revision")
+            commit = on_main_rank(lambda: engine.data_commit(config.get("dataset_path"), asked))
+            config = engine.with_commit(config, commit)
         try:
             model = on_main_rank(lambda: model_identity(run.entry.model, run.entry.revision))
         except ValueError as error:

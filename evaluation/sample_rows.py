@@ -55,13 +55,15 @@ def write_rows(task: str, config: dict, output: Path) -> dict:
     options = config.get("generation_kwargs") or {}
     limit = min(options.get("max_new_tokens") or MAX_NEW_TOKENS, MAX_NEW_TOKENS)
     instruction = {"default": {"pre_prompt": "", "post_prompt": ""}}
+    has_instruction = task in WITHOUT_INSTRUCTION and config.get("lmms_eval_specific_kwargs") is not None
     return {
         "dataset_path": str(folder),
         "dataset_name": None,
         "dataset_kwargs": {"load_from_disk": True},
         "generation_kwargs": {**options, "max_new_tokens": limit},
-        **({"process_docs": None} if task == "gqa" else {}),  # joins images from the Hub
-        **({"lmms_eval_specific_kwargs": instruction} if task in WITHOUT_INSTRUCTION else {}),
+        # GQA's joins images from the Hub; SEED-Bench's leaves out videos, and in the authors' protocol the first rows
+        **({"process_docs": None} if task in ("gqa", "granulon_seedbench_recall") else {}),
+        **({"lmms_eval_specific_kwargs": instruction} if has_instruction else {}),
     }
 
 

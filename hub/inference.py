@@ -2,6 +2,8 @@
 
 import base64
 import json
+import os
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,6 +22,7 @@ DERIVED_FROM_LEVELS = ("default_granularity", "max_semantic_tokens")
 PROJECTOR = "model.multi_modal_projector."
 LEVEL_WEIGHTS = ("model.granularity_controller.", f"{PROJECTOR}gain_offsets", f"{PROJECTOR}level_embedding")
 LEVEL_WEIGHTS += (f"{PROJECTOR}cluster_embedding",)
+SHORTEST_BASE64 = 64  # characters; no image file is smaller
 
 
 def read_config(name: str | Path, revision: str = "main") -> dict:
@@ -100,16 +103,28 @@ def load_processor(name: str | Path, config: GranulonConfig, *, revision: str = 
 
 def open_image(source, public_only: bool = False) -> Image.Image:
     """
-    The image of a file, an http(s) address, a data URL, bytes or a PIL image, as `load_rgb` returns it.
+    The image of a file, an http(s) address, a data URL, base64, bytes or a PIL image, as `load_rgb` returns it.
 
     Args:
+        source: one of these, or as data sets store them: `{"bytes", "path"}` of which one may be None, a list of one.
         public_only: of addresses, fetch public ones alone (fetch.py).
 
     Raises:
         ValueError: it cannot be fetched, is larger than fetch.py allows, or is not a usable image.
     """
+    if isinstance(source, (list, tuple)):
+        if len(source) != 1:
+            raise ValueError(f"a list of {len(source)} images, expected one")
+        source = source[0]
+    if isinstance(source, dict):
+        source = source.get("bytes") or source.get("path")
+    if source is None:
+        raise ValueError("the image is missing: neither bytes nor a path are stored")
     if isinstance(source, str) and source.startswith("data:"):
         return load_rgb(base64.b64decode(source.partition(",")[2], validate=True))
+    if isinstance(source, str) and len(source) >= SHORTEST_BASE64 and not os.path.exists(source):
+        with suppress(ValueError):  # else a file that is missing, as load_rgb says
+            source = base64.b64decode(source, validate=True)
     if isinstance(source, str) and source.startswith(("http://", "https://")):
         return load_rgb(fetch(source, public_only))
     return load_rgb(source)

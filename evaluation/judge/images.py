@@ -5,11 +5,9 @@ import hashlib
 import io
 from pathlib import Path
 
-from granulon.evaluation.engine import make_task, task_config
+from granulon.evaluation.engine import make_task, task_config, with_commit
 from granulon.evaluation.sample_rows import write_rows
 from modeling_granulon import load_rgb
-
-IMAGE_SIDE = 768  # pixels of the longer side; larger images are scaled down
 
 
 class Images:
@@ -17,14 +15,16 @@ class Images:
     Args:
         result: of the run.
         output: the folder of results, which also holds generated sample rows.
+        side: pixels of the longer side; larger images are scaled down.
 
     Raises:
         ValueError: the data were not found.
     """
 
-    def __init__(self, result: dict, output: Path):
-        self.name = result["task"]["name"]
-        config = task_config(self.name)
+    def __init__(self, result: dict, output: Path, side: int):
+        self.name, self.side = result["task"]["name"], side
+        config = task_config(self.name, result["settings"]["protocol"])
+        config = with_commit(config, result.get("data", {}).get("revision"))
         rows = write_rows(self.name, config, output) if result["settings"]["sample_rows"] else None
         self.task = make_task(config, rows)
 
@@ -51,7 +51,7 @@ class Images:
         files = []
         for image in self.task.doc_to_visual(self.task.eval_docs[number]):
             image = load_rgb(image)
-            image.thumbnail((IMAGE_SIDE, IMAGE_SIDE))
+            image.thumbnail((self.side, self.side))
             file = io.BytesIO()
             image.save(file, "JPEG", quality=95)
             files.append(file.getvalue())

@@ -1,75 +1,82 @@
-"""The schema of a judge's reply, and how an answer is cut for the judge.
+"""What a judge returns, and how answers are cut for it.
 
-The segments are the authors': sentences in their order, an equal number in each of the first four, the rest in the
-fifth. A segment without sentences gets no score **(ours; the authors have it judged)**.
+Our judge scores the whole answer. The authors' scores five segments: sentences in their order, an equal number in each
+of the first four, the rest in the fifth; segments without text are shown as "(empty)" and scored like the others.
 """
 
 import re
-from collections.abc import Sequence
+from itertools import pairwise
+from typing import Annotated
 
-from pydantic import BaseModel, ConfigDict, Field, create_model, field_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, create_model
 
 from granulon.evaluation.metrics import JUDGED, SEGMENTS
 
 SCORES = dict(zip(("accuracy", "hallucination", "granularity"), JUDGED))  # name in a reply: name of the figure
-SEGMENT_NAMES = [f"segment_{number}" for number in range(1, SEGMENTS + 1)]
 SENTENCE_END = re.compile(r"(?<=[.!?。！？])\s*")
+EMPTY_SEGMENT = "(empty)"
 
 
-class Scores(BaseModel):
-    """The scores of a text, 0 to 100."""
+def _within_bounds(value: int) -> int:
+    if not 0 <= value <= 100:
+        raise ValueError(f"a score is {value}; expected 0 to 100")
+    return value
+
+
+# Not as bounds of the type: some endpoints reject them in a strict schema.
+Score = Annotated[int, AfterValidator(_within_bounds), Field(description="from 0 to 100")]
+
+
+class Verdict(BaseModel):
+    """Our judge's reply. The reason comes first, so that the scores follow from it."""
 
     model_config = ConfigDict(extra="forbid")
 
-    accuracy: int = Field(description="from 0 to 100")
-    hallucination: int = Field(description="from 0 to 100")
-    granularity: int = Field(description="from 0 to 100")
+    reason: str
+    accuracy: Score
+    hallucination: Score
+    granularity: Score
 
-    # Not as bounds of the type: some endpoints reject them in a strict schema.
-    @field_validator(*SCORES)
-    @classmethod
-    def within_bounds(cls, value):
-        if not 0 <= value <= 100:
-            raise ValueError(f"a score is {value}; expected 0 to 100")
-        return value
+    @staticmethod
+    def statistics(reply: dict) -> dict[str, list[float]]:
+        """Statistics as of any metric, by figure."""
+        return {figure: [float(reply[score]), 1.0] for score, figure in SCORES.items()}
 
 
-# The reason comes first, so that the scores follow from it.
-Verdict = create_model(
-    "Verdict",
-    __config__=ConfigDict(extra="forbid"),
-    __doc__="A judge's reply.",
-    reason=(str, ...),
-    whole=(Scores, ...),
-    **dict.fromkeys(SEGMENT_NAMES, (Scores, ...)),
-)
+SegmentScores = create_model("SegmentScores", **{f"segment_{n}": (Score, ...) for n in range(1, SEGMENTS + 1)})
+
+
+class SegmentVerdict(BaseModel):
+    """The authors' judge's reply."""
+
+    accuracy_scores: SegmentScores
+    hallucination_scores: SegmentScores
+
+    @staticmethod
+    def statistics(reply: dict) -> dict[str, list[float]]:
+        """Statistics as of any metric, by figure: of the mean over the segments, and with a number of each segment."""
+        found = {}
+        for score in ("accuracy", "hallucination"):
+            own = [float(reply[f"{score}_scores"][f"segment_{number}"]) for number in range(1, SEGMENTS + 1)]
+            found[SCORES[score]] = [sum(own) / SEGMENTS, 1.0]
+            found |= {f"{SCORES[score]}_{number}": [value, 1.0] for number, value in enumerate(own, 1)}
+        return found
+
+
+# Of our judge for an empty answer, which needs no call.
+EMPTY_VERDICT = {"reason": "the answer is empty", **dict.fromkeys(SCORES, 0)}
 
 
 def segments(text: str) -> list[str]:
-    """The five segments of an answer; "" for those without a sentence."""
-    sentences = [sentence for sentence in SENTENCE_END.split(text.strip()) if sentence]
+    """The authors' segments of an answer. As in their code, a text that ends with a full stop has one more sentence,
+    an empty one."""
+    sentences = SENTENCE_END.split(text.strip())
     size = max(1, len(sentences) // SEGMENTS)
-    parts = [sentences[start * size : (start + 1) * size] for start in range(SEGMENTS - 1)]
-    return [" ".join(part) for part in [*parts, sentences[(SEGMENTS - 1) * size :]]]
+    bounds = [*(size * number for number in range(SEGMENTS)), len(sentences)]
+    return [" ".join(sentences[start:end]).strip() or EMPTY_SEGMENT for start, end in pairwise(bounds)]
 
 
 def cut_words(text: str, most: int) -> tuple[str, bool]:
     """The first `most` words of a text, and whether there were more."""
     ends = [word.end() for word in re.finditer(r"\S+", text)]
     return (text.strip(), False) if len(ends) <= most else (text[: ends[most - 1]].strip(), True)
-
-
-def empty_verdict() -> dict:
-    """The verdict on an empty answer, which needs no call: 0 in all scores."""
-    zero = dict.fromkeys(SCORES, 0)
-    return {"reason": "the answer is empty", "whole": zero, **dict.fromkeys(SEGMENT_NAMES, zero)}
-
-
-def statistics_of(verdict: dict, parts: Sequence[str]) -> dict[str, list[float]]:
-    """Statistics as of any metric, by figure: of the complete answer, and with a number of its segments with text."""
-    found = {figure: [float(verdict["whole"][score]), 1.0] for score, figure in SCORES.items()}
-    for number, part in enumerate(parts, 1):
-        if part:
-            own = verdict[f"segment_{number}"]
-            found |= {f"{figure}_{number}": [float(own[score]), 1.0] for score, figure in SCORES.items()}
-    return found

@@ -2,13 +2,14 @@
 
     granulon-judge --results results --model NAME --prices 2.5 10 --dry_run
 
-The judge scores accuracy, hallucination and granularity, 0 to 100, of an answer and of its five segments. It sees the
-image, as the authors' judge does; `--sees reference` is for models without vision. Equal answers to equal questions
-are judged once. Every call is logged (`judge/calls.jsonl`) before it is sent: a rerun after a crash repeats none, and
-the cap on the cost (`--max_cost`) holds over all reruns.
+The judge scores accuracy, hallucination and granularity of an answer, 0 to 100; for runs of the authors' protocol
+accuracy and hallucination of five segments (protocols.py). It sees the image, as the authors' judge does; `--sees
+reference` is for models without vision. Equal answers to equal questions are judged once. Every call is logged
+(`judge/calls.jsonl`) before it is sent: a rerun after a crash repeats none, and the cap on the cost (`--max_cost`)
+holds over all reruns.
 
-The scores are written beside the result of each run, to `judge-<model>-<hash>.json`; the hash is of the prompt, the
-schema of the reply and what the judge sees. `granulon-evaluate --tables_only` puts them into the tables.
+The scores are written beside the result of each run, to `judge-<model>-<hash>.json`; the hash is of all that the judge
+is asked. `granulon-evaluate --tables_only` puts them into the tables.
 """
 
 import hashlib
@@ -23,19 +24,19 @@ from pathlib import Path
 from transformers import HfArgumentParser
 
 from granulon.evaluation.matrix import largest_runs, read_samples
+from granulon.evaluation.protocols import OURS
 from granulon.evaluation.scoring import figures
 from granulon.hub.files import write_atomically, write_jsonl
 from granulon.hub.text import with_interval
 from granulon.train.controller.journal import CHARACTERS_PER_TOKEN, ApiArguments, Endpoint, Journal, StopRun, call_key
 
-from .reply import Verdict, cut_words, empty_verdict, segments, statistics_of
+from .protocols import PROTOCOLS
+from .reply import cut_words
 
-PROMPT = Path(__file__).with_name("prompt.md")
 FOLDER, JOURNAL, QUARANTINE = "judge", "calls.jsonl", "quarantine.jsonl"
 TASKS = ("granulon_cc12m", "granulon_imagenet21k_recap", "granulon_flux_reason")  # those that the paper judges
 MAX_WORDS = 1000  # of an answer or reference; longer ones are cut and counted
-IMAGE_TOKENS = 2048  # the most that an image of `IMAGE_SIDE` pixels costs
-REPLY_TOKENS = 260  # expected, for the estimate of the cost
+IMAGE_TOKENS = 2048  # the most that an image is assumed to cost, unless --image_tokens are more
 
 
 @dataclass(kw_only=True)
@@ -43,11 +44,22 @@ class JudgeArguments(ApiArguments):
     results: str = field(metadata={"help": "folder of results that granulon-evaluate has written"})
     tasks: list[str] = field(default_factory=lambda: list(TASKS), metadata={"help": "tasks whose answers are judged"})
     only: list[str] = field(default_factory=list, metadata={"help": "judge only the entries of these names"})
+    protocol: str = field(default=OURS, metadata={"help": "of the runs, and of the judge", "choices": list(PROTOCOLS)})
     sees: str = field(
         default="image",
         metadata={"help": "what the judge sees of each sample", "choices": ["image", "reference", "both"]},
     )
-    prompt_file: str = field(default=str(PROMPT), metadata={"help": "file with the judge's instructions"})
+    prompt_file: str | None = field(
+        default=None, metadata={"help": "file with the judge's instructions, instead of the protocol's"}
+    )
+    image_tokens: int | None = field(
+        default=None, metadata={"help": "tokens of an image, for the estimate; by default gpt-4o's"}
+    )
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.sees != "image" and not PROTOCOLS[self.protocol].sees_reference:
+            raise ValueError(f"the judge of the protocol {self.protocol} sees the image alone; omit --sees")
 
 
 @dataclass(frozen=True)
@@ -58,7 +70,6 @@ class Case:
     id: int  # of the sample
     key: str | None = None  # of the call, if one is needed
     text: str = ""  # what the judge reads
-    segments: tuple[str, ...] = ()
     unscored: str | None = None  # why the answer is not judged
     cut: bool = False  # whether answer or reference was too long
 
@@ -84,7 +95,7 @@ def judge(arguments: JudgeArguments):
     Raises:
         StopRun: some answers have no scores yet; those that have are written.
     """
-    results = largest_runs(Path(arguments.results), arguments.only, arguments.tasks)
+    results = largest_runs(Path(arguments.results), arguments.only, arguments.tasks, arguments.protocol)
     judge = Judge(arguments)
     cases_by_run = [judge.cases(result) for result in results]
     cases = [case for own in cases_by_run for case in own]
@@ -112,11 +123,13 @@ class Judge:
     """A judging model with its prompt: builds the calls and writes the scores."""
 
     def __init__(self, arguments: JudgeArguments):
-        self.arguments = arguments
-        self.prompt = Path(arguments.prompt_file).read_text(encoding="utf-8")
+        self.arguments, self.protocol = arguments, PROTOCOLS[arguments.protocol]
+        self.prompt = Path(arguments.prompt_file or self.protocol.prompt).read_text(encoding="utf-8")
         self.sees_image = arguments.sees != "reference"
-        schema = [Verdict.model_json_schema(), arguments.sees]
-        self.prompt_sha = hashlib.sha256((self.prompt + json.dumps(schema, sort_keys=True)).encode()).hexdigest()
+        self.image_tokens = arguments.image_tokens or self.protocol.image_tokens
+        asked = [self.protocol.schema.model_json_schema(), arguments.sees, self.protocol.image_detail]
+        asked = json.dumps([*asked, self.protocol.request], sort_keys=True)
+        self.prompt_sha = hashlib.sha256((self.prompt + asked).encode()).hexdigest()
         model = re.sub(r"[^\w.]+", "-", arguments.model).strip("-")
         self.name = f"judge-{model}-{self.prompt_sha[:12]}"  # of its files
         self.images = {}  # by folder of the run
@@ -127,55 +140,54 @@ class Judge:
         if self.sees_image:
             from .images import Images  # needs lmms-eval, and the data
 
-            self.images[folder] = Images(result, Path(self.arguments.results))
+            self.images[folder] = Images(result, Path(self.arguments.results), self.protocol.image_side)
         return [self._case(folder, sample) for sample in read_samples(folder)]
 
     def _case(self, folder: Path, sample: dict) -> Case:
         answer, cut = cut_words(sample["answer"], MAX_WORDS)
-        if not answer:
+        if not answer and self.protocol.empty is not None:
             return Case(folder, sample["id"])
-        content = {"question": sample["question"]}
+        reference = None
         if self.arguments.sees != "image":
             reference = next((text for text in sample["references"] if isinstance(text, str) and text.split()), None)
             if reference is None:
                 return Case(folder, sample["id"], unscored="the sample has no reference")
-            content["reference"], reference_cut = cut_words(reference, MAX_WORDS)
+            reference, reference_cut = cut_words(reference, MAX_WORDS)
             cut |= reference_cut
-        parts = tuple(segments(answer))
-        content |= {f"segment_{n}": part or "(empty)" for n, part in enumerate(parts, 1)}
-        text = json.dumps(content, ensure_ascii=False)
+        text = json.dumps(self.protocol.content(sample["question"], answer, reference), ensure_ascii=False)
         images = self.images[folder].sha256(sample) if self.sees_image else None
         key = call_key([text, images], self.arguments.model, self.prompt_sha)
-        return Case(folder, sample["id"], key, text, parts, cut=cut)
+        return Case(folder, sample["id"], key, text, cut=cut)
 
     def estimate(self, cases: list[Case], spent: float) -> str:
         """A sentence on what the calls will cost."""
         characters = sum(len(self.prompt) + len(case.text) for case in cases)
-        image_tokens = IMAGE_TOKENS * len(cases) if self.sees_image else 0
+        image_tokens = self.image_tokens * len(cases) if self.sees_image else 0
         tokens_in = characters // CHARACTERS_PER_TOKEN + image_tokens
-        return self.arguments.estimate(tokens_in, REPLY_TOKENS * len(cases), spent)
+        return self.arguments.estimate(tokens_in, self.protocol.reply_tokens * len(cases), spent)
 
     def ask(self, cases: list[Case], journal: Journal) -> StopRun | None:
         """Make the calls; the replies are in the journal. Returns why it stopped before the end, if it did."""
         # Built when they are sent: thousands of images do not fit into memory.
         calls = ({case.key: self._messages(case)} for case in cases)
-        return ImageEndpoint(self.arguments, journal, Verdict).ask_all(calls, len(cases))
+        endpoint = ImageEndpoint(self.arguments, journal, self.protocol.schema)
+        endpoint.same_in_all_calls |= self.protocol.request
+        return endpoint.ask_all(calls, len(cases))
 
     def _messages(self, case: Case) -> list[dict]:
-        content = case.text
-        if self.sees_image:
-            urls = self.images[case.folder].data_urls(case.id)
-            content = [{"type": "image_url", "image_url": {"url": url}} for url in urls]
-            content.append({"type": "text", "text": case.text})
-        return [{"role": "system", "content": self.prompt}, {"role": "user", "content": content}]
+        urls = self.images[case.folder].data_urls(case.id) if self.sees_image else []
+        images = [
+            {"type": "image_url", "image_url": {"url": url, "detail": self.protocol.image_detail}} for url in urls
+        ]
+        return self.protocol.messages(self.prompt, case.text, images)
 
     def write(self, result: dict, cases: list[Case], journal: Journal) -> int:
         """Write the scores of a run; returns how many of its answers still wait for a reply."""
         scored, unscored, waiting = [], Counter(), 0
         for case in cases:
             if case.empty or case.key in journal.answers:
-                verdict = empty_verdict() if case.empty else journal.answers[case.key]["answer"]
-                sample = {"id": case.id, "statistics": statistics_of(verdict, case.segments), "verdict": verdict}
+                verdict = self.protocol.empty if case.empty else journal.answers[case.key]["answer"]
+                sample = {"id": case.id, "statistics": self.protocol.schema.statistics(verdict), "verdict": verdict}
                 scored.append(sample | ({"cut": True} if case.cut else {}))
             elif case.unscored or case.key in journal.rejected:
                 unscored[case.unscored or journal.rejected[case.key]] += 1
@@ -186,6 +198,7 @@ class Judge:
             "model": self.arguments.model,
             "base_url": self.arguments.base_url,
             "prompt_sha": self.prompt_sha,
+            "protocol": self.arguments.protocol,
             "sees": self.arguments.sees,
             "run": result["run"],
             "metrics": figures(scored),
@@ -195,7 +208,7 @@ class Judge:
             "cut": sum(case.cut for case in cases),
             "max_words": MAX_WORDS,
             "samples": scored,
-            "finished_at": datetime.now(UTC).isoformat(timespec="seconds"),
+            "finished_at": datetime.now(UTC).isoformat(timespec="milliseconds"),
         }
         text = json.dumps(scores, indent=1, ensure_ascii=False) + "\n"
         write_atomically(Path(result["folder"], f"{self.name}.json"), text)
@@ -214,7 +227,7 @@ class ImageEndpoint(Endpoint):
                 images += part["type"] == "image_url"
                 texts += [part["text"]] if part["type"] == "text" else []
         of_texts = super().most_cost([{"role": "user", "content": text} for text in texts])
-        return of_texts + self.options.cost(images * IMAGE_TOKENS, 0)
+        return of_texts + self.options.cost(images * max(IMAGE_TOKENS, self.options.image_tokens or 0), 0)
 
 
 def summary(scores: dict) -> str:

@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -21,13 +22,17 @@ from pydantic import ValidationError
 from test_tables import make_run, write
 
 from granulon.evaluation.judge import images, run
-from granulon.evaluation.judge.reply import Verdict, cut_words, empty_verdict, segments, statistics_of
-from granulon.evaluation.judge.run import MAX_WORDS, PROMPT, main
-from granulon.evaluation.matrix import Entry, Matrix, read_results
-from granulon.evaluation.metrics import JUDGED
+from granulon.evaluation.judge.protocols import PROTOCOLS
+from granulon.evaluation.judge.reply import EMPTY_VERDICT, SegmentVerdict, Verdict, cut_words, segments
+from granulon.evaluation.judge.run import MAX_WORDS, main
+from granulon.evaluation.matrix import Entry, Matrix, Settings, read_results
+from granulon.evaluation.metrics import JUDGED, JUDGED_SEGMENTS
+from granulon.evaluation.protocols import AUTHORS, OURS
+from granulon.evaluation.scoring import figures
 from granulon.train.controller import journal
 
 TASK = "granulon_cc12m"
+PROMPT = PROTOCOLS[OURS].prompt
 OPTIONS = {"model": "m", "prices": (1.0, 4.0), "max_cost": 5.0}
 
 
@@ -45,7 +50,7 @@ class JudgeServer(FaultServer):
         content = body["messages"][-1]["content"]
         if isinstance(content, list):
             self.images += [part["image_url"]["url"] for part in content if part["type"] == "image_url"]
-            content = content[-1]["text"]
+            content = next(part["text"] for part in content if part["type"] == "text")
         body["messages"][-1]["content"] = json.dumps(content)
         text = json.dumps(body).encode()
         again = asyncio.StreamReader()
@@ -54,9 +59,14 @@ class JudgeServer(FaultServer):
         return await super()._exchange(again, writer)
 
     def answer(self, question):
-        parts = {name: text for name, text in json.loads(question).items() if name.startswith("segment")}
-        scored = {name: self.scores(text) for name, text in parts.items()}
-        return {"reason": f"`{self.shift}` apart", "whole": self.scores(question), **scored}
+        if not question.startswith("{"):
+            parts = re.findall(r"Segment \d: (.*)", question)
+            named = {f"segment_{number}": self.scores(part) for number, part in enumerate(parts, 1)}
+            return {
+                f"{score}_scores": {name: own[score] for name, own in named.items()}
+                for score in ("accuracy", "hallucination")
+            }
+        return {"reason": f"`{self.shift}` apart", **self.scores(question)}
 
     def scores(self, text):
         draws = hashlib.sha256(text.encode()).digest()
@@ -116,36 +126,29 @@ def scores_of(results):
     return [result["judges"][name] for result in results for name in sorted(result["judges"])]
 
 
-def test_every_answer_and_its_segments_are_scored_and_equal_answers_share_a_call(judge, server):
+def test_every_answer_is_scored_and_equal_answers_share_a_call(judge, server):
     results = judge()
     assert len(server.asked) == 30 and set(server.asked.values()) == {1}
     for judged in scores_of(results):
         assert judged["waiting"] == 0 and len(judged["samples"]) == 20 and judged["model"] == "m"
         assert len(judged["prompt_sha"]) == 64 and judged["judge"].startswith(f"judge-m-{judged['prompt_sha'][:12]}")
-        assert set(judged["metrics"]) == {
-            f"{name}{part}" for name in JUDGED for part in ("", *"_1 _2 _3 _4 _5".split())
-        }
+        assert set(judged["metrics"]) == set(JUDGED)
         whole = judged["metrics"]["gptscore"]
-        scores = [sample["verdict"]["whole"]["accuracy"] for sample in judged["samples"]]
+        scores = [sample["verdict"]["accuracy"] for sample in judged["samples"]]
         assert whole["value"] == pytest.approx(np.mean(scores)) and whole["low"] < whole["value"] < whole["high"]
         assert whole["n"] == 20 and not judged["metrics"]["gpt_hallucination"]["higher_is_better"]
 
 
-def test_a_call_has_the_prompt_a_strict_schema_and_the_segments_and_the_key_is_never_written(judge, server, runs):
+def test_a_call_has_the_prompt_a_strict_schema_and_the_answer_and_the_key_is_never_written(judge, server, runs):
     judge()
     body = server.bodies[-1]
     assert body["messages"][0]["content"] == PROMPT.read_text()
     schema = body["response_format"]["json_schema"]
     assert schema["strict"] and schema["schema"]["additionalProperties"] is False
-    assert list(schema["schema"]["properties"]) == ["reason", "whole", *(f"segment_{n}" for n in range(1, 6))]
+    assert list(schema["schema"]["properties"]) == ["reason", "accuracy", "hallucination", "granularity"]
     asked = json.loads(json.loads(body["messages"][1]["content"]))
-    assert list(asked) == ["question", "reference", *(f"segment_{n}" for n in range(1, 6))]
-    assert [asked[f"segment_{n}"] for n in range(2, 6)] == [
-        "It is red.",
-        "It stands there.",
-        "It is old!",
-        "Is it? Yes.",
-    ]
+    assert list(asked) == ["question", "reference", "answer"]
+    assert asked["answer"].endswith("It is red. It stands there. It is old! Is it? Yes.")
     assert server.keys == {"secret-key"}
     assert not any(b"secret-key" in file.read_bytes() for file in runs.rglob("*") if file.is_file())
 
@@ -171,7 +174,7 @@ def test_a_dry_run_counts_and_estimates_and_sends_nothing(judge, server, capsys)
     assert "40 answers in 2 runs, 30 distinct ones" in printed and "30 are to be made" in printed
     estimate = float(printed.split("estimated cost ")[1].split()[0])
     letters = len(PROMPT.read_text())
-    assert estimate == pytest.approx(30 * ((letters + 300) / 4 + 4 * 260) / 1e6, rel=0.1)
+    assert estimate == pytest.approx(30 * ((letters + 160) / 4 + 4 * 60) / 1e6, rel=0.1)
     assert not server.asked and not scores_of(results)
 
 
@@ -183,10 +186,10 @@ def test_an_empty_answer_is_scored_without_a_call_and_a_long_one_is_cut_and_both
     (judged,) = scores_of(results)
     assert (judged["empty"], judged["cut"], judged["max_words"]) == (2, 1, MAX_WORDS) and len(server.asked) == 2
     verdicts = {sample["id"]: sample["verdict"] for sample in judged["samples"]}
-    assert verdicts[0] == verdicts[1] == empty_verdict() and judged["metrics"]["gptscore"]["n"] == 4
+    assert verdicts[0] == verdicts[1] == EMPTY_VERDICT and judged["metrics"]["gptscore"]["n"] == 4
+    assert judged["samples"][0]["statistics"]["gptscore"] == [0, 1], "empty answers count, with 0"
     longest = max(server.asked, key=len)
     assert longest.count("word") == MAX_WORDS
-    assert judged["metrics"]["gptscore_2"]["n"] == 1, "a segment without a sentence has no score"
 
 
 def test_an_answer_without_reference_is_counted_and_the_others_are_scored(runs, judge):
@@ -212,11 +215,9 @@ def test_faults_of_all_kinds_cost_no_score_and_no_answer_is_paid_for_twice(judge
 
 def test_a_case_without_usable_reply_is_quarantined_with_the_reason_and_asked_again_on_request(judge, server, runs):
     judge("--dry_run")
-    text = json.dumps({
-        "question": "What is this?", "reference": "A thing number 3.",
-        "segment_1": "It is thing 3.", "segment_2": "It is red.", "segment_3": "It stands there.",
-        "segment_4": "It is old!", "segment_5": "Is it? Yes.",
-    })  # fmt: skip
+    case = make_answers(4)[3]
+    asked = {"question": case["question"], "reference": case["references"][0], "answer": case["answer"]}
+    text = json.dumps(asked)
     server.always[text] = "schema"
     results = judge()
     (line,) = (runs / "judge" / "quarantine.jsonl").read_text().splitlines()
@@ -229,8 +230,8 @@ def test_a_case_without_usable_reply_is_quarantined_with_the_reason_and_asked_ag
 def test_the_cap_on_the_cost_holds_and_a_rerun_with_a_higher_one_continues(judge, server, runs):
     prices = OPTIONS["prices"]
     with pytest.raises(SystemExit, match="higher --max_cost to go on"):
-        judge(max_cost=0.03)
-    assert 0 < server.cost(prices) <= 0.03
+        judge(max_cost=0.02)
+    assert 0 < server.cost(prices) <= 0.02
     judged = scores_of(read_results(runs))
     assert sum(len(one["samples"]) for one in judged) > 0 and sum(one["waiting"] for one in judged) > 0
     table = {"name": "t", "title": "T", "columns": [{"title": "GPTscore", "tasks": [TASK], "figure": "gptscore"}]}
@@ -300,7 +301,7 @@ def test_the_judge_sees_the_image_of_the_question(tmp_path, server, monkeypatch)
     from granulon.evaluation.run import main as evaluate
     from granulon.hub.assemble import assemble_tiny
 
-    monkeypatch.setattr(images, "IMAGE_SIDE", 32)
+    monkeypatch.setitem(PROTOCOLS, OURS, replace(PROTOCOLS[OURS], image_side=32))
     monkeypatch.setattr(run, "IMAGE_TOKENS", 500)
     monkeypatch.setattr(lmms_model, "_cut", lambda text, until: f"A picture. It has {len(text)} letters.")
     task, model = "granulon_aokvqa_direct", str(assemble_tiny(tmp_path / "tiny"))
@@ -340,31 +341,140 @@ def test_scores_of_two_judges_do_not_mix_in_a_table(runs, judge, server, tmp_pat
     assert f"Judged by `{newer}`" in write(runs, matrix)["t.md"], "of two judges with as many runs, the newer"
 
 
-def test_segments_are_the_authors():
-    def authors(text, number=5):
-        sentences = re.split(r"(?<=[.!?。！？])\s*", text.strip())
-        size, found = max(1, len(sentences) // number), []
-        for place in range(number):
-            end = (place + 1) * size if place < number - 1 else len(sentences)
-            found.append(" ".join(sentences[place * size : end]).strip())
-        return found
+def authors_segments(text):
+    """From the description: cut after each full stop, question or exclamation mark, whatever follows; a fifth of the
+    pieces (rounded down, at least one) to each of the first four segments and the rest to the last."""
+    pieces, last = [], 0
+    text = text.strip()
+    for place, character in enumerate(text):
+        if character in ".!?。！？":
+            pieces.append(text[last : place + 1])
+            last = place + 1
+            while last < len(text) and text[last].isspace():
+                last += 1
+    pieces.append(text[last:])  # empty, and counted, after a final full stop
+    each = len(pieces) // 5 or 1
+    own = [pieces[: each * 1], pieces[each : each * 2], pieces[each * 2 : each * 3], pieces[each * 3 : each * 4]]
+    return [" ".join(part).strip() or "(empty)" for part in (*own, pieces[each * 4 :])]
 
+
+@pytest.mark.parametrize("end", ["", ".", "!  "])
+def test_segments_are_the_authors(end):
     for count in range(1, 23):
-        text = " ".join(f"Sentence {number} here" for number in range(count)).replace(" S", ". S")
-        assert segments(text) == authors(text), count
-    assert segments("One. Two!") == ["One.", "Two!", "", "", ""] and segments("") == [""] * 5
+        text = ". ".join(f"Sentence {number} here" for number in range(count)) + end
+        assert segments(text) == authors_segments(text), count
+    for text in ("", " ", "It is 3.5 m long...and Mr. X sees it?! Yes", "红色。蓝色！no\n\nline. b", "." * 9):
+        assert segments(text) == authors_segments(text), text
 
 
-def test_a_text_is_cut_between_words_and_an_empty_segment_has_no_score():
+def test_worked_examples_of_segments():
+    assert segments("One. Two!") == ["One.", "Two!", "(empty)", "(empty)", "(empty)"]
+    assert segments("") == ["(empty)"] * 5
+    nine = " ".join(f"{number}." for number in range(9))  # ten pieces with the empty one: two to a segment
+    assert segments(nine) == ["0. 1.", "2. 3.", "4. 5.", "6. 7.", "8."]
+
+
+def test_the_authors_gptscore_is_the_mean_over_answers_of_the_mean_over_five_segments():
+    scores = [[90, 80, 70, 0, 0], [50, 0, 0, 0, 0], [100] * 5]
+    replies = [
+        {
+            f"{name}_scores": {f"segment_{n}": value for n, value in enumerate(row, 1)}
+            for name in ("accuracy", "hallucination")
+        }
+        for row in scores
+    ]
+    read = [SegmentVerdict.model_validate(reply).model_dump() for reply in replies]
+    found = figures([{"id": n, "statistics": SegmentVerdict.statistics(reply)} for n, reply in enumerate(read)])
+    by_segment = [sum(column) / len(scores) for column in zip(*scores)]  # what their script prints
+    assert [found[f"gptscore_{n}"]["value"] for n in range(1, 6)] == pytest.approx(by_segment)
+    assert found["gptscore"]["value"] == pytest.approx(sum(by_segment) / 5) == pytest.approx(158 / 3)
+    assert set(found) == {*JUDGED[:2], *JUDGED_SEGMENTS} and found["gptscore"]["n"] == 3
+
+
+@pytest.fixture
+def authors_runs(runs):
+    samples = make_answers(3)
+    samples[1]["answer"] = ""
+    make_run(runs, Entry("one", "a"), TASK, samples, settings=Settings(protocol=AUTHORS))
+    return runs
+
+
+@pytest.fixture
+def judge_authors(authors_runs, judge, monkeypatch):
+    class Pictures:
+        def __init__(self, result, output, side):
+            assert result["settings"]["protocol"] == AUTHORS and side == 2048
+
+        def sha256(self, sample):
+            return [str(sample["id"])]
+
+        def data_urls(self, number):
+            return [f"data:image/jpeg;base64,{number}"]
+
+    monkeypatch.setattr(images, "Images", Pictures)
+    return lambda *more, **settings: judge("--protocol", AUTHORS, *more, **{"sees": None} | settings)
+
+
+def test_the_authors_judge_gets_segments_then_the_image_in_detail_and_judges_empty_answers(judge_authors, server):
+    results = judge_authors()
+    judged = next(scores for scores in scores_of(results))
+    assert len(scores_of(results)) == 1 and judged["protocol"] == AUTHORS and judged["empty"] == 0
+    assert len(server.asked) == len(judged["samples"]) == 3 and judged["metrics"]["gptscore"]["n"] == 3
+    body = server.bodies[0]
+    assert body["temperature"] == 0.1 and body["response_format"] == {"type": "json_object"}
+    (message,) = body["messages"]
+    assert message["role"] == "user"
+    sent = next(text for text in server.asked if "(empty)" in text)
+    assert sent.startswith(PROTOCOLS[AUTHORS].prompt.read_text())
+    assert "Segment 1: (empty)\n\nSegment 2: (empty)" in sent and "What is this?" not in sent
+    parts = PROTOCOLS[AUTHORS].messages("p", '{"segment_1": "s"}', [{"type": "image_url"}])[0]["content"]
+    assert [part["type"] for part in parts] == ["text", "image_url"]
+    assert PROTOCOLS[AUTHORS].image_detail == "high"
+
+
+def test_runs_of_one_protocol_are_judged_by_its_judge_alone(judge, judge_authors, server):
+    judge()
+    before = sum(server.asked.values())
+    judge_authors()
+    assert sum(server.asked.values()) == before + 3
+    for result in judge("--dry_run"):
+        assert {scores["protocol"] for scores in result["judges"].values()} == {result["settings"]["protocol"]}
+
+
+def test_the_authors_judge_sees_no_reference(judge_authors, server):
+    with pytest.raises(SystemExit, match="the judge of the protocol authors sees the image alone; omit --sees"):
+        judge_authors(sees="both")
+    assert not server.asked
+
+
+def test_a_thousand_answers_of_180_words_cost_less_than_three_dollars_with_gpt_4o(
+    tmp_path, server, monkeypatch, capsys
+):
+    class Pictures:
+        def __init__(self, *_):
+            pass
+
+        def sha256(self, sample):
+            return [str(sample["id"])]
+
+    monkeypatch.setattr(images, "Images", Pictures)
+    answers = make_answers(1000)
+    for number, sample in enumerate(answers):
+        sample["answer"] = " ".join(["a brown dog sits near the old boat"] * 22 + [str(number)])
+    make_run(tmp_path / "results", Entry("one", "a"), TASK, answers)
+    main(line(tmp_path / "results", server, "--dry_run", sees=None, prices=(2.5, 10.0)))
+    estimate = float(capsys.readouterr().out.split("estimated cost ")[1].split()[0])
+    assert 1 < estimate < 3
+
+
+def test_a_text_is_cut_between_words():
     assert cut_words(" one  two\nthree ", 3) == ("one  two\nthree", False)
     assert cut_words("one  two\nthree four", 2) == ("one  two", True)
-    found = statistics_of(empty_verdict(), ["One.", "", "", "", ""])
-    assert set(found) == {*JUDGED, *(f"{name}_1" for name in JUDGED)}
 
 
 @pytest.mark.parametrize("score", ["-1", "101", "50.5", '"high"', "null"])
 def test_invalid_scores_do_not_fit_the_schema(score):
-    reply = json.dumps(empty_verdict())
+    reply = json.dumps(EMPTY_VERDICT)
     Verdict.model_validate_json(reply)
     with pytest.raises(ValidationError):
         Verdict.model_validate_json(reply.replace('"accuracy": 0', f'"accuracy": {score}', 1))

@@ -21,6 +21,7 @@ from granulon.evaluation.matrix import (
     run_key,
 )
 from granulon.evaluation.metrics import METRICS
+from granulon.evaluation.protocols import AUTHORS, OURS, PROTOCOLS
 from granulon.evaluation.run import main
 from granulon.evaluation.sample_rows import SPLITS
 from granulon.evaluation.scoring import figures, metric_of
@@ -66,7 +67,12 @@ def test_a_run_key_depends_on_everything_that_decides_its_answers_and_on_nothing
     entry, model, task = Entry("a", "m"), {"sha256": "1", "manifest": {"x": 1}}, {"name": "t", "config": {"a": 1}}
     key = run_key(entry, model, task, SETTINGS)
     same = [
-        (replace(entry, name="b", group="g", model="elsewhere", tasks=("x",), made_by="it"), model, task, SETTINGS),
+        (
+            replace(entry, name="b", group="g", model="elsewhere", tasks=("x",), made_by="it", trained_on=("x",)),
+            model,
+            task,
+            SETTINGS,
+        ),
         (entry, {"sha256": "1", "manifest": None}, task, SETTINGS),
         (entry, model, task, replace(SETTINGS, bertscore_model="other")),
     ]
@@ -78,6 +84,7 @@ def test_a_run_key_depends_on_everything_that_decides_its_answers_and_on_nothing
         (entry, model, {"name": "t", "config": {"a": 2}}, SETTINGS),
         (entry, model, task, replace(SETTINGS, limit=5)),
         (entry, model, task, replace(SETTINGS, sample_rows=True)),
+        (entry, model, task, replace(SETTINGS, protocol=AUTHORS)),
     ]
     assert {run_key(*one) for one in same} == {key}
     assert len({key, *(run_key(*one) for one in other)}) == 1 + len(other)
@@ -149,15 +156,36 @@ def test_every_column_names_a_task_of_the_matrix_and_a_known_figure(name):
 
 
 def test_the_matrix_is_the_papers_five_encoders_with_two_language_models():
-    matrix = read_matrix("matrix")
-    assert {(entry.group, entry.name) for entry in matrix.entries} == {
+    entries = [entry for entry in read_matrix("matrix").entries if entry.tasks is None]
+    assert {(entry.group, entry.name) for entry in entries} == {
         (group, name)
         for group in ("Qwen2.5-1.5B", "Llama-3.2-3B")
         for name in ("CLIP", "SigLIP", "DINOv2", "DINOv3", "Granulon")
     }
-    for entry in matrix.entries:
+    for entry in entries:
         levels = parse(entry.made_by).sft.granularities
         assert levels == (None if entry.name == "Granulon" else []), "baselines are plain encoders"
+
+
+def test_models_for_one_data_set_are_trained_on_it_and_have_a_table_with_the_papers_figures():
+    matrix = read_matrix("matrix")
+    special = [entry for entry in matrix.entries if entry.tasks is not None]
+    assert {entry.group for entry in special} == {"Qwen2.5-1.5B, FLUX-Reason alone", "Qwen2.5-1.5B, surgical"}
+    for entry in special:
+        assert entry.trained_on == entry.tasks
+        assert (parse(entry.made_by).recipe == "medical-qwen2.5-1.5b") == (entry.group == "Qwen2.5-1.5B, surgical")
+    assert set(PAPER["tables"]["medical"]) == {"Qwen2.5-1.5B, surgical"}
+
+
+def test_the_papers_gptscores_are_multiples_of_a_39th():
+    """What the limit of the authors' protocol rests on."""
+    tables = [models for table in PAPER["tables"].values() for models in table.values()]
+    values = [(name, value) for models in tables for row in models.values() for name, value in row.items()]
+    scores = [value for name, value in values if name.endswith("gptscore")]
+    shares = [value for name, value in values if name == "phase_recall"]
+    assert (len(scores), len(shares)) == (11, 3) and PROTOCOLS[AUTHORS].limit == 39
+    assert all(value == round(round(value * 39) / 39, 2) for value in scores)
+    assert all(value == round(100 * round(value * 39 / 100) / 39, 2) for value in shares)
 
 
 def test_the_names_of_the_ablations_match_their_settings():
@@ -204,10 +232,12 @@ def test_without_results_every_table_is_written_and_says_not_run(tmp_path):
     assert set(written) == {
         f"{table['name']}{suffix}" for table in matrix.tables for suffix in (".md", ".tex", ".json")
     }
-    entries = len(matrix.entries)
     for table in matrix.tables:
         text = written[f"{table['name']}.md"]
-        assert text.count("not run") == entries * len(table["columns"])
+        entries = [entry for entry in matrix.entries if entry.group in table.get("groups", [entry.group])]
+        columns = [set(column.get("tasks") or table["tasks"]) for column in table["columns"]]
+        planned = [column <= set(entry.tasks or matrix.tasks) for entry in entries for column in columns]
+        assert text.count("| not run") == sum(planned) and text.count("| – ") == len(planned) - sum(planned)
     main(["--matrix", "ablations", "--output", str(tmp_path), "--tables_only"])
     assert {file.stem for file in (tmp_path / "tables").glob("ablation_*.md")} == {
         table["name"] for table in read_matrix("ablations").tables
@@ -225,7 +255,48 @@ def test_the_papers_figures_are_marked_as_such(tmp_path):
     assert r"\textit{CLIP (paper)}" in tex and r"\textit{50.91}" in tex
     for statement in PAPER["statements"]["main"]:
         assert f"- {statement}" in text
-    assert "rows in italics are the paper's" in text
+    assert "rows in italics are published" in text and "What the paper's figures rest on" in text
+    (paiq,) = [line for line in text.splitlines() if "10 clusters, no controller (PAIQ, arXiv 2609.37685)*" in line]
+    assert all(f"*{value}*" in paiq for value in ("37.70", "34.30", "38.60", "57.50"))
+
+
+def column_of(text, title):
+    """The cells of a column by the name of the row, of the entries with Qwen2.5-1.5B."""
+    lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("|")]
+    place = lines[0].index(title)
+    return {cells[1]: cells[place] for cells in lines if cells[0] == "Qwen2.5-1.5B"}
+
+
+def test_a_table_shows_both_protocols_of_a_folder_and_the_papers_figures_beside_the_authors(tmp_path):
+    matrix = read_matrix("matrix")
+    entry = next(entry for entry in matrix.entries if entry.name == "Granulon")
+    rivals = [one for one in matrix.entries if one.group == entry.group and one.name == "DINOv3"]
+    task = "granulon_seedbench_recall"
+    for one in (entry, *rivals):
+        for protocol, value in ((OURS, 0.25), (AUTHORS, 0.75)):
+            make_run(tmp_path, one, task, make_samples("recall", [value] * 20), settings=Settings(protocol=protocol))
+    for protocol in (OURS, AUTHORS):  # the same tables after either command
+        written = write(tmp_path, matrix, Settings(protocol=protocol))
+        text = written["main.md"]
+        ours = column_of(text, "SEED-Bench recall")
+        authors = column_of(text, "SEED-Bench recall (authors' protocol)")
+        assert ours["Granulon"].startswith("25.00") and authors["Granulon"].startswith("75.00")
+        assert authors["*Granulon (paper)*"] == "*58.80*" and ours["*Granulon (paper)*"] == ""
+        assert "Columns of our protocol:" in text and "Columns of the authors' protocol:" in text
+        tests = json.loads(written["main.json"])["tests"]
+        assert [(test["figure"], test["protocol"]) for test in tests] == [("recall", OURS), ("recall", AUTHORS)]
+        assert "SEED-Bench exact match (authors' protocol)" not in text, "the authors have no exact match"
+
+
+def test_a_zero_shot_figure_is_marked_as_not_comparable_with_the_papers(tmp_path):
+    matrix = read_matrix("matrix")
+    entry = next(entry for entry in matrix.entries if entry.name == "Granulon")
+    for task in ("granulon_seedbench_recall", "granulon_aokvqa_direct"):
+        make_run(tmp_path, entry, task, make_samples("recall", [0.5] * 20), settings=Settings(protocol=AUTHORS))
+    text = write(tmp_path, matrix)["main.md"]
+    assert column_of(text, "SEED-Bench recall (authors' protocol)")["Granulon"].endswith("†")
+    assert not column_of(text, "A-OKVQA recall (authors' protocol)")["Granulon"].endswith("†"), "in LLaVA-1.5's mix"
+    assert "† zero-shot, not comparable with the paper's" in text
 
 
 ENTRIES = [Entry("plain & simple", "a", "G_1"), Entry("ours", "b", "G_1"), Entry("third", "c", "G_1")]

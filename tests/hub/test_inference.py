@@ -103,6 +103,21 @@ def test_an_image_is_opened_from_a_path_bytes_a_data_url_and_pil(tmp_path):
         open_image("data:image/png;base64,???")
 
 
+def test_an_image_is_opened_as_data_sets_store_it_or_refused_with_what_was_found(tmp_path):
+    """`{"bytes", "path"}`, base64, and a list of one."""
+    image, content = make_image(), png_of(make_image())
+    for source in ({"bytes": content, "path": "x"}, base64.b64encode(content).decode(), [image], [{"bytes": content}]):
+        assert np.array_equal(np.asarray(open_image(source)), np.asarray(image))
+    missing = str(tmp_path / ("a" * 80) / "image")
+    for source, message in (
+        ([image, image], "a list of 2 images, expected one"),
+        ({"bytes": None, "path": None}, "neither bytes nor a path"),
+        (missing, "cannot be read"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            open_image(source)
+
+
 class Server(BaseHTTPRequestHandler):
     image = b""
 

@@ -2,13 +2,14 @@
 
 import ast
 
+from granulon.evaluation import protocols
 from granulon.evaluation.metrics import LETTERS
 from granulon.evaluation.scoring import choice_scores, text_scores
-from modeling_granulon import load_rgb
+from granulon.hub.inference import open_image
 
 
 def visual(doc):
-    return [load_rgb(doc["image"])]
+    return [open_image(doc["image"])]
 
 
 def direct_question(doc, options):
@@ -21,7 +22,19 @@ def direct_answers(doc):
 
 
 def score_direct(doc, results):
-    return text_scores(["recall", "vqa_accuracy"], results[0], direct_answers(doc))
+    return text_scores(["recall", "exact_match", "vqa_accuracy"], results[0], direct_answers(doc))
+
+
+def question_with_options(doc):
+    return protocols.question_with_options(doc["question"], doc["choices"])
+
+
+def correct_choice(doc):
+    return doc["choices"][doc["correct_choice_idx"]]
+
+
+def score_correct_choice(doc, results):
+    return text_scores(["recall"], results[0], [correct_choice(doc)])
 
 
 def choice_question(doc, options):

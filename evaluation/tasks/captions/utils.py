@@ -1,13 +1,13 @@
 """Captions: an image in column jpg or image, and the reference in the first of `REFERENCES` that is not empty."""
 
 from granulon.evaluation.scoring import text_scores
-from modeling_granulon import load_rgb
+from granulon.hub.inference import open_image
 
 REFERENCES = ("txt", "recaption", "caption_detail", "caption_composition")
 
 
 def visual(doc):
-    return [load_rgb(doc["jpg"] if "jpg" in doc else doc["image"])]
+    return [open_image(doc["jpg"] if "jpg" in doc else doc["image"])]
 
 
 def prompt(doc, options):

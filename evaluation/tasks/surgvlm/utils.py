@@ -1,11 +1,11 @@
 """Surgical frames: columns image, answer (the phase, or the instruments); a column question replaces the prompt."""
 
 from granulon.evaluation.scoring import text_scores
-from modeling_granulon import load_rgb
+from granulon.hub.inference import open_image
 
 
 def visual(doc):
-    return [load_rgb(doc["image"])]
+    return [open_image(doc["image"])]
 
 
 def prompt(doc, options):
@@ -13,4 +13,4 @@ def prompt(doc, options):
 
 
 def score(doc, results):
-    return text_scores(["bertscore", "recall"], results[0], [doc["answer"]])
+    return text_scores(["bertscore", "recall", "exact_match"], results[0], [doc["answer"]])
