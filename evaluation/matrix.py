@@ -181,7 +181,7 @@ def read_results(output: Path) -> list[dict]:
     results = []
     for file in sorted((output / RUNS).glob(f"*/{RESULT}")):
         result = json.loads(file.read_text())
-        result["settings"] = {"protocol": OURS} | result["settings"]  # older runs do not name it
+        result["settings"] = {"protocol": OURS} | result.get("settings", {})  # older runs do not name it
         judges = {more.stem: json.loads(more.read_text()) for more in sorted(file.parent.glob("judge-*.json"))}
         entries = [json.loads(more.read_text()) for more in sorted(file.parent.glob("entry-*.json"))]
         results.append(result | {"folder": str(file.parent), "judges": judges, "entries": [result["entry"], *entries]})
@@ -209,9 +209,9 @@ def largest_runs(
         if key not in found or result.get("samples", 0) >= found[key].get("samples", 0):
             found[key] = result
     if not found:
-        options = f"--output {output}" if protocol == OURS else f"--output {output} --protocol {protocol}"
+        which, option = ("", "") if protocol == OURS else (f" of the protocol {protocol}", f" --protocol {protocol}")
         raise ValueError(
-            f"{output} has no finished runs of the protocol {protocol}; run granulon-evaluate {options} first"
+            f"{output} has no finished runs{which}; run granulon-evaluate --output {output}{option} first"
         )
     names = {result["entry"]["name"] for result in found.values()}
     if missing := set(only) - names:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from granulon.evaluation.engine import make_task, task_config, with_commit
 from granulon.evaluation.sample_rows import write_rows
-from modeling_granulon import load_rgb
+from granulon.hub.inference import open_image
 
 
 class Images:
@@ -50,7 +50,7 @@ class Images:
     def _jpegs(self, number: int) -> list[bytes]:
         files = []
         for image in self.task.doc_to_visual(self.task.eval_docs[number]):
-            image = load_rgb(image)
+            image = open_image(image)
             image.thumbnail((self.side, self.side))
             file = io.BytesIO()
             image.save(file, "JPEG", quality=95)

@@ -296,24 +296,25 @@ def test_killed_at_random_moments_a_rerun_repeats_no_paid_call(server, tmp_path,
     assert len(twice) <= 4 * kills, "only calls under way when the process died are made again"
 
 
-def test_the_judge_sees_the_image_of_the_question(tmp_path, server, monkeypatch):
+@pytest.mark.parametrize("protocol", [OURS, AUTHORS])
+def test_the_judge_sees_the_image_of_the_question(tmp_path, server, monkeypatch, protocol):
     from granulon.evaluation import lmms_model
     from granulon.evaluation.run import main as evaluate
     from granulon.hub.assemble import assemble_tiny
 
-    monkeypatch.setitem(PROTOCOLS, OURS, replace(PROTOCOLS[OURS], image_side=32))
+    monkeypatch.setitem(PROTOCOLS, protocol, replace(PROTOCOLS[protocol], image_side=32))
     monkeypatch.setattr(run, "IMAGE_TOKENS", 500)
     monkeypatch.setattr(lmms_model, "_cut", lambda text, until: f"A picture. It has {len(text)} letters.")
     task, model = "granulon_aokvqa_direct", str(assemble_tiny(tmp_path / "tiny"))
-    settings = ["--sample_rows", "--limit", "3"]
+    settings = ["--sample_rows", "--limit", "3", "--protocol", protocol]
     evaluate(["--model", model, "--tasks", task, "--output", str(tmp_path / "results"), *settings])
-    main(line(tmp_path / "results", server, sees="image", tasks=task))
+    main(line(tmp_path / "results", server, sees="image", tasks=task, protocol=protocol))
     (judged,) = scores_of(read_results(tmp_path / "results"))
     assert len(judged["samples"]) == 3 and judged["sees"] == "image" and len(server.images) == 3
     pictures = [Image.open(io.BytesIO(base64.b64decode(url.partition(",")[2]))) for url in server.images]
     assert {picture.size for picture in pictures} == {(32, 32)} and len(set(server.images)) == 3
-    assert "reference" not in json.loads(next(iter(server.asked)))
-    main(line(tmp_path / "results", server, sees="image", tasks=task))
+    assert all('"reference"' not in text for text in server.asked)
+    main(line(tmp_path / "results", server, sees="image", tasks=task, protocol=protocol))
     assert sum(server.asked.values()) == 3
     most = [json.loads(entry)["cost"] for entry in (tmp_path / "results/judge/calls.jsonl").read_text().splitlines()]
     assert max(most) < 0.015, "the cost of an image is bounded by its tokens, not by the bytes of its file"
@@ -417,8 +418,8 @@ def judge_authors(authors_runs, judge, monkeypatch):
 
 def test_the_authors_judge_gets_segments_then_the_image_in_detail_and_judges_empty_answers(judge_authors, server):
     results = judge_authors()
-    judged = next(scores for scores in scores_of(results))
-    assert len(scores_of(results)) == 1 and judged["protocol"] == AUTHORS and judged["empty"] == 0
+    (judged,) = scores_of(results)
+    assert judged["protocol"] == AUTHORS and judged["empty"] == 0
     assert len(server.asked) == len(judged["samples"]) == 3 and judged["metrics"]["gptscore"]["n"] == 3
     body = server.bodies[0]
     assert body["temperature"] == 0.1 and body["response_format"] == {"type": "json_object"}
