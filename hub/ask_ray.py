@@ -53,7 +53,8 @@ def run(arguments: RayArguments):
     rows = len(read_rows(arguments.batch, arguments.question, arguments.split))
     paths = {name: Path(getattr(arguments, name)) for name in ("batch", "model")}
     absolute = {name: str(path.absolute()) for name, path in paths.items() if path.exists()}
-    answered = ray.data.range(rows).map_batches(
+    # Not ray.data.range: its reading tasks would wait for a CPU while the workers hold them all.
+    answered = ray.data.from_items([{"id": number} for number in range(rows)]).map_batches(
         Worker,
         # Workers have other working directories.
         fn_constructor_kwargs={"arguments": replace(arguments, **absolute)},
