@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from functools import lru_cache
 from pathlib import Path
+from string import Template
 
 import yaml
 from huggingface_hub import snapshot_download
@@ -23,6 +24,7 @@ from granulon.hub.text import first_line
 from .protocols import OURS
 
 MATRICES = Path(__file__).parent
+COLUMNS = MATRICES / "columns.yaml"
 RUNS, RESULT, SAMPLES, ANSWERS = "runs", "result.json", "samples.jsonl", "answers.jsonl"
 LIBRARIES = ("granulon", "lmms_eval", "transformers", "torch", "datasets", "sacrebleu", "numpy")
 _weights_sha256 = lru_cache(weights_sha256)  # every task of an entry needs it
@@ -104,8 +106,12 @@ def read_matrix(name: str) -> Matrix:
     """
     Read a matrix from a YAML file, or the one of that name in the package (`matrix`, `ablations`).
 
+    An entry or column with `each`, lists by name, stands for one for each place in the lists, with `$name` filled in.
+    A column that is a text is that of columns.yaml with this title.
+
     Raises:
-        ValueError: the file does not exist or is not YAML, has unknown keys, or two entries have the same name.
+        ValueError: the file does not exist or is not YAML, has unknown keys or columns, or two entries have the same
+            name.
     """
     path = Path(name) if Path(name).is_file() else MATRICES / f"{name}.yaml"
     if not path.is_file():
@@ -117,11 +123,17 @@ def read_matrix(name: str) -> Matrix:
     if not isinstance(content, dict) or not {"entries", "tasks"} <= content.keys() <= {"entries", "tasks", "tables"}:
         found = sorted(content) if isinstance(content, dict) else type(content).__name__
         raise ValueError(f"{path} holds {found}; expected entries, tasks and optionally tables")
-    entries = [_entry(f"entry {number} of {path}", given) for number, given in enumerate(content["entries"])]
+    entries = []
+    for number, written in enumerate(content["entries"]):
+        place = f"entry {number} of {path}"
+        entries += [_entry(place, given) for given in _filled(place, written)]
     names = [(entry.group, entry.name) for entry in entries]
     if repeated := {name for name in names if names.count(name) > 1}:
         raise ValueError(f"{path} has more than one entry named {sorted(repeated)}; give each its own name")
-    return Matrix(entries, list(content["tasks"]), list(content.get("tables") or []))
+    tables = [
+        _with_columns(f"the table {table.get('name')} of {path}", table) for table in content.get("tables") or []
+    ]
+    return Matrix(entries, list(content["tasks"]), tables)
 
 
 def model_identity(model: str, revision: str) -> dict:
@@ -233,6 +245,44 @@ def read_samples(folder: Path) -> list[dict]:
 def used_versions() -> dict[str, str | None]:
     """The versions of the libraries that figures depend on, and the commit of this package."""
     return versions(*LIBRARIES)
+
+
+def _filled(place: str, written: dict) -> list[dict]:
+    """An entry or column as written or, with lists of equal length under `each`, one for each place in the lists."""
+    lists = written.get("each")
+    if lists is None:
+        return [written]
+    rest = {key: value for key, value in written.items() if key != "each"}
+    try:
+        return [_fill(rest, dict(zip(lists, values))) for values in zip(*lists.values(), strict=True)]
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"{place} cannot be filled in from {lists}: {error}; expected lists of equal length by name, and $name of "
+            "these in the texts"
+        ) from error
+
+
+def _fill(value, own: dict):
+    """`value` with `$name` in its texts filled in; a text that is nothing else becomes the value, number or text."""
+    if isinstance(value, dict):
+        return {key: _fill(inner, own) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_fill(inner, own) for inner in value]
+    if not isinstance(value, str):
+        return value
+    return own[value[1:]] if value.startswith("$") and value[1:] in own else Template(value).substitute(own)
+
+
+def _with_columns(place: str, table: dict) -> dict:
+    """A table whose columns are described; those of columns.yaml may be given by their titles."""
+    if not table.get("columns"):
+        raise ValueError(f"{place} has no columns")
+    known, columns = yaml.safe_load(COLUMNS.read_text()), []
+    for column in table["columns"]:
+        if isinstance(column, str) and column not in known:
+            raise ValueError(f"{place} has an unknown column {column!r}; describe it, or name one of {list(known)}")
+        columns += [{"title": column, **known[column]}] if isinstance(column, str) else _filled(place, column)
+    return {**table, "columns": columns}
 
 
 def _entry(place: str, given: dict) -> Entry:
