@@ -66,23 +66,12 @@ def vqa_accuracy(answer: str, references: Sequence[str]) -> float:
 
 
 def read_choice(answer: str, choices: Sequence[str]) -> int | None:
-    """
-    The index of the choice that an answer names, or None if it names none or more than one.
-
-    Read in this order: the answer is a choice's words; it begins with a single letter ("B", "(b)", "B. tennis"); it
-    contains "answer is B", "option B" or "(B)"; it contains the words of one choice; it contains one single capital
-    letter. "B or C" names two.
-    """
-    content = content_words(answer)
-    matches = [index for index, choice in enumerate(choices) if content_words(choice) == content]
-    if content and len(matches) == 1:
-        return matches[0]
-    start, stated, anywhere = _letter_patterns(len(choices))
-    for pattern in (start, stated):
-        if (named := _single_letter(pattern, answer)) is not None:
-            return named
-    inside = _choices_inside(content, choices)
-    return inside[0] if len(inside) == 1 else _single_letter(anywhere, answer)
+    """The index of the choice that the first of `CHOICE_READINGS` with a single one finds; None if none does."""
+    for reading in CHOICE_READINGS.values():
+        found = reading(answer, choices)
+        if len(found) == 1:
+            return found.pop()
+    return None
 
 
 def read_yes_no(answer: str) -> bool | None:
@@ -240,37 +229,52 @@ def _bleu():
     return BLEU()
 
 
-@lru_cache
-def _letter_patterns(choices: int) -> tuple[re.Pattern, re.Pattern, re.Pattern]:
-    """Patterns of a choice's letter: at the start; after "answer is", "option" or a bracket; anywhere."""
-    letters = LETTERS[:choices]
-    # "A dog" and "I see" start with a word; a small letter must be followed by punctuation or the end.
-    capital = rf"([{letters}])(?![\w'’])(?!(?<=[AI])\s+(?!because|since|and|or)[a-z])"
-    letter = rf"(?:{capital}|([{letters.lower()}])(?=\s*(?:[).:,]|$)))"
-    not_two = rf"(?!\W+(?:and|or)\W+[{letters}]\b)"
-    phrase = r"(?i:\b(?:answer|option|choice)(?:\s+(?:is|was))?\s*:?\s*)[(\"'“]?"
-    return (
-        re.compile(rf"\A\W*{letter}{not_two}"),
-        re.compile(rf"{phrase}{letter}{not_two}|\({letter}"),
-        re.compile(rf"(?<![\w'’.-]){capital}(?![.-]\w)"),  # not of "D.C." or "D-sized"
-    )
+def _is_choice(answer: str, choices: Sequence[str]) -> set[int]:
+    """The choices whose words are those of an answer."""
+    content = content_words(answer)
+    return {index for index, choice in enumerate(choices) if content and content_words(choice) == content}
 
 
-def _single_letter(pattern: re.Pattern, answer: str) -> int | None:
-    """The index of the letter that the pattern finds, if it is the only one."""
-    letters = {match[match.lastindex].upper() for match in pattern.finditer(answer)}
-    return LETTERS.index(letters.pop()) if len(letters) == 1 else None
-
-
-def _choices_inside(content: str, choices: Sequence[str]) -> list[int]:
+def _contains_choice(answer: str, choices: Sequence[str]) -> set[int]:
     """The choices whose words occur in an answer."""
-    texts = [f" {content_words(choice)} " for choice in choices]
-    inside = [index for index, text in enumerate(texts) if text.strip() and text in f" {content} "]
+    content, texts = f" {content_words(answer)} ", [f" {content_words(choice)} " for choice in choices]
+    inside = {index for index, text in enumerate(texts) if text.strip() and text in content}
     # "tennis racket" contains "tennis": the longer choice counts.
-    parts = {index for index in inside for other in inside if texts[index] in texts[other] and other != index}
-    return [index for index in inside if index not in parts]
+    return {index for index in inside if not any(texts[index] in texts[other] for other in inside - {index})}
 
 
+def _letters(pattern: str) -> Callable[[str, Sequence[str]], set[int]]:
+    """A reading of letters by a pattern in which CAPITAL, LETTER and ALONE stand for the patterns below."""
+    return lambda answer, choices: {
+        LETTERS.index(match[match.lastindex].upper()) for match in _compiled(pattern, len(choices)).finditer(answer)
+    }
+
+
+@lru_cache
+def _compiled(pattern: str, choices: int) -> re.Pattern:
+    letters = LETTERS[:choices]
+    # "A dog" and "I see" start with a word.
+    capital = rf"([{letters}])(?![\w'’])(?!(?<=[AI])\s+(?!because|since|and|or)[a-z])"
+    # A small letter must be followed by punctuation or the end.
+    letter = rf"(?:{capital}|([{letters.lower()}])(?=\s*(?:[).:,]|$)))"
+    alone = rf"(?!\W+(?:and|or)\W+[{letters}]\b)"  # not "A or B"
+    return re.compile(pattern.replace("CAPITAL", capital).replace("LETTER", letter).replace("ALONE", alone))
+
+
+CHOICE_READINGS = {
+    # "a tennis racket", of the choice "tennis racket"
+    "is a choice": _is_choice,
+    # "B", "(b)", "B. tennis", "A because of it"
+    "begins with a letter": _letters(r"\A\W*LETTERALONE"),
+    # "The answer is C.", "option (c)", "Answer: B. A and C are wrong.", "I take (B)"
+    "states a letter": _letters(
+        r"(?i:\b(?:answer|option|choice)(?:\s+(?:is|was))?\s*:?\s*)[(\"'“]?LETTERALONE|\(LETTER"
+    ),
+    # "It is a tennis racket."
+    "contains a choice": _contains_choice,
+    # "It must be D, I think", but not "D.C." and not "D-sized"
+    "contains a capital": _letters(r"(?<![\w'’.-])CAPITAL(?![.-]\w)"),
+}
 METRICS = {
     "recall": Metric(_mean_of(best_recall), _share(0, 1)),
     "exact_match": Metric(_mean_of(exact_match), _share(0, 1), proportion=True),
