@@ -101,7 +101,7 @@ def bad_requests():
     return [
         {"path": "x.png", "url": data_url(png_bomb())},
         {"path": "x.png", "url": "data:image/png;base64,@@@"},
-        {"path": str(ROOT / "docs" / "clusters.png")},
+        {"path": str(ROOT / "docs" / "space.png")},
         {"path": "/no/such/file.png"},
     ]
 

@@ -1,11 +1,13 @@
-"""Alignment of text and image, layer by layer: cosines between their states inside the language model.
+"""Alignment of text and image, layer by layer: cosines between mean states inside the language model.
 
-Each sample is a full prompt: image, question and, where the row has one, the answer. In each layer the states of a
-group of tokens are averaged, and the cosine of two such means is taken per sample:
+`DEFINITIONS` names what is compared:
 
-- `question`, `answer`: the words of the question and of the answer, without the tokens of the chat template.
-- `pixel`, `semantic`: the image tokens of each kind, without empty semantic slots.
-- `projector`: the patches as the projector returns them, the same in every layer.
+- `parts` (ours): one prompt with image, question and, where the row has one, the answer. Compared are the words of
+  `question` and `answer`, without the tokens of the chat template, with the `pixel` and `semantic` tokens, without
+  empty slots, and with the `projector`'s output for the patches, the same in every layer.
+- `authors`: what the paper's published code computes. The mean over all tokens of the `prompt` (chat template, image
+  and question, without an answer) is compared with that of a second prompt whose user says the reference answer and
+  shows no image (`answer alone`). Both have the template's tokens in common.
 
 Layer 0 is the input of the language model, layer l the output of its l-th decoder layer, the last one after the final
 norm.
@@ -28,18 +30,19 @@ from matplotlib.figure import Figure
 from tqdm import tqdm
 
 from granulon.evaluation.statistics import percentiles, resampled
-from granulon.hub.inference import open_image, question_about
+from granulon.hub.inference import encode, open_image, question_about
 from granulon.hub.text import markdown_table, with_interval
 from modeling_granulon.image_tokens import PIXEL_ROLE, SEMANTIC_ROLE, hide_slots, slot_roles
 
-from .files import FAINT
+from .files import COLOURS, MARKERS
 
-GROUPS = PIXEL, SEMANTIC, QUESTION, ANSWER = "pixel", "semantic", "question", "answer"
-PROJECTOR = "projector"
-PAIRS = (
-    *((text, image) for text in (QUESTION, ANSWER) for image in (PIXEL, SEMANTIC, PROJECTOR)),
-    (SEMANTIC, PIXEL),
-)
+PIXEL, SEMANTIC, QUESTION, ANSWER, PROMPT = "pixel", "semantic", "question", "answer", "prompt"
+PROJECTOR, ANSWER_ALONE = "projector", "answer alone"
+DEFINITIONS = {  # pairs of a text and an image
+    "parts": [(text, image) for text in (QUESTION, ANSWER) for image in (PIXEL, SEMANTIC, PROJECTOR)]
+    + [(SEMANTIC, PIXEL)],
+    "authors": [(ANSWER_ALONE, PROMPT)],
+}
 MEASURES = {
     "cosine": "cosine",
     "cosine_other_image": "cosine, another sample's image",
@@ -47,32 +50,42 @@ MEASURES = {
     "centred_other_image": "centred cosine, another sample's image",
 }
 ROUNDING = 1e-5  # share of a state's length below which its centred state is rounding error
-MOST_NUMBERS = 13  # layers up to which the heatmaps show numbers
 
 
-def alignment(model, processor, rows: list[dict], *, granularity=None, batch_size: int = 8) -> dict:
+def alignment(
+    model, processor, rows: list[dict], *, definition="parts", granularity=None, batch_size: int = 8
+) -> dict:
     """
     Cosines of text states and image states in every layer.
 
     Args:
         rows: with `image`, `question` and optionally `answer`, of at least two images.
+        definition: of `DEFINITIONS`; `authors` leaves out rows without an answer.
         granularity: a level for all rows, in place of the controller's choice.
 
     Returns:
-        dict: `layers`, `samples`, `images`, and `pairs`, each with the names of its two groups, `samples`, and for
-        each of `MEASURES` a list of (value, low, high), one for each layer; nan where nothing can be compared.
+        dict: `definition`, `layers`, `samples`, `images`, and `pairs`, each with the names of its two groups,
+        `samples`, and for each of `MEASURES` a list of (value, low, high): one for the input, one for each layer and
+        one for the mean over all layers; nan where nothing can be compared.
 
     Raises:
         ValueError: fewer than two samples or images, or an image that cannot be used.
     """
+    authors = definition == "authors"
+    rows = [row for row in rows if row.get("answer") or not authors]
     if len(rows) < 2:
-        raise ValueError(f"alignment compares samples with each other and needs at least two, found {len(rows)}")
-    states_SLCE, images = mean_states(model, processor, rows, granularity=granularity, batch_size=batch_size)
+        needed = "samples with answers" if authors else "samples"
+        raise ValueError(f"alignment compares {needed} with each other and needs at least two, found {len(rows)}")
+    prompts = [row | {"answer": None} for row in rows] if authors else rows
+    states, images = mean_states(model, processor, prompts, granularity=granularity, batch_size=batch_size)
+    if authors:
+        states[ANSWER_ALONE] = answers_alone(model, processor, [row["answer"] for row in rows], batch_size)
     return {
-        "layers": states_SLCE.shape[1] - 1,
+        "definition": definition,
+        "layers": states[PROMPT].shape[1] - 1,
         "samples": len(rows),
         "images": len(set(images)),
-        "pairs": compare(states_SLCE, images),
+        "pairs": compare(states, images, DEFINITIONS[definition]),
     }
 
 
@@ -81,7 +94,7 @@ def mean_states(model, processor, rows: list[dict], *, granularity=None, batch_s
     The mean state of each group of tokens in each layer.
 
     Returns:
-        (S,L,C,E) fp32, L = 1 + decoder layers, C as `GROUPS`, nan where a sample has no such token; and for each
+        (S,L,E) fp32 of each group by name, L = 1 + decoder layers, nan where a sample has no such token; and for each
         sample the hash of its image.
     """
     means, hashes = [], []
@@ -90,7 +103,10 @@ def mean_states(model, processor, rows: list[dict], *, granularity=None, batch_s
         images = [open_image(row["image"]) for row in batch]
         hashes += [hashlib.sha256(image.tobytes()).hexdigest() for image in images]
         means.append(_batch_states(model, processor, batch, images, granularity))
-    return np.concatenate(means), hashes
+    groups = (PIXEL, SEMANTIC, PROMPT, QUESTION, ANSWER)
+    states = dict(zip(groups, np.moveaxis(np.concatenate(means), 2, 0)))
+    # The projector's output is the pixel tokens' state at layer 0.
+    return states | {PROJECTOR: np.broadcast_to(states[PIXEL][:, :1], states[PIXEL].shape)}, hashes
 
 
 def prompts_with_answers(processor, rows: list[dict], images: list):
@@ -139,40 +155,52 @@ def _batch_states(model, processor, rows: list[dict], images: list, granularity)
     base, placeholder_BT = model.model, inputs["input_ids"] == model.config.image_token_id
     visual = base.encode(**inputs, granularity=granularity)
     layout = base.layout(placeholder_BT, visual=visual)
-    seen_BT = hide_slots(inputs["attention_mask"], placeholder_BT, visual.place(layout).visible_BR)
-    role_BT = slot_roles(placeholder_BT, layout.role_BR).masked_fill(seen_BT == 0, -1)
+    seen_BT = hide_slots(inputs["attention_mask"], placeholder_BT, visual.place(layout).visible_BR) != 0
+    role_BT = slot_roles(placeholder_BT, layout.role_BR).masked_fill(~seen_BT, -1)
     text = {name: inputs[name] for name in ("input_ids", "attention_mask")}
     outputs = base(**text, visual=visual, output_hidden_states=True)
-    roles_B2T = torch.stack([role_BT == PIXEL_ROLE, role_BT == SEMANTIC_ROLE], 1)
-    weights_BCT = torch.cat([roles_B2T, texts_B2T.to(roles_B2T.device)], 1).float()
-    weights_BCT = weights_BCT / weights_BCT.sum(-1, keepdim=True)  # 0 / 0 is nan: a group without tokens has no mean
-    means = [weights_BCT.to(states.device) @ states.float() for states in outputs.hidden_states]
-    return torch.stack([states.cpu() for states in means], 1).numpy()
+    shown_B3T = torch.stack([role_BT == PIXEL_ROLE, role_BT == SEMANTIC_ROLE, seen_BT], 1)
+    return _means_of(outputs.hidden_states, torch.cat([shown_B3T, texts_B2T.to(shown_B3T.device)], 1))
 
 
-def compare(states_SLCE: np.ndarray, images: list[str]) -> list[dict]:
+@torch.no_grad()
+def answers_alone(model, processor, answers: list[str], batch_size: int = 8) -> np.ndarray:
+    """(S,L,E): the mean state of all tokens of a prompt whose user says the answer."""
+    means = []
+    for start in range(0, len(answers), batch_size):
+        chats = [
+            [{"role": "user", "content": [{"type": "text", "text": text}]}] for text in answers[start:][:batch_size]
+        ]
+        text = {name: encode(model, processor, chats).inputs[name] for name in ("input_ids", "attention_mask")}
+        outputs = model.model(**text, output_hidden_states=True)
+        means.append(_means_of(outputs.hidden_states, text["attention_mask"][:, None] != 0))
+    return np.concatenate(means)[:, :, 0]
+
+
+def _means_of(hidden_states, groups_BCT: torch.Tensor) -> np.ndarray:
+    """(B,L,C,E): the mean of each group of tokens in each layer, nan of a group without tokens."""
+    weights_BCT = groups_BCT.float() / groups_BCT.sum(-1, keepdim=True)  # 0 / 0 is nan
+    return torch.stack([(weights_BCT.to(states.device) @ states.float()).cpu() for states in hidden_states], 1).numpy()
+
+
+def compare(states: dict[str, np.ndarray], images: list[str], pairs: list[tuple[str, str]]) -> list[dict]:
     """
-    The cosines of every pair of groups, see `alignment`.
+    The cosines of pairs of groups, see `alignment`.
 
     Args:
-        states_SLCE, images: of `mean_states`.
+        states, images: of `mean_states`.
 
     Raises:
         ValueError: all samples show the same image.
     """
-    other_S = next_other_image(images)
-    there = np.isfinite(states_SLCE)
-    mean_LCE = np.where(there, states_SLCE, 0).sum(0) / np.maximum(there.sum(0), 1)
-    raw, centred = _by_group(states_SLCE), _by_group(states_SLCE - mean_LCE)
-    found = []
-    for text, image in PAIRS:
-        # Rounding errors are relative to the raw states.
-        sizes = {name: np.linalg.norm(raw[name], axis=-1) for name in (text, image)}
+    other_S, found = next_other_image(images), []
+    for text, image in pairs:
         measures = {}
-        for name, states in (("cosine", raw), ("centred", centred)):
+        for name, change in (("cosine", lambda states_SLE: states_SLE), ("centred", _centred)):
             for suffix, order in (("", slice(None)), ("_other_image", other_S)):
-                one, other = states[text], states[image][order]
-                measures[name + suffix] = _cosine(one, other, sizes[text], sizes[image][order])
+                # Rounding errors are relative to the raw states.
+                sizes = [np.linalg.norm(raw, axis=-1) for raw in (states[text], states[image][order])]
+                measures[name + suffix] = _cosine(change(states[text]), change(states[image])[order], *sizes)
         samples = int(np.isfinite(measures["cosine"]).any(1).sum())
         if samples:
             intervals = {name: _intervals(cosine_SL, images) for name, cosine_SL in measures.items()}
@@ -190,10 +218,10 @@ def next_other_image(images: list[str]) -> np.ndarray:
     )
 
 
-def _by_group(states_SLCE: np.ndarray) -> dict[str, np.ndarray]:
-    """(S,L,E) of each group; the projector's output is the pixel tokens' state at layer 0."""
-    groups = dict(zip(GROUPS, np.moveaxis(states_SLCE, 2, 0)))
-    return groups | {PROJECTOR: np.broadcast_to(groups[PIXEL][:, :1], groups[PIXEL].shape)}
+def _centred(states_SLE: np.ndarray) -> np.ndarray:
+    """Each state minus the mean of its layer over the samples that have one."""
+    there = np.isfinite(states_SLE)
+    return states_SLE - np.where(there, states_SLE, 0).sum(0) / np.maximum(there.sum(0), 1)
 
 
 def _cosine(one_SLE, other_SLE, one_size_SL, other_size_SL) -> np.ndarray:
@@ -205,13 +233,14 @@ def _cosine(one_SLE, other_SLE, one_size_SL, other_size_SL) -> np.ndarray:
 
 
 def _intervals(cosine_SL: np.ndarray, images: list[str]) -> list[tuple[float, float, float]]:
-    """The mean of each layer and its bootstrap interval over images; all layers use the same resamples."""
+    """The mean of each layer, then that of all layers but the input, and bootstrap intervals over images."""
+    cosine_SL = np.column_stack([cosine_SL, cosine_SL[:, 1:].mean(1)])
     there_SL = np.isfinite(cosine_SL)
     names, image_S = np.unique(np.asarray(images), return_inverse=True)
     sums_UX = np.zeros((len(names), 2 * cosine_SL.shape[1]))
     np.add.at(sums_UX, image_S, np.concatenate([np.where(there_SL, cosine_SL, 0), there_SL], axis=1))
     value_L = _means(sums_UX.sum(0, keepdims=True))[0]
-    drawn_RL = resampled(_means, sums_UX)
+    drawn_RL = resampled(_means, sums_UX)  # all layers use the same resamples
     return [(float(value), *percentiles(drawn_R)) for value, drawn_R in zip(value_L, drawn_RL.T)]
 
 
@@ -220,61 +249,38 @@ def _means(sums_RX: np.ndarray) -> np.ndarray:
     return np.where(count_RL > 0, total_RL / np.maximum(count_RL, 1), np.nan)
 
 
-def _pair_names(report: dict) -> list[str]:
-    return [f"{pair['text']} × {pair['image']}" for pair in report["pairs"]]
-
-
 def alignment_markdown(report: dict) -> str:
-    """A table for each measure, with a row for each layer."""
-    parts = [f"{report['samples']} samples of {report['images']} images; 95% bootstrap intervals over images."]
+    """A table for each measure, with a row for each layer and one for their mean."""
+    parts = [
+        f"Definition: {report['definition']}; {report['samples']} samples of {report['images']} images; 95% bootstrap "
+        "intervals over images."
+    ]
+    layers = ["input", *range(1, report["layers"] + 1), f"mean of 1 to {report['layers']}"]
     for measure, title in MEASURES.items():
         rows = [
-            [layer or "input", *(with_interval(*pair[measure][layer]) for pair in report["pairs"])]
-            for layer in range(report["layers"] + 1)
+            [layer, *(with_interval(*pair[measure][place]) for pair in report["pairs"])]
+            for place, layer in enumerate(layers)
         ]
-        parts += [f"### {title[0].upper()}{title[1:]}", markdown_table(["layer", *_pair_names(report)], rows)]
+        names = [f"{pair['text']} × {pair['image']}" for pair in report["pairs"]]
+        parts += [f"### {title[0].upper()}{title[1:]}", markdown_table(["layer", *names], rows)]
     return "\n\n".join(parts)
 
 
-def draw_alignment(report: dict, title: str = "") -> Figure:
-    """Four heatmaps, layers by pairs: raw and centred cosine, with the own and with another sample's image."""
-    pairs, layers = report["pairs"], report["layers"] + 1
-    width = max(4.2, 0.5 * min(layers, MOST_NUMBERS) + 0.12 * max(layers - MOST_NUMBERS, 0) + 1)
-    figure = Figure(figsize=(2 * width + 1.9, 2 * (0.36 * len(pairs) + 0.75) + 0.8), layout="constrained")
-    panels = figure.subplots(2, 2, sharex=True, sharey=True)
-    for row, name in enumerate(("cosine", "centred")):
-        measures = (name, f"{name}_other_image")
-        value_2PL = np.array([[[entry[0] for entry in pair[m]] for pair in pairs] for m in measures], float)
-        limit = 1.0 if row == 0 else max(0.1, float(np.nanmax(np.abs(value_2PL), initial=0)))
-        for axes, measure, value_PL in zip(panels[row], measures, value_2PL):
-            shown = _draw_heatmap(axes, value_PL, limit)
-            axes.set_title(MEASURES[measure], fontsize=10)
-        bar = figure.colorbar(shown, ax=panels[row], shrink=0.9, aspect=14, pad=0.01)
-        bar.set_label("mean cosine", fontsize=8)
-        bar.ax.tick_params(labelsize=7)
-        panels[row][0].set_yticks(range(len(pairs)), _pair_names(report), fontsize=8)
-    ticks = list(range(0, layers, max(1, round(layers / MOST_NUMBERS))))
+def draw_alignment(report: dict) -> Figure:
+    """Four panels, raw and centred cosine with the own and with another sample's image: a line for each pair."""
+    figure = Figure(figsize=(9, 6), layout="constrained")
+    panels, layers = figure.subplots(2, 2, sharex=True, sharey="row"), report["layers"] + 1
+    for axes, (measure, title) in zip(panels.flat, MEASURES.items()):
+        for pair, colour, marker in zip(report["pairs"], COLOURS, MARKERS):
+            value_L, low_L, high_L = np.array(pair[measure][:layers], float).T
+            name = f"{pair['text']} × {pair['image']}"
+            axes.plot(value_L, color=colour, marker=marker, markersize=4, linewidth=1, label=name)
+            axes.fill_between(range(layers), low_L, high_L, color=colour, alpha=0.15, linewidth=0)
+        axes.set_title(title, fontsize=10)
+        axes.grid(alpha=0.25)
+        axes.spines[["top", "right"]].set_visible(False)
     for axes in panels[1]:
-        axes.set_xticks(ticks, [str(tick or "in") for tick in ticks], fontsize=8)
-        axes.set_xlabel("layer of the language model", fontsize=9)
-    name = f": {title}" if title else ""
-    counted = f"{report['samples']} samples, {report['images']} images"
-    figure.suptitle(f"States of text and image{name} ({counted})", fontsize=11)
+        axes.set_xlabel("layer of the language model (0: its input)", fontsize=9)
+    handles, labels = panels[0, 0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=4, fontsize=8, frameon=False)
     return figure
-
-
-def _draw_heatmap(axes, value_PL: np.ndarray, limit: float):
-    """Orange is similar, purple is opposed, white is unknown."""
-    shown = axes.imshow(value_PL, cmap="PuOr_r", vmin=-limit, vmax=limit, aspect="auto")
-    axes.tick_params(length=0)
-    axes.spines[:].set_visible(False)
-    for place in range(1, value_PL.shape[1]):
-        axes.axvline(place - 0.5, color="white", linewidth=1)
-    for place in range(1, value_PL.shape[0]):
-        axes.axhline(place - 0.5, color="white", linewidth=1)
-    if value_PL.shape[1] <= MOST_NUMBERS:
-        for (pair, layer), value in np.ndenumerate(value_PL):
-            text, colour = (f"{value:.2f}".replace("-0.00", "0.00"), "black") if np.isfinite(value) else ("–", FAINT)
-            colour = "white" if abs(value) > 0.65 * limit else colour
-            axes.text(layer, pair, text, ha="center", va="center", fontsize=7.5, color=colour)
-    return shown

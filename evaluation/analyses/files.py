@@ -1,22 +1,23 @@
-"""What the analyses share: questions, output files and colours."""
+"""What the analyses share: questions, finished runs, output files and colours."""
 
 import json
 import math
+from collections import defaultdict
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 
 import numpy as np
 from matplotlib.figure import Figure
-from PIL import Image
 
-from granulon.evaluation.matrix import model_identity, used_versions
+from granulon.evaluation.matrix import largest_runs, model_identity, read_samples, used_versions
 from granulon.hub.answer import read_rows
 from granulon.hub.files import write_atomically
 
 # The palette of Okabe and Ito, for all kinds of colour vision, and marker shapes for prints without colour.
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#000000", "#F0E442")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
-INK, FAINT = "#222222", "#777777"
+FAINT = "#777777"
 
 
 def read_questions(source: str, limit: int | None = None) -> list[dict]:
@@ -35,9 +36,46 @@ def read_questions(source: str, limit: int | None = None) -> list[dict]:
     return [row | {"answer": row.get("answer") or row.get("truth")} for row in rows]
 
 
-def first_row_of_each_image(rows: list[dict]) -> list[dict]:
-    """Rows of distinct images, in their order."""
-    return list({str(row["image"]): row for row in reversed(rows)}.values())[::-1]
+def finished_runs(output: str | Path, only: Sequence[str] = ()) -> list[dict]:
+    """
+    The largest finished run of each entry and task, with its samples under `samples_read`.
+
+    Args:
+        output: output folder of granulon-evaluate.
+        only: names of entries; all by default.
+
+    Raises:
+        ValueError: no finished run, or none of a name.
+    """
+    found = largest_runs(Path(output), only)
+    return [result | {"samples_read": read_samples(Path(result["folder"]))} for result in found]
+
+
+def settings_of(run: dict) -> dict:
+    """The entry of a run, and how it was evaluated."""
+    entry, level = run["entry"], run["entry"].get("granularity")
+    return {
+        "group": entry.get("group", ""),
+        "entry": entry["name"],
+        "view": entry.get("view", "full"),
+        "granularity": entry.get("overrides", {}).get("controller") if level is None else level,
+    }
+
+
+def run_name(run: dict) -> str:
+    """The entry of a run, or of what was made of one, with its task (of a run), view and level."""
+    name, settings = (
+        (run["run"], settings_of(run)) if "run" in run else (f"{run['group']} {run['entry']}".strip(), run)
+    )
+    return f"{name} ({', '.join(str(settings[key]) for key in ('view', 'granularity') if settings[key] is not None)})"
+
+
+def left_out_notes(left_out: dict[str, str]) -> list[str]:
+    """A line for each reason, with the runs that were left out for it."""
+    reasons = defaultdict(list)
+    for name, reason in left_out.items():
+        reasons[reason].append(name)
+    return [f"Left out, since {reason}: {'; '.join(names)}." for reason, names in reasons.items()]
 
 
 def describe_model(model: str) -> dict:
@@ -45,21 +83,16 @@ def describe_model(model: str) -> dict:
     return {"name": model, **{key: value for key, value in model_identity(model, "main").items() if key != "manifest"}}
 
 
-def write_analysis(
-    output: str | Path, name: str, report: dict, markdown: str, picture: Figure | Image.Image
-) -> list[Path]:
-    """Write an analysis as JSON, Markdown and PNG, a figure also as PDF; returns the files."""
+def write_analysis(output: str | Path, name: str, report: dict, markdown: str, picture: Figure) -> list[Path]:
+    """Write an analysis as JSON, Markdown, PNG and PDF; returns the files."""
     output = Path(output)
     output.mkdir(parents=True, exist_ok=True)
     made = {"versions": used_versions(), "made_at": datetime.now(UTC).isoformat(timespec="seconds")}
     contents = {
         "json": json.dumps(without_nan(report | made), indent=1, ensure_ascii=False) + "\n",
         "md": markdown.rstrip() + "\n",
+        **dict.fromkeys(("png", "pdf"), lambda path: picture.savefig(path, dpi=110)),
     }
-    if isinstance(picture, Figure):
-        contents |= dict.fromkeys(("png", "pdf"), lambda path: picture.savefig(path, dpi=110))
-    else:
-        contents["png"] = lambda path: picture.save(path, optimize=True)
     for suffix, content in contents.items():
         write_atomically(output / f"{name}.{suffix}", content)
     return [output / f"{name}.{suffix}" for suffix in contents]

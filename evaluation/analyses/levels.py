@@ -1,247 +1,160 @@
-"""Clusters at each level, as a sheet of pictures, and calibration of the controller, as a reliability diagram.
+"""The level that the controller chose in finished runs of granulon-evaluate, by benchmark and type of question."""
 
-Shapes: B rows, G levels, Q distinct questions.
-"""
-
-import textwrap
+import re
+from collections import Counter, defaultdict
 
 import numpy as np
-import torch
+from matplotlib import colormaps
 from matplotlib.figure import Figure
-from PIL import Image, ImageDraw, ImageFont
+from scipy.stats import entropy
 
-from granulon.hub.inference import describe, encode, open_image, question_about
-from granulon.hub.text import markdown_table, with_interval
-from granulon.hub.visualize import overlay_clusters
-from granulon.train.controller.corpus import TEST, check_rows
-from granulon.train.controller.fit import Labelled, bootstrap_group, controller_logits, question_states
-from granulon.train.controller.level_scores import BINS, mean_interval, scores
+from granulon.hub.text import markdown_table
+from modeling_granulon.configuration_granulon import DEFAULT_GRANULARITIES
 
-from .files import COLOURS, FAINT, INK
+from .files import left_out_notes, run_name, settings_of
 
-SIDE, GAP, LINE = 200, 14, 19  # pixels: longer side of a shown image, space between panels, height of a line of text
-CHOSEN = "#0072B2"
-LEGEND = (
-    "Clusters are numbered by quality (Eq. 6), 1 is the best; colours repeat with stripes from 8 and with checks "
-    "from 15."
-)
+KNOWN_LEVELS = [level["name"] for level in DEFAULT_GRANULARITIES]
+# Columns of data sets that hold the type of a question, the most specific first.
+TYPE_COLUMNS = (
+    "question_type", "question_type_id", "kind", "task", "category", "subcategory", "type", "task_type",
+)  # fmt: skip
+MOST_TYPES = 8  # of one benchmark; the others are counted together
+OTHER, ALL = "other", "all"
 
 
-def cluster_rows(model, processor, rows: list[dict]) -> list[dict]:
+def chosen_levels(runs: list[dict]) -> dict:
     """
-    The clusters of each image at every level, and the level that the controller chooses for its question.
+    How often each level was chosen, by entry, benchmark and type of question.
+
+    A type is what the data set says (`TYPE_COLUMNS`), else the first two words of the question. Entries whose level
+    was fixed or random are left out.
+
+    Args:
+        runs: of `files.finished_runs`.
 
     Returns:
-        for each row `image` (PIL), `question`, `chosen` (a level's name) and `levels`: for each level name `clusters`
-        (number, score, share) and `cluster_map` (H,W).
+        dict: `levels`, from coarse to fine; `counts`, each with group, entry, task, type ("all" for all of them),
+        `types_from`, samples, `count` and `share` by level, and `entropy` in bits; `left_out`, the reason for each
+        run that was left out.
 
     Raises:
-        ValueError: the model has no levels, there are no rows, or an image cannot be used.
+        ValueError: no run has a level that the model chose.
     """
-    names = model.config.granularity_names
-    if not names:
-        raise ValueError("the model has no levels of granularity, so there are no clusters to draw")
-    if not rows:
-        raise ValueError("there are no rows; give at least one image with its question")
-    found = []
-    for row in rows:
-        image = open_image(row["image"])
-        chat = [question_about(image, row["question"])]
-        chosen, *levels = (describe(model, encode(model, processor, chat, name))[0] for name in (None, *names))
-        seen = {name: level["images"][0] for name, level in zip(names, levels, strict=True)}
-        chosen = chosen["granularity"]["name"]
-        found.append({"image": image, "question": row["question"], "chosen": chosen, "levels": seen})
-    return found
+    counts, left_out, tokens = [], {}, defaultdict(list)
+    for run in runs:
+        samples = [sample for sample in run["samples_read"] if sample.get("granularity")]
+        level = settings_of(run)["granularity"]
+        if not samples or level not in (None, "learned"):
+            reason = f"its level is set ({level})" if samples else "its samples have no level: no image, or no levels"
+            left_out[run_name(run)] = reason
+            continue
+        for sample in samples:
+            tokens[sample["granularity"]].append(sample.get("semantic_tokens") or 0)
+        counts += _count_levels(run, samples)
+    if not counts:
+        raise ValueError(f"no run has a level that the model chose: {left_out}")
+
+    def from_coarse_to_fine(name):
+        known = KNOWN_LEVELS.index(name) if name in KNOWN_LEVELS else len(KNOWN_LEVELS)
+        return known, np.mean(tokens[name]), name
+
+    levels = sorted(tokens, key=from_coarse_to_fine)
+    return {"levels": levels, "counts": [_with_shares(entry, levels) for entry in counts], "left_out": left_out}
 
 
-def clusters_markdown(found: list[dict]) -> str:
-    """A table with the chosen level and the number of tokens at each level."""
-    rows = [
-        [number, row["question"], row["chosen"], *map(_tokens, row["levels"].values())]
-        for number, row in enumerate(found, 1)
+def _count_levels(run: dict, samples: list[dict]) -> list[dict]:
+    """One entry for all samples of a run, and one for each type of question, the most frequent first."""
+    source, types = question_types(samples)
+    common = [name for name, _ in Counter(types).most_common(MOST_TYPES)]
+    types = [name if name in common else OTHER for name in types]
+    names = list(dict.fromkeys([*common, *([OTHER] if OTHER in types else [])]))
+    return [
+        {
+            **settings_of(run),
+            "task": run["task"]["name"],
+            "type": name,
+            "types_from": source,
+            "count": Counter(sample["granularity"] for sample, own in zip(samples, types) if name in (ALL, own)),
+        }
+        for name in ([ALL, *names] if len(names) > 1 else [ALL])
     ]
-    return markdown_table(["row", "question", "level chosen", *found[0]["levels"]], rows, 3)
 
 
-def draw_clusters_sheet(found: list[dict], levels: list[dict]) -> Image.Image:
-    """
-    A line per image: the image, then its clusters at each level, the chosen level in a frame.
-
-    Args:
-        found: of `cluster_rows`.
-        levels: `config.granularities`.
-    """
-    titles = ["image and question"]
-    titles += [f"{level['name']}: best {level['keep']} of {level['clusters']} clusters" for level in levels]
-    shown = [_resized(row["image"]) for row in found]
-    heights = [image.height + 2 * LINE + GAP for image in shown]
-    width = GAP + len(titles) * (SIDE + GAP)
-    legend = textwrap.wrap(LEGEND, width // 7)
-    top = GAP + LINE + 6
-    page = Image.new("RGB", (width, top + sum(heights) + LINE * len(legend) + GAP // 2), "white")
-    draw = ImageDraw.Draw(page)
-    bold, small = ImageFont.load_default(14), ImageFont.load_default(13)
-    for column, title in enumerate(titles):
-        draw.text((GAP + column * (SIDE + GAP), GAP), _shortened(draw, title, bold), INK, bold)
-    for row, image, height in zip(found, shown, heights):
-        page.paste(image, (GAP, top))
-        for line, text in enumerate(textwrap.wrap(row["question"], SIDE // 7)[:2]):
-            draw.text((GAP, top + image.height + 3 + line * LINE), text, INK, small)
-        for column, (name, seen) in enumerate(row["levels"].items(), 1):
-            chosen = name == row["chosen"]
-            _draw_panel(page, (GAP + column * (SIDE + GAP), top), image, seen, chosen, small)
-        top += height
-    for line, text in enumerate(legend):
-        draw.text((GAP, top + line * LINE), text, FAINT, small)
-    return page
+def question_types(samples: list[dict]) -> tuple[str, list[str]]:
+    """The column that types were read from (or "first words"), and the type of each sample's question."""
+    docs = [sample.get("doc") or {} for sample in samples]
+    for column in TYPE_COLUMNS:
+        values = [doc.get(column) for doc in docs]
+        if all(isinstance(value, (str, int)) and value != "" for value in values) and len(set(values)) > 1:
+            return column, [str(value) for value in values]
+    types = []
+    for doc, sample in zip(docs, samples):
+        questions = [doc.get("question"), doc.get("Question"), sample.get("question"), ""]
+        question = next(question for question in questions if isinstance(question, str))
+        types.append(" ".join(re.findall(r"\w+", question.lower())[:2]) or "(none)")
+    return "first words", types
 
 
-def _draw_panel(page: Image.Image, corner: tuple[int, int], image: Image.Image, seen: dict, chosen: bool, font):
-    """The clusters of an image at one level, and below them the number of tokens."""
-    draw, (left, top) = ImageDraw.Draw(page), corner
-    page.paste(overlay_clusters(image, seen["cluster_map"]), corner)
-    if chosen:
-        box = (left - 3, top - 3, left + image.width + 2, top + image.height + 2)
-        draw.rectangle(box, outline=CHOSEN, width=3)
-        draw.text((left, top + image.height + 2 + LINE), "chosen for this question", CHOSEN, font)
-    draw.text((left, top + image.height + 4), _tokens(seen), CHOSEN if chosen else INK, font)
+def _with_shares(entry: dict, levels: list[str]) -> dict:
+    count = {level: entry["count"][level] for level in levels}
+    total = sum(count.values())
+    shares = {level: number / total for level, number in count.items()}
+    bits = float(entropy(list(count.values()), base=2))
+    return entry | {"samples": total, "count": count, "share": shares, "entropy": bits}
 
 
-def _resized(image: Image.Image) -> Image.Image:
-    """At the size of a panel; small images are enlarged without smoothing."""
-    scale = SIDE / max(image.size)
-    size = [max(round(side * scale), 1) for side in image.size]
-    return image.resize(size, Image.Resampling.NEAREST if scale > 1 else Image.Resampling.LANCZOS)
-
-
-def _shortened(draw, text: str, font) -> str:
-    while draw.textlength(text, font) > SIDE and len(text) > 4:
-        text = text[:-2].rstrip("… ") + "…"
-    return text
-
-
-def _tokens(seen: dict) -> str:
-    kept = len(seen["clusters"])
-    return f"{kept} token{'s' if kept != 1 else ''}"
-
-
-def calibration(model, processor, rows: list[dict]) -> dict:
-    """
-    Confidence and accuracy of the controller on the test splits of a granularity corpus.
-
-    Args:
-        rows: of the corpus, see granulon.train.controller.corpus.
-
-    Returns:
-        dict: `levels` and `splits`; each split has the number of `rows` and the entries of `reliability`.
-
-    Raises:
-        ValueError: the model has no trained controller, rows without labels, or fewer than two rows in test splits.
-    """
-    controller, levels = model.model.granularity_controller, model.config.granularity_names
-    if controller is None:
-        raise ValueError(
-            f"the model has no controller that learns (controller is {model.config.controller!r}, levels {levels}); "
-            "take a checkpoint with controller='learned' and at least two levels"
-        )
-    rows = check_rows(rows, levels)
-    tested = [row for row in rows if row["split"].startswith(TEST)]
-    if len(tested) < 2:
-        raise ValueError(
-            f"the corpus has {len(tested)} rows in splits that begin with {TEST!r}, of {len(rows)} in all; at least "
-            "two are needed"
-        )
-    data = Labelled.of(tested, levels, soft=False)
-    with torch.no_grad():
-        probs_QG = controller_logits(controller, question_states(model, processor, data.questions)).softmax(-1)
-    probs_BG, level_B = probs_QG[data.question_B].numpy(), data.level_B.numpy()
-    splits = {}
-    for split in sorted({row["split"] for row in tested}):
-        places = data.places(split).numpy()
-        groups = [bootstrap_group(tested[place], split) for place in places]
-        splits[split] = {"rows": len(places), **reliability(probs_BG[places], level_B[places], groups)}
-    return {"levels": levels, "splits": splits}
-
-
-def reliability(probs_BG: np.ndarray, level_B: np.ndarray, groups: list[str]) -> dict:
-    """
-    The scores of `granulon.train.controller.level_scores`, the mean `confidence`, and the `bins` of the ECE.
-
-    Each bin with rows has `low`, `high`, `rows`, `confidence` and `accuracy` (value, low, high).
-    """
-    confidence_B, right_B = probs_BG.max(1), (probs_BG.argmax(1) == level_B).astype(float)
-    bin_B = np.minimum((confidence_B * BINS).astype(int), BINS - 1)
-    bins = []
-    for number in sorted(set(bin_B.tolist())):
-        inside = np.flatnonzero(bin_B == number)
-        bins.append(
-            {
-                "low": number / BINS,
-                "high": (number + 1) / BINS,
-                "rows": len(inside),
-                "confidence": float(confidence_B[inside].mean()),
-                "accuracy": mean_interval(right_B[inside], [groups[place] for place in inside]),
-            }
-        )
-    return {
-        **scores(probs_BG, level_B, groups), "confidence": mean_interval(confidence_B, groups), "bins": bins
-    }  # fmt: skip
-
-
-def calibration_markdown(report: dict) -> str:
-    """Two tables: the scores of each split, and its bins."""
-    splits, bins = [], []
-    for split, part in report["splits"].items():
-        intervals = (with_interval(*part[name], digits=3) for name in ("accuracy", "confidence", "ece"))
-        splits.append([split, part["rows"], part["groups"], *intervals])
-        for entry in part["bins"]:
-            accuracy = with_interval(*entry["accuracy"], digits=3)
-            limits = f"{entry['low']:.1f}–{entry['high']:.1f}"
-            bins.append([split, limits, entry["rows"], f"{entry['confidence']:.3f}", accuracy])
-    return "\n\n".join(
+def levels_markdown(report: dict) -> str:
+    """A table with a row for each entry, benchmark and type of question."""
+    header = ["model", "entry", "view", "task", "questions", "samples", *report["levels"], "entropy (bits)"]
+    rows = [
         [
-            "95% bootstrap intervals over groups of questions (a template, or a kind where kinds are held out).",
-            markdown_table(["split", "rows", "groups", "accuracy", "mean confidence", "ECE"], splits),
-            markdown_table(["split", "confidence", "rows", "mean confidence", "accuracy"], bins, 2),
+            *(entry["group"], entry["entry"], entry["view"], entry["task"], entry["type"]),
+            entry["samples"],
+            *(f"{entry['count'][level]} ({entry['share'][level]:.0%})" for level in report["levels"]),
+            f"{entry['entropy']:.2f}",
         ]
-    )
+        for entry in report["counts"]
+    ]
+    sources = {entry["task"]: entry["types_from"] for entry in report["counts"]}
+    sources = "; ".join(f"{task}: {source}" for task, source in sources.items())
+    note = f"Types of questions come from: {sources}. "
+    note += f"The entropy is {np.log2(len(report['levels'])):.2f} bits where all levels are chosen equally often."
+    return "\n\n".join([note, markdown_table(header, rows, 5), *left_out_notes(report["left_out"])])
 
 
-def draw_calibration(report: dict) -> Figure:
-    """A reliability diagram for each split, and below it the number of rows in each bin."""
-    splits = report["splits"]
-    figure = Figure(figsize=(0.9 + 2.9 * len(splits), 4.3), layout="constrained")
-    panels = figure.subplots(2, len(splits), squeeze=False, sharex=True, height_ratios=(3.2, 1))
-    for (axes, below), (split, part) in zip(panels.T, splits.items()):
-        _draw_reliability(axes, part["bins"], chance=1 / len(report["levels"]))
-        axes.set_title(f"{split} ({part['rows']} rows)\nECE {with_interval(*part['ece'])}", fontsize=9)
-        middles = [(entry["low"] + entry["high"]) / 2 for entry in part["bins"]]
-        below.bar(middles, [entry["rows"] for entry in part["bins"]], width=0.9 / BINS, color=COLOURS[0])
-        below.set_xlabel("confidence of the controller", fontsize=8)
-        for panel in (axes, below):
-            panel.tick_params(labelsize=7.5)
-            panel.spines[["top", "right"]].set_visible(False)
-    panels[0, 0].set_ylabel("accuracy", fontsize=8)
-    panels[1, 0].set_ylabel("rows", fontsize=8)
-    handles, labels = panels[0, 0].get_legend_handles_labels()
-    columns = 2 if len(splits) == 1 else 4
-    figure.legend(handles, labels, loc="outside lower center", ncols=columns, fontsize=8, frameon=False)
-    figure.suptitle("Calibration of the controller", fontsize=10)
-    return figure
+def draw_levels(report: dict) -> Figure:
+    """
+    Stacked bars with the levels' shares, one for each benchmark.
 
-
-def _draw_reliability(axes, bins: list[dict], chance: float):
-    """Accuracy against confidence; a perfectly calibrated controller lies on the diagonal."""
-    axes.plot([0, 1], [0, 1], color=FAINT, linewidth=1, linestyle="--", label="perfectly calibrated")
-    axes.axvspan(0, chance, color="#eeeeee", linewidth=0, label="below chance: impossible")
-    for entry in bins:
-        value, low, high = entry["accuracy"]
-        confidence_2 = [entry["confidence"]] * 2
-        axes.plot(confidence_2, [entry["confidence"], value], color=COLOURS[1], linewidth=3, alpha=0.5)
-        axes.plot(confidence_2, [low, high], color=COLOURS[0], linewidth=1.2)
-    confidences, accuracies = zip(*((entry["confidence"], entry["accuracy"][0]) for entry in bins))
-    label = "accuracy, 95% interval"
-    axes.plot(confidences, accuracies, "o-", color=COLOURS[0], markersize=4.5, linewidth=1, label=label)
-    axes.plot([], [], color=COLOURS[1], linewidth=3, alpha=0.5, label="gap")
+    For a single entry, a bar for each type of question is below its benchmark's; for several there is no room.
+    """
+    several = len({run_name(entry) for entry in report["counts"]}) > 1
+    counts = [entry for entry in report["counts"] if entry["type"] == ALL or not several]
+    bars = [
+        f"{entry['task']} ({run_name(entry)})"
+        if several
+        else entry["task"]
+        if entry["type"] == ALL
+        else entry["type"][:40]
+        for entry in counts
+    ]
+    figure = Figure(figsize=(8, 1.3 + 0.27 * len(counts)), layout="constrained")
+    axes = figure.subplots()
+    left_N = np.zeros(len(counts))
+    # From light for coarse to dark for fine, readable without colour too.
+    for level, colour in zip(report["levels"], colormaps["Blues"](np.linspace(0.2, 0.95, len(report["levels"])))):
+        share_N = np.array([entry["share"][level] for entry in counts])
+        drawn = axes.barh(range(len(counts)), share_N, left=left_N, height=0.78, color=colour, label=level)
+        numbers = [f"{share:.0%}" if share > 0.06 else "" for share in share_N]
+        axes.bar_label(drawn, numbers, label_type="center", fontsize=7, color="white" if colour[0] < 0.4 else "black")
+        left_N += share_N
+    axes.set_yticks(range(len(counts)), bars, fontsize=8)
+    for label, entry in zip(axes.get_yticklabels(), counts):
+        label.set_fontweight("bold" if entry["type"] == ALL else "normal")
+    axes.invert_yaxis()
     axes.set_xlim(0, 1)
-    axes.set_ylim(-0.02, 1.02)
+    axes.set_xlabel("share of the questions", fontsize=8)
+    axes.spines[["top", "right", "left"]].set_visible(False)
+    figure.legend(loc="outside lower center", ncols=len(report["levels"]), fontsize=8, frameon=False)
+    figure.suptitle("Level chosen, by benchmark and type of question", fontsize=10)
+    return figure

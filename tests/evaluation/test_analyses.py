@@ -5,10 +5,11 @@ import json
 import numpy as np
 import pytest
 import torch
-from conftest import count_calls, make_image, make_model, make_processor
-from PIL import Image, ImageColor
+from conftest import count_calls, make_image, make_model
+from PIL import Image
 
 from granulon.evaluation.analyses.alignment import (
+    DEFINITIONS,
     alignment,
     alignment_markdown,
     compare,
@@ -16,29 +17,11 @@ from granulon.evaluation.analyses.alignment import (
     mean_states,
     prompts_with_answers,
 )
-from granulon.evaluation.analyses.files import first_row_of_each_image, read_questions, write_analysis
-from granulon.evaluation.analyses.levels import (
-    CHOSEN,
-    calibration,
-    calibration_markdown,
-    cluster_rows,
-    clusters_markdown,
-    draw_calibration,
-    draw_clusters_sheet,
-    reliability,
-)
-from granulon.evaluation.analyses.results import (
-    accuracy_against_tokens,
-    chosen_levels,
-    draw_levels,
-    draw_tokens,
-    finished_runs,
-    levels_markdown,
-    question_types,
-    tokens_markdown,
-)
+from granulon.evaluation.analyses.calibration import calibration, calibration_markdown, draw_calibration, reliability
+from granulon.evaluation.analyses.files import finished_runs, read_questions, write_analysis
+from granulon.evaluation.analyses.levels import chosen_levels, draw_levels, levels_markdown, question_types
 from granulon.evaluation.analyses.run import main
-from granulon.evaluation.analyses.speed import draw_speed, measure_speed, speed_markdown
+from granulon.evaluation.analyses.tokens import accuracy_against_tokens, draw_tokens, tokens_markdown
 from granulon.hub.assemble import assemble_tiny
 from granulon.train.controller.level_scores import scores
 
@@ -56,9 +39,11 @@ def make_rows(count=4, answers=True):
     ]
 
 
-def states_of(pixel, semantic, question, answer):
-    """(S,1,4,E) from a list of vectors for each group."""
-    return np.stack([np.asarray(group, float) for group in (pixel, semantic, question, answer)], 1)[:, None]
+def compared(images, *groups):
+    """The cosines of two equal layers, whose groups are lists of vectors: pixel, semantic, question, answer."""
+    layers = (np.stack([np.asarray(group, float)] * 2, 1) for group in groups)
+    states = dict(zip(("pixel", "semantic", "question", "answer"), layers, strict=True))
+    return compare(states | {"projector": states["pixel"]}, images, DEFINITIONS["parts"])
 
 
 def cosine_of(pairs, text, image, measure="cosine"):
@@ -83,7 +68,7 @@ def tiny(tmp_path_factory):
 
 def test_identical_states_have_cosine_one_and_orthogonal_ones_zero():
     one, other = [[1.0, 0, 0], [0, 2.0, 0]], [[0, 0, 3.0], [0, 0, 1.0]]
-    pairs = compare(states_of(one, other, one, other), ["a", "b"])
+    pairs = compared(["a", "b"], one, other, one, other)
     assert cosine_of(pairs, "question", "pixel") == pytest.approx(1)
     assert cosine_of(pairs, "question", "semantic") == pytest.approx(0)
     assert cosine_of(pairs, "answer", "semantic") == pytest.approx(1)
@@ -95,7 +80,7 @@ def test_centring_takes_away_a_direction_that_all_states_share():
     common = 100 * np.ones(64)
     groups = [common + random.normal(size=(40, 64)) for _ in range(4)]
     groups[2] = groups[0] - 50  # the question says what the pixels say, and the answer something else
-    pairs = compare(states_of(*groups), [str(number) for number in range(40)])
+    pairs = compared([str(number) for number in range(40)], *groups)
     assert cosine_of(pairs, "answer", "pixel") > 0.99
     assert abs(cosine_of(pairs, "answer", "pixel", "centred")) < 0.1
     assert cosine_of(pairs, "question", "pixel", "centred") == pytest.approx(1)
@@ -104,7 +89,7 @@ def test_centring_takes_away_a_direction_that_all_states_share():
 
 def test_a_state_that_never_changes_has_no_centred_cosine():
     same, other = np.ones((4, 3)), np.eye(4)[:, :3] + 1
-    pairs = compare(states_of(other, other, same, other), list("abcd"))
+    pairs = compared(list("abcd"), other, other, same, other)
     assert np.isnan(cosine_of(pairs, "question", "pixel", "centred"))
     assert np.isfinite(cosine_of(pairs, "question", "pixel"))
 
@@ -112,11 +97,10 @@ def test_a_state_that_never_changes_has_no_centred_cosine():
 def test_intervals_come_from_images_and_not_from_questions():
     random = np.random.default_rng(0)
     one, other = random.normal(size=(12, 8)), random.normal(size=(12, 8))
-    repeated = states_of(*(np.repeat(group, 10, 0) for group in (one, one, other, other)))
-    once = states_of(one, one, other, other)
-    images = [str(number) for number in range(12)]
-    few = compare(once, images)[0]["cosine"][0]
-    many = compare(repeated, [name for name in images for _ in range(10)])[0]["cosine"][0]
+    groups, images = (one, one, other, other), [str(number) for number in range(12)]
+    few = compared(images, *groups)[0]["cosine"][0]
+    repeated = (np.repeat(group, 10, 0) for group in groups)
+    many = compared([name for name in images for _ in range(10)], *repeated)[0]["cosine"][0]
     assert many == pytest.approx(few)
 
 
@@ -131,7 +115,7 @@ def test_question_and_answer_are_found_in_prompts_of_any_length(processor):
 
 def test_states_at_the_input_are_those_of_the_projector_and_of_the_words(model, processor):
     (row,) = make_rows(1)
-    states_LCE = mean_states(model, processor, [row], granularity="fine")[0][0]
+    states = mean_states(model, processor, [row], granularity="fine")[0]
     pixels = processor.image_processor(row["image"], return_tensors="pt")["pixel_values"]
     seen = model.explain(pixels, granularity="fine")
     tokens_RE, kept = seen.image_hidden_states[0], int(seen.semantic_mask.sum())
@@ -140,8 +124,9 @@ def test_states_at_the_input_are_those_of_the_projector_and_of_the_words(model, 
     wanted = [tokens_RE[:36].mean(0), tokens_RE[len(tokens_RE) - kept :].mean(0)]
     for text in (row["question"], row["answer"]):
         wanted.append(embeddings(torch.tensor(processor.tokenizer(text)["input_ids"])).mean(0))
-    assert np.allclose(states_LCE[0], torch.stack(wanted).detach().numpy(), atol=1e-5)
-    assert states_LCE.shape == (1 + model.config.text_config.num_hidden_layers, 4, 32)
+    for name, wanted_E in zip(("pixel", "semantic", "question", "answer"), wanted, strict=True):
+        assert states[name].shape == (1, 1 + model.config.text_config.num_hidden_layers, 32)
+        assert np.allclose(states[name][0, 0], wanted_E.detach().numpy(), atol=1e-5), name
 
 
 def test_states_come_from_images_that_were_encoded_once(model, processor):
@@ -154,18 +139,18 @@ def test_a_sample_in_a_padded_batch_is_the_sample_alone(model, processor):
     rows = make_rows()
     together, images = mean_states(model, processor, rows, batch_size=4)
     alone, _ = mean_states(model, processor, rows, batch_size=1)
-    assert np.allclose(together, alone, atol=1e-4)
+    assert all(np.allclose(together[name], alone[name], atol=1e-4) for name in together)
     assert images[0] == images[1] != images[2] == images[3]
 
 
 def test_the_last_layer_is_what_the_head_reads(model, processor):
     (row,) = make_rows(1, answers=False)
-    states_LCE = mean_states(model, processor, [row])[0][0]
+    states = mean_states(model, processor, [row])[0]
     inputs, texts_B2T = prompts_with_answers(processor, [row], [row["image"]])
     with torch.no_grad():
         last_TE = model.model(**inputs).last_hidden_state[0]
-    assert np.allclose(states_LCE[-1, 2], last_TE[texts_B2T[0, 0]].mean(0).numpy(), atol=1e-4)
-    assert np.isnan(states_LCE[:, 3]).all(), "there is no answer"
+    assert np.allclose(states["question"][0, -1], last_TE[texts_B2T[0, 0]].mean(0).numpy(), atol=1e-4)
+    assert np.isnan(states["answer"]).all()
 
 
 def test_the_whole_alignment_and_its_picture(model, processor, tmp_path):
@@ -175,13 +160,44 @@ def test_the_whole_alignment_and_its_picture(model, processor, tmp_path):
     assert all(-1.001 <= entry[0] <= 1.001 for pair in report["pairs"] for entry in pair["cosine"])
     projector = next(pair for pair in report["pairs"] if pair["image"] == "projector")
     assert projector["cosine"][0] == pytest.approx(report["pairs"][0]["cosine"][0])
-    files = write_analysis(
-        tmp_path, "alignment", report, alignment_markdown(report), draw_alignment(report, "a model")
-    )
+    layers_mean = np.mean([entry[0] for entry in report["pairs"][0]["cosine"][1:-1]])
+    assert report["pairs"][0]["cosine"][-1][0] == pytest.approx(layers_mean)
+    files = write_analysis(tmp_path, "alignment", report, alignment_markdown(report), draw_alignment(report))
     assert [file.suffix for file in files] == [".json", ".md", ".png", ".pdf"]
     assert json.loads(files[0].read_text())["pairs"][0]["text"] == "question"
     assert "question × semantic" in files[1].read_text()
     assert sorted(tmp_path.iterdir()) == sorted(files), "nothing half-written stays"
+
+
+def test_the_authors_definition_compares_whole_prompts_with_whole_prompts_of_the_answer(model, processor):
+    rows = [row | {"answer": answer} for row, answer in zip(make_rows(4), ("a boat", "blue", "two of them", "yes"))]
+    report = alignment(model, processor, [*rows, rows[0] | {"answer": None}], definition="authors", batch_size=3)
+    cosines = []
+    for row in rows:  # alone, without padding, by the public interface
+        image = [{"type": "image", "image": row["image"]}, {"type": "text", "text": row["question"]}]
+        means = []
+        for content in (image, [{"type": "text", "text": row["answer"]}]):
+            inputs = processor.apply_chat_template(
+                [{"role": "user", "content": content}],
+                add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt",
+            )  # fmt: skip
+            with torch.no_grad():
+                states = model(**inputs, output_hidden_states=True).hidden_states
+                seen_T = torch.ones(states[0].shape[1], dtype=torch.bool)
+                if "pixel_values" in inputs:  # slots that the chosen level leaves empty are not read
+                    slots_T = inputs["input_ids"][0] == model.config.image_token_id
+                    kept = model.explain(**inputs).describe("full")[0]["tokens"]["semantic"]
+                    slots = slots_T.nonzero().flatten()
+                    seen_T[slots[36 : len(slots) - kept]] = False
+            means.append([layer[0, seen_T].mean(0) for layer in states[1:]])
+        cosines.append([torch.cosine_similarity(one, other, dim=0).item() for one, other in zip(*means, strict=True)])
+    (pair,) = report["pairs"]
+    assert (pair["text"], pair["image"], report["samples"]) == ("answer alone", "prompt", 4)
+    assert [entry[0] for entry in pair["cosine"][1:-1]] == pytest.approx(np.mean(cosines, 0), abs=1e-4)
+    assert pair["cosine"][-1][0] == pytest.approx(np.mean(cosines), abs=1e-4)
+    assert "| mean of 1 to 2 |" in alignment_markdown(report) and len(draw_alignment(report).axes) == 4
+    with pytest.raises(ValueError, match="samples with answers with each other and needs at least two, found 0"):
+        alignment(model, processor, make_rows(4, answers=False), definition="authors")
 
 
 def test_without_answers_or_levels_there_are_fewer_pairs(processor):
@@ -198,31 +214,6 @@ def test_alignment_needs_two_samples_of_two_images(model, processor):
         alignment(model, processor, make_rows(1))
     with pytest.raises(ValueError, match="all 2 samples show one image"):
         alignment(model, processor, make_rows(2))
-
-
-# Clusters
-
-
-def test_the_sheet_has_a_picture_for_each_level_and_frames_the_chosen_one(model, processor):
-    found = cluster_rows(model, processor, make_rows(2))
-    names = model.config.granularity_names
-    assert [list(row["levels"]) for row in found] == [names, names]
-    one = draw_clusters_sheet(found[:1], model.config.granularities)
-    two = draw_clusters_sheet(found, model.config.granularities)
-    assert two.width == one.width and two.height > one.height + 150
-    for row in found:
-        column = 1 + names.index(row["chosen"])
-        page = np.asarray(draw_clusters_sheet([row], model.config.granularities))
-        framed = np.flatnonzero((page == ImageColor.getrgb(CHOSEN)).all(-1).sum(0) > 100)
-        assert len(framed) and framed.min() > 200 * column and framed.max() < 230 * (column + 1)
-    assert f"{len(found[0]['levels']['fine']['clusters'])} tokens" in clusters_markdown(found)
-
-
-def test_a_sheet_needs_levels_and_rows(model, processor):
-    with pytest.raises(ValueError, match="no levels of granularity"):
-        cluster_rows(make_model(granularities=[]), make_processor(num_semantic_tokens=0), make_rows(1))
-    with pytest.raises(ValueError, match="there are no rows"):
-        cluster_rows(model, processor, [])
 
 
 # Finished runs
@@ -271,13 +262,13 @@ def test_visual_tokens_are_those_that_the_samples_count(tmp_path):
     assert draw_tokens(report).axes
 
 
-def test_entries_of_one_name_are_shown_with_view_and_level(tmp_path):
+def test_entries_are_shown_with_view_and_level(tmp_path):
     make_run(tmp_path, "ours", "pope", [make_sample(0)], at=0)
     make_run(tmp_path, "ours", "pope", [make_sample(0)], at=1, view="semantic", granularity="coarse")
     runs = finished_runs(tmp_path)
     assert len(runs) == 2
     texts = [text.get_text() for text in draw_tokens(accuracy_against_tokens(runs)).legends[0].get_texts()]
-    assert texts == ["ours, full", "ours, semantic, coarse"]
+    assert texts == ["ours (full)", "ours (semantic, coarse)"]
 
 
 def test_runs_without_score_or_visual_tokens_are_left_out_with_the_reason(tmp_path):
@@ -340,29 +331,6 @@ def test_missing_runs_and_levels_are_named(tmp_path):
         finished_runs(tmp_path, ["gone"])
 
 
-# Speed
-
-
-def test_every_view_and_level_is_measured_against_the_full_view(model, processor):
-    report = measure_speed(model, processor, make_rows(2), new_tokens=8)
-    settings = {setting["name"]: setting for setting in report["settings"]}
-    assert [*settings] == ["full", "pixel", "semantic", "auto"] + [
-        f"{level}, {view}" for level in model.config.granularity_names for view in ("full", "semantic")
-    ]
-    assert settings["full"]["first_token_ratio"] == (1, 1, 1) and settings["full"]["speed_ratio"] == (1, 1, 1)
-    assert all(setting["first_token_ms"][0] > 0 and setting["peak_mb"] > 0 for setting in report["settings"])
-    assert settings["pixel"]["visual_tokens"] == 36
-    assert settings["coarse, full"]["visual_tokens"] == 36 + settings["coarse, semantic"]["visual_tokens"]
-    chosen = {name: settings[name]["visual_tokens"] for name in ("full", "semantic", "auto")}
-    assert chosen["semantic"] <= chosen["auto"] <= chosen["full"] == 36 + chosen["semantic"]
-    assert report["rounds"] == 2 and "| coarse, semantic |" in speed_markdown(report)
-    assert len(draw_speed(report).axes) == 3
-    with pytest.raises(ValueError, match="there are 0 rows and new_tokens is 1"):
-        measure_speed(model, processor, [], new_tokens=1)
-    with pytest.raises(ValueError, match="no levels of granularity"):
-        measure_speed(make_model(granularities=[]), processor, make_rows(1))
-
-
 # Calibration
 
 
@@ -399,7 +367,7 @@ def test_calibration_is_that_of_the_levels_that_the_model_chooses(model, process
             right.append(model.config.granularity_names[level] == row["level"])
         assert part["rows"] == len(own) and part["accuracy"][0] == pytest.approx(np.mean(right))
     assert "| test_kinds | 4 |" in calibration_markdown(report)
-    assert len(draw_calibration(report).axes) == 4
+    assert len(draw_calibration(report).axes) == 2
 
 
 def test_a_corpus_or_model_that_cannot_be_calibrated(model, processor):
@@ -421,23 +389,18 @@ def test_questions_have_answers_and_may_be_limited(tmp_path):
     found = read_questions(str(tmp_path / "list.json"))
     assert [row["answer"] for row in found] == ["this", None]
     assert Image.open(found[0]["image"]).size == (40, 30)
-    assert [row["question"] for row in first_row_of_each_image(found)] == ["What?"]
     assert len(read_questions(str(tmp_path / "list.json"), limit=1)) == 1
 
 
 def test_the_command_writes_and_prints_an_analysis(tiny, tmp_path, capsys):
-    rows = str(tiny.parent / "rows.json")
-    main(["alignment", "--model", str(tiny), "--rows", rows, "--output", str(tmp_path), "--granularity", "0"])
-    main(["clusters", "--model", str(tiny), "--rows", rows, "--output", str(tmp_path)])
-    printed = capsys.readouterr().out
-    assert "question × pixel" in printed and "level chosen" in printed
-    names = ["alignment.json", "alignment.md", "alignment.pdf", "alignment.png"]
-    assert sorted(file.name for file in tmp_path.iterdir()) == [
-        *names,
-        *("clusters.json", "clusters.md", "clusters.png"),
-    ]
+    options = ["--model", str(tiny), "--rows", str(tiny.parent / "rows.json"), "--output", str(tmp_path)]
+    main(["alignment", *options, "--granularity", "0"])
+    assert "question × pixel" in capsys.readouterr().out
+    assert sorted(file.suffix for file in tmp_path.glob("alignment.*")) == [".json", ".md", ".pdf", ".png"]
     report = json.loads((tmp_path / "alignment.json").read_text())
     assert report["arguments"]["granularity"] == "0" and len(report["model"]["sha256"]) == 64
+    main(["alignment", *options, "--definition", "authors"])
+    assert "answer alone × prompt" in capsys.readouterr().out
 
 
 def test_the_command_ends_with_one_line_for_what_it_cannot_use(tiny, tmp_path):
@@ -446,10 +409,10 @@ def test_the_command_ends_with_one_line_for_what_it_cannot_use(tiny, tmp_path):
         main(["alignment", *options, "--granularity", "huge"])
     with pytest.raises(SystemExit, match="granulon-analyse alignment: .*found 1"):
         main(["alignment", *options, "--limit", "1"])
-    with pytest.raises(SystemExit, match="granulon-analyse speed: limit is 0"):
-        main(["speed", *options, "--limit", "0"])
+    with pytest.raises(SystemExit, match="granulon-analyse budgets: limit is 0"):
+        main(["budgets", *options, "--limit", "0"])
     with pytest.raises(SystemExit, match="granulon-analyse tokens: .*has no finished runs"):
         main(["tokens", "--results", str(tmp_path), "--output", str(tmp_path / "out")])
-    with pytest.raises(SystemExit, match="granulon-analyse clusters: .*not found"):
-        main(["clusters", "--model", str(tmp_path / "absent"), *options[2:]])
+    with pytest.raises(SystemExit, match="granulon-analyse alignment: .*not found"):
+        main(["alignment", "--model", str(tmp_path / "absent"), *options[2:]])
     assert not (tmp_path / "out").exists()

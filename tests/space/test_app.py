@@ -486,13 +486,13 @@ def test_a_data_url_is_read_as_carefully_as_an_upload(running, picture_file):
     ids=["bare", "as Gradio writes it"],  # Gradio refuses what it recognises itself, without a message
 )
 def test_no_file_of_the_server_is_read_and_its_existence_is_not_revealed(form, message, running, picture_file):
-    paths = [str(ROOT / "docs" / "clusters.png"), "/etc/passwd", picture_file, "/no/such/file.png", "../x.png"]
+    paths = [str(ROOT / "docs" / "space.png"), "/etc/passwd", picture_file, "/no/such/file.png", "../x.png"]
     assert {result_or_error(running, {"path": path, **form}) for path in paths} == {message}
 
 
 def test_what_is_not_an_uploaded_file_is_refused_with_the_same_message(running, space):
     uploads = space.folder / "uploads"
-    (uploads / "link.png").symlink_to(ROOT / "docs" / "clusters.png")
+    (uploads / "link.png").symlink_to(ROOT / "docs" / "space.png")
     assert uploads.is_dir()
     paths = ["", "a\0b", "x" * 5000, str(uploads), str(uploads / "gone.png"), str(uploads / "link.png")]
     messages = {result_or_error(running, {"path": path}) for path in paths}
