@@ -1,4 +1,4 @@
-"""Interleaved timing and peak memory of calls: the one harness, for `granulon-analyse speed` and the benchmarks."""
+"""Interleaved timing and peak memory of calls: the one harness, for `granulon-analyse budgets` and the benchmarks."""
 
 import platform
 from collections.abc import Callable
