@@ -9,7 +9,17 @@ from torch import Tensor
 from torch.nn import functional as F
 
 
-def authors_kmeans(features: Tensor, clusters: int) -> tuple[list[Tensor], list[Tensor]]:
+def authors_kmeans_round(rows_NN: Tensor, centers_KN: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The part of the authors' k-means that can be compiled: new centres, labels and whether it has converged."""
+    label_N = torch.cdist(rows_NN, centers_KN).argmin(1)
+    member_NK = torch.zeros(len(rows_NN), len(centers_KN), device=rows_NN.device).scatter_(1, label_N[:, None], 1)
+    moved_KN = member_NK.T @ rows_NN / member_NK.sum(0).clamp_min(1)[:, None]
+    return moved_KN, label_N, torch.isclose(centers_KN, moved_KN, atol=1e-6).all()
+
+
+def authors_kmeans(
+    features: Tensor, clusters: int, one_round=authors_kmeans_round
+) -> tuple[list[Tensor], list[Tensor]]:
     """k-means on the rows of the cosine matrix, image by image, until the centres converge."""
     tokens, labels = [], []
     for patches_ND in features:
@@ -18,12 +28,9 @@ def authors_kmeans(features: Tensor, clusters: int) -> tuple[list[Tensor], list[
         order = torch.randperm(len(rows_NN), generator=torch.Generator().manual_seed(42))
         centers_KN = rows_NN[order[:clusters].to(rows_NN.device)]
         for _ in range(100):
-            label_N = torch.cdist(rows_NN, centers_KN).argmin(1)
-            member_NK = torch.zeros(len(rows_NN), clusters, device=rows_NN.device).scatter_(1, label_N[:, None], 1)
-            moved_KN = member_NK.T @ rows_NN / member_NK.sum(0).clamp_min(1)[:, None]
-            if torch.allclose(centers_KN, moved_KN, atol=1e-6):
+            centers_KN, label_N, converged = one_round(rows_NN, centers_KN)
+            if converged:
                 break
-            centers_KN = moved_KN
         chosen = [patches_ND[label_N == k] for k in range(clusters)]
         tokens.append(torch.stack([rows.mean(0) if len(rows) else rows.sum(0) for rows in chosen]))
         labels.append(label_N)

@@ -15,12 +15,13 @@ import numpy as np
 import torch
 from datasets import Dataset
 from PIL import Image
-from settings import SHAPES, build, parse, parser
+from settings import SHAPES, build, command_line, parse, parser
 from training import IMAGE_TOKEN, JOINT, make_trainer
 
+from granulon.evaluation.statistics import interval
 from granulon.evaluation.timing import machine
 from granulon.hub.assemble import byte_tokenizer
-from granulon.hub.text import markdown_table
+from granulon.hub.text import markdown_table, with_interval
 from granulon.train.data import load_rows
 from granulon.train.sampling import GroupedByLength
 
@@ -38,9 +39,9 @@ WAYS = {BEFORE: (1, False), GROUPED: (1, True), SHARED: (None, False), BOTH: (No
 PREFACE = """\
 # Rows of conversations
 
-`python benchmarks/conversations.py{arguments}`: {machine}, {clock}. {model} at {size} px, {batch} rows a batch, the
+`{command}`: {machine}, {clock}. {model} at {size} px, {batch} rows a batch, the
 joint objective with every level; {count} conversations of LLaVA-1.5's mix, whose {answers} answers are all learned in
-each way. Of each way {batches} batches, drawn at random, are timed.
+each way. Of each way {batches} batches, drawn at random, are timed; in brackets 95% bootstrap intervals over batches.
 """
 
 
@@ -75,8 +76,8 @@ def batches(rows, batch: int, by_length: bool) -> list[list[int]]:
 
 
 def measure(trainer, rows, chosen: list[list[int]], clock) -> dict:
-    """Steps over these batches, after one that does not count: their number, answers, seconds and share of padding."""
-    seconds, answers = 0.0, 0
+    """Steps over these batches, after one that does not count: `steps`, (seconds, answers) of each, and padding."""
+    steps = []
     for number, batch in enumerate([chosen[0], *chosen]):
         inputs = trainer.data_collator([rows[row] for row in batch])
         inputs = {name: value.to(trainer.args.device) for name, value in inputs.items()}
@@ -90,11 +91,9 @@ def measure(trainer, rows, chosen: list[list[int]], clock) -> dict:
         if trainer.args.device.type == "cuda":
             torch.cuda.synchronize()
         if number:
-            seconds, answers = seconds + clock() - start, answers + found
+            steps.append((clock() - start, found))
         print(f"{number} of {len(chosen)}: {clock() - start:.1f} s", file=sys.stderr, flush=True)
-    return {"steps": len(chosen), "seconds": seconds, "answers": answers} | trainer.meters["train"].read(
-        trainer.accelerator
-    )
+    return {"steps": np.array(steps)} | trainer.meters["train"].read(trainer.accelerator)
 
 
 def main() -> None:
@@ -122,10 +121,9 @@ def main() -> None:
             drawn = batches(rows, options.batch, by_length)
             chosen = Random(0).sample(drawn[:-1], min(options.batches, len(drawn) - 1))
             results[name] = measure(trainer, rows, chosen, options.clock) | {"rows": len(rows)}
-    settings = f" --model {options.model} --size {options.size} --batch {options.batch} --batches {options.batches}"
     print(
         PREFACE.format(
-            arguments=settings + (" --cpu-time" if options.clock_name == "CPU time" else ""),
+            command=command_line(),
             machine=machine(options.device),
             clock=options.clock_name,
             model=SHAPES[options.model][0],
@@ -139,17 +137,22 @@ def main() -> None:
     print(table_of(results))
 
 
+def _ms_an_answer(sums_R2: np.ndarray) -> np.ndarray:
+    return 1000 * sums_R2[:, 0] / sums_R2[:, 1]
+
+
 def table_of(results: dict[str, dict]) -> str:
     """What an answer costs in each way, beside the first."""
-    per_answer = {name: result["seconds"] / result["answers"] for name, result in results.items()}
+    sums = {name: result["steps"].sum(0) for name, result in results.items()}
+    per_answer = {name: seconds / answers for name, (seconds, answers) in sums.items()}
     header = ["rows", "number", "answers a step", "padding", "ms an answer", "answers per second, ratio"]
     rows = [
         [
             name,
             f"{result['rows']:,}",
-            f"{result['answers'] / result['steps']:.1f}",
+            f"{result['steps'][:, 1].mean():.1f}",
             f"{result['padding_share']:.0%}",
-            f"{1000 * per_answer[name]:,.0f}",
+            with_interval(1000 * per_answer[name], *interval(_ms_an_answer, result["steps"]), digits=0),
             f"{per_answer[BEFORE] / per_answer[name]:.2f}x",
         ]
         for name, result in results.items()

@@ -6,10 +6,11 @@ A question of a few tokens about one image, on random weights: nothing that is t
 clustering runs a fixed number of rounds. The parts are those of docs/method.md; progress goes to stderr.
 """
 
+import numpy as np
 import torch
-from settings import PATCH, SHAPES, add_shapes, build, parse, parser
+from settings import PATCH, SHAPES, add_shapes, build, command_line, parse, parser
 
-from granulon.evaluation.timing import interleaved, machine, medians, milliseconds
+from granulon.evaluation.timing import interleaved, machine, milliseconds, peak_bytes, times, with_quartiles
 from granulon.hub.text import markdown_table
 from modeling_granulon import GranulonForConditionalGeneration
 from modeling_granulon.image_tokens import VIEWS
@@ -19,13 +20,17 @@ BEFORE, QUESTION, AFTER = 4, 12, 5  # tokens of the prompt around the image, as 
 PREFACE = f"""\
 # Inference, part by part
 
-{{machine}}, {{dtype}}; {{clock}}, medians of {{rounds}} interleaved rounds; one image, random weights.
+`{{command}}`: {{machine}}, {{dtype}}; {{clock}}, medians and quartiles of {{rounds}} interleaved
+rounds, ratios within a round; one image, random weights.
 
 - The prompt is {BEFORE} tokens, the image, a question of {QUESTION} tokens and {AFTER} more. The semantic view shows
   all its slots, as the finest level fills them.
 - "Front end" is controller, relation map and AdaTA; its shares are of tower and prefill of the full view together.
 - "First token" is `generate` from pixels to the first token at the finest level: all parts, each once.
-- On a CPU the model runs in float32: without a matrix unit, bfloat16 products are slower there. On CUDA, bfloat16."""
+- "Peak" is the most that tensors hold at once until the first token, beyond weights and inputs.
+- On a CPU the model runs in float32, on CUDA in bfloat16."""
+FRONT_END, PREFILL, FIRST = ("controller", "relation map"), "prefill", "first token"
+SHARE = "front end, {}: share of tower and prefill"
 GOALS = {224: (0.01, 3), 448: (0.01, 10), 896: (0.02, 45)}  # pixels: the largest share, the smallest ratio
 
 
@@ -80,12 +85,12 @@ def first_token_parts(head: GranulonForConditionalGeneration, size: int) -> dict
     return {f"first token, {view}": lambda view=view: head.generate(**inputs, visual_view=view) for view in VIEWS}
 
 
-def text_parts(head: GranulonForConditionalGeneration, size: int) -> tuple[dict, dict[str, int]]:
+def text_parts(head: GranulonForConditionalGeneration, size: int, views=VIEWS) -> tuple[dict, dict[str, int]]:
     """The prefill and a decode step after it, per view, as `generate` runs them; and the length of each prompt."""
     config, patches = head.config, (size // PATCH) ** 2
     slots = {"full": patches + config.max_semantic_tokens, "pixel": patches, "semantic": config.max_semantic_tokens}
     prefills, steps, lengths = {}, {}, {}
-    for view in VIEWS:
+    for view in views:
         ids = torch.randint(config.image_token_id, (1, BEFORE + slots[view] + QUESTION + AFTER), device=head.device)
         ids[:, BEFORE : BEFORE + slots[view]] = config.image_token_id
         embeds = torch.randn(1, slots[view], config.text_config.hidden_size, device=head.device, dtype=head.dtype)
@@ -105,66 +110,60 @@ def text_parts(head: GranulonForConditionalGeneration, size: int) -> tuple[dict,
     return prefills | steps, lengths
 
 
-def shares(seconds: dict[str, float], levels: list[str]) -> dict[str, float]:
-    """The front end of each level, against tower and prefill of the full view."""
+def front_end(seconds: dict, level: str):
+    """Controller, relation map and AdaTA at a level."""
+    return sum(seconds[part] for part in FRONT_END) + seconds[f"AdaTA, {level}"]
+
+
+def ratios_of(seconds: dict, levels: list[str]) -> dict:
+    """The shares of the front end of each level, and how many times faster a view is than the full one."""
     prefill = seconds["tower"] + seconds["prefill, full"]
-    return {level: sum(seconds[part] for part in parts_of(level)) / prefill for level in levels}
-
-
-def parts_of(level: str) -> list[str]:
-    """The front end."""
-    return ["controller", "relation map", f"AdaTA, {level}"]
+    found = {SHARE.format(level): front_end(seconds, level) / prefill for level in levels}
+    for view in VIEWS[1:]:
+        for part in (PREFILL, FIRST):
+            found[f"{part}, full / {view}"] = seconds[f"{part}, full"] / seconds[f"{part}, {view}"]
+    return found
 
 
 def verdicts(size: int, seconds: dict[str, float], lengths: dict[str, int], levels: list[str]) -> list[str]:
-    """The goals at this size, each met or with the reason why not."""
+    """The goals at this size, each met or not, with the medians that decide it."""
     largest, smallest = GOALS[size]
-    by_level = shares(seconds, levels)
-    level = max(levels, key=by_level.get)
-    share = f"{size} px: the front end takes {by_level[level]:.2%} ({level}), goal {largest:.0%}"
-    if by_level[level] <= largest:
-        share += ": met."
-    else:
-        slowest = max(parts_of(level), key=seconds.get)
-        allowed = largest * (seconds["tower"] + seconds["prefill, full"])
-        share += (
-            f": not met. {slowest} alone takes {milliseconds(seconds[slowest])} ms, and the goal leaves "
-            f"{milliseconds(allowed)} ms for all of them."
-        )
-    faster = seconds["prefill, full"] / seconds["prefill, semantic"]
-    ratio = f"{size} px: the semantic view's prefill is {faster:.1f}x faster than the full one's, goal {smallest}x"
-    if faster >= smallest:
-        ratio += ": met."
-    else:
-        reading = seconds["decode step, semantic"] / seconds["prefill, semantic"]
-        ratio += (
-            f": not met. Its prompt is {lengths['full'] / lengths['semantic']:.1f}x shorter, but one token alone, "
-            f"that is reading the weights, takes {reading:.0%} of its time."
-        )
-    first = first_token_ratio(seconds, "semantic")
-    end = f"{size} px: from pixels, the semantic view's first token comes {first:.1f}x faster, goal never slower"
-    return [share, ratio, end + (": met." if first >= 1 else ": not met.")]
+    ratios = ratios_of(seconds, levels)
+    level = max(levels, key=lambda level: ratios[SHARE.format(level)])
+    share, faster = ratios[SHARE.format(level)], ratios[f"{PREFILL}, full / semantic"]
+    first = ratios[f"{FIRST}, full / semantic"]
+    longest = max((*FRONT_END, f"AdaTA, {level}"), key=seconds.get)
+    allowed = largest * (seconds["tower"] + seconds["prefill, full"])
+    return [
+        f"{size} px: the front end takes {share:.2%} of tower and prefill ({level}), goal {largest:.0%}: "
+        f"{_met(share <= largest)}. The goal leaves {milliseconds(allowed)} ms; {longest} takes "
+        f"{milliseconds(seconds[longest])} ms.",
+        f"{size} px: full over semantic prefill is {times(faster)}, goal {smallest}x: {_met(faster >= smallest)}. The "
+        f"lengths of the prompts have a ratio of {times(lengths['full'] / lengths['semantic'])}; a decode step takes "
+        f"{seconds['decode step, semantic'] / seconds['prefill, semantic']:.0%} of the semantic prefill.",
+        f"{size} px: full over semantic first token, from pixels, is {times(first)}, goal 1x: {_met(first >= 1)}.",
+    ]
 
 
-def report(sizes: list[int], results: list[tuple[dict[str, float], dict[str, int]]], levels: list[str]) -> str:
+def _met(met: bool) -> str:
+    return "met" if met else "not met"
+
+
+def report(sizes: list[int], results: list[tuple[dict, dict, dict]], levels: list[str]) -> str:
     """Two Markdown tables: the time of each part, and the ratios."""
     header = [f"{size} px" for size in sizes]
-    parts = [[part, *(milliseconds(seconds[part]) for seconds, _ in results)] for part in results[0][0]]
-    ratios = [[f"prompt tokens, {view}", *(lengths[view] for _, lengths in results)] for view in VIEWS]
-    for level in levels:
-        row = [f"{shares(seconds, levels)[level]:.2%}" for seconds, _ in results]
-        ratios.append([f"front end, {level}: share of tower and prefill", *row])
-    for view in VIEWS[1:]:
-        row = [f"{seconds['prefill, full'] / seconds[f'prefill, {view}']:.1f}x" for seconds, _ in results]
-        ratios.append([f"prefill of the language model, full / {view}", *row])
-        row = [f"{first_token_ratio(seconds, view):.1f}x" for seconds, _ in results]
-        ratios.append([f"first token from pixels, full / {view}", *row])
-    return markdown_table(["milliseconds", *header], parts) + "\n\n" + markdown_table(["ratio", *header], ratios)
-
-
-def first_token_ratio(seconds: dict[str, float], view: str) -> float:
-    """How many times faster than the full view a view's first token comes."""
-    return seconds["first token, full"] / seconds[f"first token, {view}"]
+    parts = [[part, *(with_quartiles(seconds[part]) for seconds, _, _ in results)] for part in results[0][0]]
+    rows = [[f"prompt tokens, {view}", *(lengths[view] for _, lengths, _ in results)] for view in VIEWS]
+    rows += [[f"peak MB, {name}", *(f"{peaks[name] / 1e6:.1f}" for *_, peaks in results)] for name in results[0][2]]
+    ratios = [ratios_of(seconds, levels) for seconds, _, _ in results]
+    for name in ratios[0]:
+        shown = "{:.2%}".format if name.startswith("front end") else times
+        rows.append([name, *(with_quartiles(ratio[name], shown) for ratio in ratios)])
+    return (
+        markdown_table(["milliseconds", *header], parts)
+        + "\n\n"
+        + markdown_table(["tokens, memory, ratios", *header], rows)
+    )
 
 
 @torch.no_grad()
@@ -173,12 +172,15 @@ def measure(name: str, sizes: list[int], head: GranulonForConditionalGeneration,
     levels, results = head.config.granularity_names, []
     for size in sizes:
         calls, lengths = text_parts(head, size)
-        calls = visual_parts(head, size) | calls | first_token_parts(head, size)
-        results.append((medians(interleaved(calls, device=head.device, **timing)), lengths))
+        whole = first_token_parts(head, size)
+        seconds = interleaved(visual_parts(head, size) | calls | whole, device=head.device, **timing)
+        results.append((seconds, lengths, {name: peak_bytes(call, head.device) for name, call in whole.items()}))
     section = f"## {name.capitalize()} shapes: {SHAPES[name][0]}\n\n{report(sizes, results, levels)}"
-    if name == "large" and GOALS.keys() & set(sizes):
-        lines = [verdicts(size, *result, levels) for size, result in zip(sizes, results) if size in GOALS]
-        section += "\n\n" + "\n".join(f"- {line}" for of_size in lines for line in of_size)
+    if name == "large":
+        for size, (seconds, lengths, _) in zip(sizes, results):
+            if size in GOALS:
+                medians = {part: float(np.median(values)) for part, values in seconds.items()}
+                section += "".join(f"\n\n- {line}" for line in verdicts(size, medians, lengths, levels))
     return section
 
 
@@ -189,7 +191,11 @@ def main() -> None:
     dtype_name = str(options.dtype).removeprefix("torch.")
     print(
         PREFACE.format(
-            machine=machine(options.device), dtype=dtype_name, clock=options.clock_name, rounds=options.rounds
+            command=command_line(),
+            machine=machine(options.device),
+            dtype=dtype_name,
+            clock=options.clock_name,
+            rounds=options.rounds,
         )
     )
     for name in options.model or ["tiny", "large"]:

@@ -15,10 +15,10 @@ from time import perf_counter
 import datasets
 import numpy as np
 from PIL import Image, ImageFilter
-from settings import parse, parser
+from settings import command_line, parse, parser
 from training import make_processor
 
-from granulon.evaluation.timing import machine
+from granulon.evaluation.timing import machine, with_quartiles
 from granulon.hub.text import markdown_table
 from granulon.train.data import load_rows
 
@@ -28,9 +28,9 @@ SIDES = (640, 480)  # pixels, as most images of the mix have (COCO)
 TURNS, WORDS = 5, 12  # answers of a conversation, words of a question and of an answer
 
 
-def write_source(folder: Path, count: int) -> Path:
+def write_source(folder: Path, count: int, seed: int) -> Path:
     """A LLaVA file of so many conversations with as many images; COCO's have some 100 to 200 kB too."""
-    random, noise, rows = Random(0), np.random.default_rng(0), []
+    random, noise, rows = Random(seed), np.random.default_rng(seed), []
     text = lambda: " ".join(random.choices(("what", "is", "left", "of", "the", "small", "table"), k=WORDS))  # noqa: E731
     for number in range(count):
         pixels = noise.integers(0, 255, (SIDES[1], SIDES[0], 3), dtype=np.uint8)
@@ -50,32 +50,38 @@ def seconds_of(source: Path, processor) -> float:
 
 
 def main() -> None:
-    made = parser(__doc__, rounds=1)
-    made.add_argument("--count", type=int, default=2000, help="conversations to write and check (2000)")
+    made = parser(__doc__, rounds=3)
+    made.add_argument("--count", type=int, default=1000, help="conversations to write and check in a round (1000)")
     options = parse(made)
-    options.count = 40 if options.quick else options.count
+    if options.quick:
+        options.count, options.rounds = 40, 1
     datasets.disable_progress_bars()
-    with tempfile.TemporaryDirectory() as folder:
-        datasets.config.HF_DATASETS_CACHE = Path(folder, "cache")
-        source, processor = write_source(Path(folder), options.count), make_processor(224, 20)
-        size = sum(file.stat().st_size for file in Path(folder).glob("*.jpg")) / options.count
-        first, again = seconds_of(source, processor), seconds_of(source, processor)
+    processor, seconds = make_processor(224, 20), []
+    for number in range(options.rounds):
+        with tempfile.TemporaryDirectory() as folder:
+            datasets.config.HF_DATASETS_CACHE = Path(folder, "cache")
+            source = write_source(Path(folder), options.count, number)
+            size = sum(file.stat().st_size for file in Path(folder).glob("*.jpg")) / options.count
+            seconds.append([seconds_of(source, processor) for _ in ("first", "again")])
     print(
-        f"# Loading\n\n`python benchmarks/loading.py --count {options.count}`: {machine()}; one process, "
-        f"{options.count:,} conversations of {TURNS} answers, JPEG files of {SIDES[0]} x {SIDES[1]} pixels and "
-        f"{size / 1e3:.0f} kB.\n\nExtrapolated to {CONVERSATIONS:,} conversations and {PROCESSES} processes: evenly "
-        "shared, disks and memory as fast as here for each. A restart finds the checks in the cache of `datasets`; "
+        f"# Loading\n\n`{command_line()}`: {machine()}; one process, medians and quartiles of {options.rounds} "
+        f"rounds of {options.count:,} conversations of {TURNS} answers, JPEG files of {SIDES[0]} x {SIDES[1]} pixels "
+        f"and {size / 1e3:.0f} kB.\n\nExtrapolated to {CONVERSATIONS:,} conversations and {PROCESSES} processes: "
+        "evenly shared, disks and memory as fast as here for each. A restart finds the checks in the cache of `datasets`; "
         "its fixed part is extrapolated too.\n"
     )
-    mix = CONVERSATIONS / options.count / 60
+    first_R, again_R = np.array(seconds).T / options.count  # of a conversation
     rows = [
         [
-            f"first time, {PROCESSES} processes",
-            f"{1000 * first / options.count:.1f}",
-            f"{first * mix / PROCESSES:.1f}",
-            GOAL,
-        ],
-        ["restart", f"{1000 * again / options.count:.1f}", f"{again * mix:.1f}", RESTART],
+            name,
+            with_quartiles(seconds_R),
+            with_quartiles(seconds_R * CONVERSATIONS / 60 / processes, "{:.1f}".format),
+            goal,
+        ]
+        for name, seconds_R, processes, goal in (
+            (f"first time, {PROCESSES} processes", first_R, PROCESSES, GOAL),
+            ("restart", again_R, 1, RESTART),
+        )
     ]
     print(markdown_table(["", "ms a conversation", "minutes, extrapolated", "goal"], rows))
 

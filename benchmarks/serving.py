@@ -27,6 +27,7 @@ import openai
 import psutil
 import torch
 from PIL import Image
+from settings import command_line
 
 from granulon.evaluation.timing import machine
 from granulon.hub.inference import load_model, load_processor
@@ -190,7 +191,7 @@ def report(results: list[dict], arguments) -> str:
     """One table for each engine and size; ratios are to LLaVA with as many clients."""
     text = [
         f"# Serving, end to end\n\n{machine()}, transformers {version('transformers')}{_vllm_version()}; "
-        f"`{' '.join(['python benchmarks/serving.py', *sys.argv[1:]])}`.\n\n"
+        f"`{command_line()}`.\n\n"
         f"Every answer has {arguments.tokens} tokens; each request has an image of its own. Seconds are p50 / p99; a "
         "ratio above 1 means more requests per second than LLaVA, the same tower and language model without levels."
     ]

@@ -1,6 +1,8 @@
 """The command line and the model shapes that the benchmarks share."""
 
 import argparse
+import sys
+from pathlib import Path
 from time import perf_counter, process_time
 
 import torch
@@ -50,10 +52,17 @@ def build(name: str, device: str, dtype: torch.dtype, image_token_id: int) -> Gr
         return GranulonForConditionalGeneration(config).to(dtype)
 
 
+def command_line() -> str:
+    """The command that runs this benchmark, for its report."""
+    return " ".join([f"python benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]])
+
+
 def parser(description: str, rounds: int) -> argparse.ArgumentParser:
     """The options of every benchmark."""
     made = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    made.add_argument("--rounds", type=int, default=rounds, help=f"rounds of which the median is taken ({rounds})")
+    made.add_argument(
+        "--rounds", type=int, default=rounds, help=f"rounds of which median and quartiles are taken ({rounds})"
+    )
     made.add_argument("--threads", type=int, default=2, help="CPU threads (2)")
     made.add_argument("--cpu-time", action="store_true", help="CPU time of one thread, for a machine that is shared")
     made.add_argument("--quick", action="store_true", help="few rounds of the smallest shapes")

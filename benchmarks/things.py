@@ -23,6 +23,7 @@ import numpy as np
 import torch
 from baselines import authors_kmeans, dpc_knn
 from PIL import Image
+from settings import command_line
 from sklearn.cluster import KMeans
 from torch import Tensor
 from torch.nn import functional as F
@@ -59,7 +60,7 @@ THERE, FOUND, IOU, KEPT_SHARE = range(4)  # columns of `sums_by_scene`
 PREFACE = """\
 # Do tokens follow things?
 
-`python benchmarks/things.py{arguments}`: {scenes},
+`{command}`: {scenes},
 of {stamps} photographed stamps held out from the search for the defaults ({tuning} others served it); DINOv2-small,
 14-pixel patches. A thing is *found* if the patches of one token have IoU > .5 with the patches that show it (more than
 half covered). "Kept" is the share of the things' patches that any token stands for; methods that merge keep all. In
@@ -434,7 +435,7 @@ def main() -> None:
     counts = {side: int(sums[side]["AdaTA"][0][:, THERE].sum()) for side in SCENES}
     lines = [
         PREFACE.format(
-            arguments=" --tune" if options.tune else "",
+            command=command_line(),
             stamps=len(stamps("held-out")),
             tuning=len(stamps("tuning")),
             strides=STRIDES,

@@ -10,14 +10,15 @@ import gc
 import tempfile
 from functools import partial
 
+import numpy as np
 import torch
 from datasets import Dataset
 from PIL import Image
-from settings import PATCH, SHAPES, add_shapes, build, parse, parser
+from settings import PATCH, SHAPES, add_shapes, build, command_line, parse, parser
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
-from granulon.evaluation.timing import interleaved, machine, medians, milliseconds, peak_bytes
+from granulon.evaluation.timing import interleaved, machine, peak_bytes, times, with_quartiles
 from granulon.hub.assemble import byte_tokenizer, with_image_parts
 from granulon.hub.text import markdown_table
 from granulon.train.arguments import GranulonSFTConfig
@@ -42,8 +43,8 @@ QUESTION, ANSWER = "which is left?", "The red circle is left of the square."  # 
 PREFACE = f"""\
 # Training step
 
-`python benchmarks/training.py{{arguments}}`: {{machine}}, {{dtype}}; {{clock}}, medians of {{rounds}} interleaved
-rounds.
+`{{command}}`: {{machine}}, {{dtype}}; {{clock}}, medians and quartiles of {{rounds}} interleaved
+rounds, ratios within a round.
 
 - A step is forward, backward, the check of the gradients and AdamW's update, of all weights but the tower's, on
   {{batch}}. A row has one image, a question and an answer.
@@ -138,7 +139,7 @@ def measure(name: str, size: int, options, folder: str) -> dict:
         head.gradient_checkpointing_enable({"use_reentrant": False})
     if options.compile:
         head.model.language_model.compile(dynamic=False)
-    seconds = medians(interleaved(calls, options.rounds, device, options.clock))
+    seconds = interleaved(calls, options.rounds, device, options.clock)
     moments = [value for state in trainer.optimizer.state.values() for value in state.values()]
     held = sum(tensor.nbytes for tensor in [*head.parameters(), *moments])
     scored = (batch["labels"] != -100).sum().item()
@@ -152,6 +153,7 @@ def measure(name: str, size: int, options, folder: str) -> dict:
         "seconds": seconds,
         "peaks": {name: held + peak_bytes(call, device) for name, call in calls.items()},
         "products": products,
+        "views": 2 + len(head.config.granularities),  # full, pixel, and semantic at every level
         # The logits, the logits again in the backward pass, and the gradients of states and weights.
         "head_products": 4 * 2 * scored * head.lm_head.weight.numel(),
     }
@@ -169,31 +171,29 @@ def table_of(result: dict, peak: float | None) -> str:
         rows.append(
             [
                 name,
-                milliseconds(seconds),
-                f"{seconds / result['seconds'][PLAIN]:.2f}x",
-                f"{result['tokens'] / seconds:,.0f}",
+                with_quartiles(seconds),
+                with_quartiles(seconds / result["seconds"][PLAIN], times),
+                with_quartiles(result["tokens"] / seconds, "{:,.0f}".format),
                 f"{result['peaks'][name] / 1e9:.2f}",
                 f"{products / 1e12:.3f}",
                 f"{products / result['products'][PLAIN]:.2f}x",
             ]
         )
         if peak is not None:
-            rows[-1].append(f"{products / seconds / peak:.1%}")
+            rows[-1].append(with_quartiles(products / seconds / peak, "{:.1%}".format))
     return markdown_table(header if peak is None else [*header, "MFU"], rows)
 
 
 def verdict(result: dict) -> str:
-    """The goal at this number of patches, met or with the reason why not."""
-    seconds, products, goal = result["seconds"], result["products"], GOALS[result["patches"]]
-    ratio = seconds[PACKED] / seconds[PLAIN]
-    line = f"{result['patches']} patches: packed views take {ratio:.2f}x the time of plain fine-tuning, goal {goal}x"
-    if ratio <= goal:
-        return line + ": met."
-    share = result["head_products"] / products[PLAIN]
-    without = (products[PACKED] - 5 * result["head_products"]) / (products[PLAIN] - result["head_products"])
+    """The goal at this number of patches, met or not, and the products with and without those of the head."""
+    goal, products, head = GOALS[result["patches"]], result["products"], result["head_products"]
+    ratio = np.median(result["seconds"][PACKED] / result["seconds"][PLAIN])
+    without = (products[PACKED] - result["views"] * head) / (products[PLAIN] - head)
     return (
-        f"{line}: not met. Five views score five times the answer tokens, and against {result['vocabulary']:,} words "
-        f"that is {share:.0%} of plain fine-tuning's products a view; without scores the products are {without:.2f}x."
+        f"{result['patches']} patches: packed views over plain fine-tuning {ratio:.2f}x, goal {goal}x: "
+        f"{'met' if ratio <= goal else 'not met'}. The head's products against {result['vocabulary']:,} words are "
+        f"{head / products[PLAIN]:.0%} of those of plain fine-tuning; the ratio of products is "
+        f"{products[PACKED] / products[PLAIN]:.2f}x with the head and {without:.2f}x without."
     )
 
 
@@ -222,11 +222,9 @@ def main() -> None:
     on_cuda = options.device == "cuda"
     options.model = options.model or (["real"] if on_cuda else ["small", "medium"])
     options.batch = options.batch or (16 if on_cuda else 1)
-    flags = [flag for flag in ("gradient_checkpointing", "compile", "cpu_time") if getattr(options, flag)]
-    arguments = "".join(f" --{flag.replace('_', '-')}" for flag in flags) + f" --model {' '.join(options.model)}"
     print(
         PREFACE.format(
-            arguments=arguments,
+            command=command_line(),
             machine=machine(options.device),
             dtype=str(options.dtype).removeprefix("torch."),
             clock=options.clock_name,

@@ -42,9 +42,15 @@ def interleaved(
     return {name: np.array(values) for name, values in seconds.items()}
 
 
-def medians(seconds: dict[str, np.ndarray]) -> dict[str, float]:
-    """The median over rounds of each call of `interleaved`."""
-    return {name: float(np.median(values)) for name, values in seconds.items()}
+def with_quartiles(values_R: np.ndarray, shown: Callable[[float], str] | None = None) -> str:
+    """The median over rounds and, in brackets, the quartiles, as `shown`; by default seconds as milliseconds."""
+    median, low, high = map(shown or milliseconds, np.percentile(values_R, (50, 25, 75)))
+    return f"{median} [{low}, {high}]"
+
+
+def times(ratio: float) -> str:
+    """A ratio with three digits: 0.123x, 1.23x, 12.3x, 123x."""
+    return f"{ratio:.{3 if ratio < 1 else 2 if ratio < 10 else 1 if ratio < 100 else 0}f}x"
 
 
 def peak_bytes(call: Callable[[], object], device: str | torch.device = "cpu") -> int:
@@ -78,5 +84,4 @@ def machine(device: str | torch.device = "cpu") -> str:
 
 def milliseconds(seconds: float) -> str:
     """Three digits from a microsecond up: 0.123, 1.23, 12.3, 1234."""
-    value = 1000 * seconds
-    return f"{value:.{3 if value < 1 else 2 if value < 10 else 1 if value < 100 else 0}f}"
+    return times(1000 * seconds)[:-1]

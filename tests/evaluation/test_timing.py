@@ -2,9 +2,10 @@
 
 from functools import partial
 
+import numpy as np
 import torch
 
-from granulon.evaluation.timing import interleaved, medians, milliseconds, peak_bytes
+from granulon.evaluation.timing import interleaved, milliseconds, peak_bytes, times, with_quartiles
 
 
 def test_a_round_makes_every_call_once_and_warm_up_does_not_count():
@@ -15,7 +16,6 @@ def test_a_round_makes_every_call_once_and_warm_up_does_not_count():
     assert len(rounds) == 7 and all(sorted(names) == ["a", "b", "c"] for names in rounds)
     assert len({"".join(names) for names in rounds}) > 1, "the order differs between rounds"
     assert all(len(values) == 5 and min(values) >= 0 for values in seconds.values())
-    assert medians({"a": [3.0, 1.0, 2.0]}) == {"a": 2.0}
 
 
 def test_the_peak_is_what_a_call_holds_at_once():
@@ -23,6 +23,12 @@ def test_the_peak_is_what_a_call_holds_at_once():
     assert 12e6 <= peak_bytes(lambda: [torch.ones(1_000_000) for _ in range(3)]) < 13e6
     assert 4e6 <= peak_bytes(lambda: [torch.ones(1_000_000).sum() for _ in range(3)]) < 5e6
     assert len(kept) == 10_000_000
+
+
+def test_a_median_stands_beside_its_quartiles():
+    values_R = np.array([0.005, 0.001, 0.002, 0.003, 0.004])
+    assert with_quartiles(values_R) == "3.00 [2.00, 4.00]"
+    assert with_quartiles(1000 * values_R, times) == "3.00x [2.00x, 4.00x]"
 
 
 def test_times_have_three_digits():
