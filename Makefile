@@ -101,9 +101,11 @@ conformance: setup
 	$(PY) tests/conformance/run.py
 
 bench: setup
-	$(PY) benchmarks/aggregation.py > benchmarks/results/aggregation.md
-	$(PY) benchmarks/inference.py > benchmarks/results/inference.md
-	$(PY) benchmarks/training.py > benchmarks/results/training.md
+	$(PY) benchmarks/aggregation.py --threads 1 > benchmarks/results/aggregation.md
+	$(PY) benchmarks/inference.py --model small large --sizes 224 448 --rounds 7 > benchmarks/results/inference.md
+	$(PY) benchmarks/training.py --cpu-time --model small > benchmarks/results/training.md
+	$(PY) benchmarks/loading.py > benchmarks/results/loading.md
+	$(PY) benchmarks/conversations.py --model tiny --batch 4 --batches 20 > benchmarks/results/conversations.md
 
 style: setup
 	$(PY) -m ruff check --no-cache .

@@ -67,8 +67,8 @@ def main() -> None:
         f"# Loading\n\n`{command_line()}`: {machine()}; one process, medians and quartiles of {options.rounds} "
         f"rounds of {options.count:,} conversations of {TURNS} answers, JPEG files of {SIDES[0]} x {SIDES[1]} pixels "
         f"and {size / 1e3:.0f} kB.\n\nExtrapolated to {CONVERSATIONS:,} conversations and {PROCESSES} processes: "
-        "evenly shared, disks and memory as fast as here for each. A restart finds the checks in the cache of `datasets`; "
-        "its fixed part is extrapolated too.\n"
+        "evenly shared, disks and memory as fast as here for each. A restart finds the checks in the cache of "
+        "`datasets`; its fixed part is extrapolated too.\n"
     )
     first_R, again_R = np.array(seconds).T / options.count  # of a conversation
     rows = [

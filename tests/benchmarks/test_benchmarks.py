@@ -4,6 +4,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -60,6 +61,20 @@ def test_a_goal_is_met_only_by_what_was_measured(inference):
     assert "leaves 20.0 ms; controller takes 17.0 ms" in share
     assert "9.09x, goal 10x: not met" in ratio and "20.0x" in ratio and "45% of the semantic prefill" in ratio
     assert "is 0.800x, goal 1x: not met" in end
+
+
+def test_a_training_step_is_judged_by_its_median_ratio(monkeypatch):
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    import training
+
+    result = {
+        "patches": 196, "views": 5, "vocabulary": 1000, "head_products": 20,
+        "seconds": {training.PLAIN: np.array([1.0, 2.0, 1.0]), training.PACKED: np.array([1.8, 3.6, 9.0])},
+        "products": {training.PLAIN: 100, training.PACKED: 260},
+    }  # fmt: skip
+    line = training.verdict(result)
+    assert "1.80x, goal 1.9x: met. " in line and "20% of those" in line and "2.60x with the head and 2.00x" in line
+    assert "goal 1.5x: not met. " in training.verdict(result | {"patches": 784})
 
 
 def test_compiled_rounds_do_not_change_what_the_rivals_find(monkeypatch):
