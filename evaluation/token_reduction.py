@@ -14,10 +14,16 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import DynamicCache
 
-from modeling_granulon.adaptive_token_aggregation import AggregationOutput, Groups, geometry
+from modeling_granulon.adaptive_token_aggregation import (
+    AdaptiveTokenAggregation,
+    AggregationOutput,
+    Groups,
+    geometry,
+)
 from modeling_granulon.image_tokens import PIXEL
 
 FASTV_LAYER = 2  # layers that read all image tokens
+KMEANS_ROUNDS = 5  # as many as the aggregation has in all
 NEIGHBOURS = 32  # patches that PruMerge adds to a kept one
 
 
@@ -118,6 +124,17 @@ def every_patch(features: Tensor, kept: int) -> tuple[Tensor, Tensor]:
     return features, torch.arange(features.shape[1], device=features.device).expand(features.shape[:2])
 
 
+def small_grid(tokens: int) -> tuple[int, int]:
+    """Patches of a smaller image, rows and columns: at most `tokens`, as square as can be."""
+    return int(tokens**0.5), tokens // int(tokens**0.5)
+
+
+def nearest_level(config, tokens: int) -> int:
+    """The level whose gains and embedding a number of tokens takes: the coarsest that keeps as many, or the last."""
+    keeps = [entry["keep"] for entry in config.granularities]
+    return next((number for number, keep in enumerate(keeps) if keep >= tokens), len(keeps) - 1)
+
+
 def _rows(rows_IND: Tensor, chosen_IK: Tensor) -> Tensor:
     return rows_IND.gather(1, chosen_IK[..., None].expand(-1, -1, rows_IND.shape[-1]))
 
@@ -130,7 +147,14 @@ def _chosen(features: Tensor, chosen_IK: Tensor) -> tuple[Tensor, Tensor]:
     return _rows(features, chosen_IK), label_IN.scatter(1, chosen_IK, slot_IK)
 
 
+def kmeans(features: Tensor, kept: int, grid: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    """K-means on the patches: no pooling, no relation map, no filter."""
+    found = AdaptiveTokenAggregation(0.0, KMEANS_ROUNDS, 0)(features, None, 1, kept, grid, kept)
+    return found.tokens, found.assignment.flatten(1)
+
+
 METHODS: dict[str, Callable] = {  # each with features, received attention (I,N,N), K and the grid
+    "k-means": lambda features, attention, kept, grid: kmeans(features, kept, grid),
     "average pooling": lambda features, attention, kept, grid: grid_cells(features, kept, grid),
     "smaller image": lambda features, attention, kept, grid: every_patch(features, kept),
     "random patches": lambda features, attention, kept, grid: random_patches(features, kept),
@@ -141,7 +165,10 @@ METHODS: dict[str, Callable] = {  # each with features, received attention (I,N,
 
 
 class Reduction(nn.Module):
-    """One of `METHODS` in the place of `AdaptiveTokenAggregation`; a token lies where its patches lie."""
+    """One of `METHODS` in the place of `AdaptiveTokenAggregation`; a token lies where its patches lie.
+
+    In `assignment`, patches that went to no token have -1.
+    """
 
     def __init__(self, method: str):
         super().__init__()
@@ -156,7 +183,7 @@ class Reduction(nn.Module):
         return AggregationOutput(
             F.pad(tokens_IKD.to(features.dtype), (0, 0, 0, unused)),
             (torch.arange(top_k, device=features.device) < kept).repeat(len(features), 1),
-            label_IN.clamp_min(0).unflatten(1, grid),
+            label_IN.unflatten(1, grid),
             F.pad(groups.count_IK[:, :kept] / features.shape[1], (0, unused)),
             F.pad(geometry_IK5, (0, 0, 0, unused)),
         )

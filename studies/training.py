@@ -1,69 +1,81 @@
-"""What is trained before the arms, and the training and evaluation of one arm; `cached` keeps each result in a file.
+"""What the study trains: a projector fitted to words, then for each seed a model on all arms in turn.
 
-Encoder and language model come first, then for each seed a start that all arms share: the projector is aligned patch
-by patch with words, then projector and language model learn all kinds of tokens in turn, so that none is favoured.
+Every arm's tokens are as frequent in training as another's, so that the model is as used to one source as to the next,
+and all arms of a seed are read by the same weights.
 
-Shapes by suffix: S scenes, B scenes of a batch, N patches, Q questions, E text width, V views, G levels.
+Shapes by suffix: S scenes, B scenes of a batch, N patches, Q questions of a scene, A arms, G levels, W texts.
 """
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from random import Random
 
 import torch
-from torch.nn.utils.rnn import pad_sequence
+from peft import LoraConfig, get_peft_model_state_dict, inject_adapter_in_model, set_peft_model_state_dict
+from torch import Tensor
+from tqdm import tqdm
+from transformers import get_cosine_schedule_with_warmup
 
+from granulon.evaluation.token_reduction import nearest_level, small_grid
+from granulon.hub.assemble import CHAT_TEMPLATE, assemble
 from granulon.hub.files import write_atomically
+from granulon.hub.inference import load_model, load_processor
+from granulon.hub.parts import fetch_part
+from granulon.train import word_start
 from granulon.train.controller.corpus import MEASURED, TEMPLATE, TRAIN, VALIDATION, corpus_row
 from granulon.train.controller.fit import controller_logits, question_states, train_controller
-from modeling_granulon.image_tokens import PIXEL, SEMANTIC
+from granulon.train.data.cutouts import LEVEL_OF, compose, patch_texts, questions
+from granulon.train.data.scenes import LEVELS
+from modeling_granulon.configuration_granulon import DEFAULT_GRANULARITIES
+from modeling_granulon.image_tokens import FULL, PIXEL, SEMANTIC
+from modeling_granulon.vision_features import COLUMN_STRIDE, patch_size_of
 
-from . import world
 from .arms import (
-    BASE,
+    ADATA,
     BUDGET_ARMS,
-    PIXELS,
-    VIEW_ARMS,
+    BUDGETS,
+    LARGE,
+    LEVEL_ARMS,
+    PART_ARMS,
+    PIXEL_ARMS,
+    SOURCES,
     Arm,
-    K,
     Questions,
+    Seen,
     aggregate,
-    answer_loss,
+    answer_log_probs,
     ask,
     embed,
-    make_model,
-    make_processor,
-    make_tokenizer,
 )
-from .encoders import DEVICE, Features, encode, fit, make_encoder, train_encoder
-from .tokens import separation
 
 LABELS = TEMPLATE, MEASURED  # of controllers
-SHARED_PARTS = ("model.language_model.", "lm_head.", "model.multi_modal_projector.linear_")
-# Pixels and pixels beside tokens as often as each number of tokens.
-SHARED_ARMS = (*BUDGET_ARMS, PIXELS, *VIEW_ARMS)
-FUNCTION_WORDS = frozenset("a the it is in with and has . ?".split())
-TEXT_FIRST = 1_000_000  # of the train split: the language model reads about scenes that no arm sees
+ASKED = 4  # questions of a scene: all scenes count the same
+PIXEL_SHARE = 0.2  # of the batches read pixel tokens, with or without others
+ADAPTER = LoraConfig(
+    r=16, lora_alpha=32, target_modules=["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+)
+LEARNING_RATE = 1e-3
+TEXT_TOKENS = 16  # of a question and its answer, about
+JOINT_WEIGHT = 0.5  # of the pixel and of the semantic view beside the full one (Eq. 10)
+FULL_ARM = PIXEL_ARMS[1]
 
 
 @dataclass(frozen=True)
 class Scale:
-    """Numbers of scenes and steps; batches are scenes."""
+    """Numbers of scenes, and steps; batches are scenes."""
 
-    train_scenes: int = 4000
-    validation_scenes: int = 400
-    test_scenes: int = 400
-    encoder_steps: int = 600
-    text_steps: int = 1200
-    start_steps: int = 600
-    arm_steps: int = 160
-    batch: int = 16
-
-    def scenes(self, split: str) -> list[world.Scene]:
-        """All scenes of a split."""
-        return world.make_scenes(split, getattr(self, f"{split}_scenes"))
+    train: int = 2400
+    validation: int = 80
+    test: int = 120
+    projector_scenes: int = 480
+    projector_steps: int = 1500
+    steps: int = 300
+    batch: int = 8
+    pixel_batch: int = 4  # whose prompts have 256 tokens more
+    joint_tokens: int = 30_000  # that the two models with and without joint losses read in training
+    measured: int = 160  # training scenes whose answers are scored at every level, for the controller
 
 
 def cached(path: Path, make: Callable[[], object]):
@@ -73,237 +85,298 @@ def cached(path: Path, make: Callable[[], object]):
         start, content = time.perf_counter(), make()
         write_atomically(path, lambda draft: torch.save(content, draft))
         print(f"{path}: {time.perf_counter() - start:.0f} s", flush=True)
-    return torch.load(path, map_location="cpu")
+    return torch.load(path, map_location="cpu", mmap=True, weights_only=False)
 
 
-def features_of(folder: Path, scale: Scale, split: str) -> Features:
-    """The features of a split's scenes from the study's encoder."""
-
-    def pretrain():
-        pictures = world.draw_all(scale.scenes("train"))
-        return train_encoder(pictures, scale.encoder_steps, 2 * scale.batch).state_dict()
-
-    def read():
-        encoder = make_encoder()
-        encoder.load_state_dict(cached(folder / "encoder.pt", pretrain))
-        return vars(encode(encoder.to(DEVICE), scale.scenes(split)))
-
-    return Features(**cached(folder / f"features-{split}.pt", read))
+def assembled(folder: Path) -> Path:
+    """The model before training: frozen tower, language model as published, levels of the method."""
+    if not (folder / "base").exists():
+        parts = [fetch_part(name) for name in ("dinov2-small", "smollm2-135m-instruct")]
+        levels = [{**level, "view": SEMANTIC} for level in DEFAULT_GRANULARITIES]
+        assemble(*parts, folder / "base", settings={"granularities": levels}, chat_template=CHAT_TEMPLATE)
+    return folder / "base"
 
 
-def separations(folder: Path, scale: Scale) -> dict[str, float]:
-    """How well groups of K tokens follow what patches show, by source, on validation scenes."""
-    features, scenes, tokenizer = (
-        features_of(folder, scale, "validation"),
-        scale.scenes("validation"),
-        make_tokenizer(),
-    )
-    found = {}
-    for arm in (arm for arm in BUDGET_ARMS if arm.slots == K):
-        assignment_SHW = aggregate(make_model(tokenizer, arm), arm, features).assignment
-        found[arm.source] = separation(assignment_SHW.flatten(1).cpu().numpy(), scenes)
+def scenes_of(split: str, count: int, base: Path) -> dict:
+    """
+    Scenes that have enough questions, as the tower sees them.
+
+    Returns:
+        dict: `seen`, `questions` (`ASKED` of each scene), `texts` that patches show, and which each does, `text_SN`.
+    """
+    model, numbers, asked, shown, parts = load_model(base), {}, [], [], []
+    processor, candidate, pictures = load_processor(base, model.config), 0, []
+    progress = tqdm(total=count, desc=f"{split} scenes", mininterval=10)
+    while len(asked) < count:
+        scene, name = compose(f"study {split} {candidate}"), f"study {split} {candidate}"
+        candidate, own = candidate + 1, questions(scene, name)
+        if len(own) < ASKED:
+            continue
+        asked.append(Random(name).sample(own, ASKED))
+        shown.append([numbers.setdefault(text, len(numbers)) for text in patch_texts(scene)])
+        pictures.append(scene.picture)
+        if len(pictures) == 32 or len(asked) == count:
+            parts.append(see(model, processor, pictures))
+            progress.update(len(pictures))
+            pictures = []
+    joined = {name: torch.cat([part[name] for part in parts]) for name in parts[0] if isinstance(name, str)}
+    small = {tokens: torch.cat([part[tokens] for part in parts]) for tokens in parts[0] if isinstance(tokens, int)}
+    side = int(joined["features_SND"].shape[1] ** 0.5)
+    seen = Seen(**joined, small=small, grid=(side, side))
+    return {"seen": seen, "questions": asked, "texts": list(numbers), "text_SN": torch.tensor(shown)}
+
+
+@torch.inference_mode()
+def see(model, processor, pictures: list) -> dict:
+    """Features of pictures: the fields of `Seen`, and by budget the features of smaller images."""
+
+    def tower(**size):
+        pixels = processor.image_processor(pictures, return_tensors="pt", **size)["pixel_values"]
+        return model.model._vision(pixels.to(model.dtype))
+
+    vision, patch = tower(), patch_size_of(model.config.vision_config)
+    found = {
+        "features_SND": vision.features.bfloat16(),
+        "relation_SNC": vision.relation.profiles(COLUMN_STRIDE).half(),
+        "received_SN": vision.relation.profiles(1).sum(1),
+    }
+    for tokens in (*BUDGETS, LARGE):
+        height, width = (side * patch for side in small_grid(tokens))
+        found[tokens] = tower(size={"height": height, "width": width}).features.bfloat16()
     return found
 
 
-def train_text(scale: Scale) -> dict[str, torch.Tensor]:
-    """The language model learns to answer from sentences about scenes, each pooled to one vector."""
-    tokenizer = make_tokenizer()
-    model = make_model(tokenizer, BASE)
-    scenes = world.make_scenes("train", scale.train_scenes, TEXT_FIRST)
-    questions, random = Questions.of(scenes, tokenizer), Random(0)
-
-    def loss_of(rows: torch.Tensor) -> torch.Tensor:
-        texts = [world.sentences(scenes[row]) for row in rows.tolist()]
-        return answer_loss(model, questions.rows(rows), *pooled_sentences(model, tokenizer, texts, random))
-
+def fit_projector(base: Path, scenes: dict, scale: Scale) -> dict[str, Tensor]:
+    """The projector's weights, fitted to words on the tokens of all sources and budgets, and on single patches."""
+    model = load_model(base)
+    processor, projector = load_processor(base, model.config), model.model.multi_modal_projector
+    seen, text_SN = scenes["seen"].rows(slice(scale.projector_scenes)), scenes["text_SN"][: scale.projector_scenes]
+    texts, tokens = scenes["texts"], {}
+    for arm in (Arm(source, count) for count in (*BUDGETS, LARGE) for source in SOURCES):
+        found = aggregate(arm, seen)
+        label_SN = on_grid(found.assignment, seen.grid)
+        shown_SK, share_SK = word_start.majority(label_SN, text_SN, found.tokens.shape[1], len(texts))
+        used = share_SK > 0
+        own = found.tokens[used].bfloat16(), found.geometry[used], shown_SK[used], share_SK[used]
+        tokens.setdefault(nearest_level(model.config, arm.tokens), []).append(own)
+    tokens = {level: tuple(map(torch.cat, zip(*parts))) for level, parts in tokens.items()}
+    patches = seen.features_SND.flatten(0, 1)
+    tokens[-1] = patches, None, text_SN.flatten(), torch.ones(len(patches))
+    targets = (word_start.word_targets(model, processor, words) for words in (texts, word_start.PLACE_WORDS))
     torch.manual_seed(0)
-    parameters = list(model.model.language_model.parameters())
-    fit(loss_of, parameters, len(scenes), scale.text_steps, scale.batch, lr=2e-3)
-    return shared_weights(model)
+    right = word_start.fit(projector.float(), tokens, *targets, scale.projector_steps, batch=256, rate=2e-3)
+    print(f"projector: {right:.3f} of the tokens are nearest to the words for what they show")
+    return projector.state_dict()
 
 
-def pooled_sentences(model, tokenizer, texts: list[list[str]], random: Random) -> tuple[torch.Tensor, torch.Tensor]:
-    """
-    A vector per sentence, the mean of its words, as an image token is the mean of its patches: (B,R,E) and (B,R).
-
-    Sentences come one to four times, in random order, and half of them mixed with one about the whole scene, as a
-    region may contain part of the ground: number and purity of the vectors are those of no kind of token.
-    """
-    word, embed_words = tokenizer.get_vocab(), model.get_input_embeddings()
-    rows = []
-    for sentences in texts:
-        about_scene = [sentence for sentence in sentences if not set(sentence.split()) & set(world.SHAPES)]
-        repeated = [sentence for sentence in sentences for _ in range(random.randint(1, 4))]
-        mixed = [f"{s} {random.choice(about_scene)}" if random.random() < 0.5 else s for s in repeated]
-        random.shuffle(mixed)
-        ids = [[word[w] for w in sentence.split() if w not in FUNCTION_WORDS] for sentence in mixed]
-        rows.append(torch.stack([embed_words(torch.tensor(x, device=DEVICE)).mean(0) for x in ids]))
-    visible_BR = pad_sequence([torch.ones(len(row), dtype=torch.bool) for row in rows], True, padding_side="left")
-    return pad_sequence(rows, True, padding_side="left"), visible_BR
+def on_grid(assignment_SHW: Tensor, grid: tuple[int, int]) -> Tensor:
+    """An assignment on the grid of patches, (S,N): of a smaller image, each patch has that of the place it lies at."""
+    row_H, column_W = (torch.arange(side) * own // side for side, own in zip(grid, assignment_SHW.shape[1:]))
+    return assignment_SHW[:, row_H[:, None], column_W].flatten(1)
 
 
-def start_path(folder: Path, seed: int) -> Path:
-    """The file of a seed's start."""
-    return folder / f"start-{seed}.pt"
-
-
-def train_start(folder: Path, scale: Scale, seed: int) -> dict[str, torch.Tensor]:
-    """Projector and language model from which all arms of a seed start, from half of the training scenes."""
-    tokenizer, half = make_tokenizer(), slice(scale.train_scenes // 2)
-    features, scenes = features_of(folder, scale, "train").rows(half), scale.scenes("train")[half]
-    questions = Questions.of(scenes, tokenizer)
-    model = make_model(tokenizer, BASE, seed)
-    model.load_state_dict(cached(folder / "text.pt", lambda: train_text(scale)), strict=False)
+def load_start(base: Path, projector: dict[str, Tensor], seed: int, adapters: dict[str, Tensor] | None = None):
+    """Model and processor with the fitted projector and adapters, new ones of a seed if none are given."""
+    model = load_model(base)
+    model.model.multi_modal_projector.load_state_dict(projector)
+    model.requires_grad_(False)
     torch.manual_seed(seed)
-    align_projector(model, tokenizer, features, scenes, scale)
-    random, own_aggregation = Random(seed), model.model.aggregation
-    aggregations = {arm: make_model(tokenizer, arm).model.aggregation for arm in SHARED_ARMS}
-
-    def loss_of(rows: torch.Tensor) -> torch.Tensor:
-        arm = random.choice(SHARED_ARMS)
-        model.model.aggregation = aggregations[arm]
-        return answer_loss(model, questions.rows(rows), *embed(model, arm, features.rows(rows), arm.view))
-
-    weights = [p for name, p in model.named_parameters() if name.startswith(SHARED_PARTS)]
-    fit(loss_of, weights, len(features), scale.start_steps, scale.batch, lr=1e-3)
-    model.model.aggregation = own_aggregation
-    return shared_weights(model)
+    inject_adapter_in_model(ADAPTER, model.model.language_model)
+    if adapters is not None:
+        set_peft_model_state_dict(model.model.language_model, adapters)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+    return model, load_processor(base, model.config)
 
 
-def align_projector(model, tokenizer, features: Features, scenes: list[world.Scene], scale: Scale):
-    """Bring each projected patch near the mean embedding of the words for what it shows.
+def draw_arms(random: Random) -> Arm:
+    """An arm to train on: sources and budgets are equally frequent, AdaTA and its parts together as one source."""
+    if random.random() < PIXEL_SHARE:
+        return random.choice(PIXEL_ARMS)
+    source, tokens = random.choice(SOURCES), random.choice((*BUDGETS, LARGE))
+    if source == ADATA and tokens == PART_ARMS[0].tokens:
+        return random.choice((Arm(ADATA, tokens), *PART_ARMS))
+    return Arm(source, tokens)
 
-    Ground, objects and marks have the same total weight. No kind of token is involved.
+
+def train_mixed(base: Path, projector: dict, scenes: dict, scale: Scale, seed: int) -> dict[str, Tensor]:
+    """Adapters after `scale.steps` batches, each read with the image tokens of one arm."""
+    model, processor = load_start(base, projector, seed)
+    random = Random(f"arms {seed}")
+
+    def batches():
+        for _ in range(scale.steps):
+            arm = draw_arms(random)
+            yield {arm: 1.0}, scale.batch if arm.view == SEMANTIC else scale.pixel_batch
+
+    fit(model, processor, scenes, batches(), scale.steps, random)
+    return get_peft_model_state_dict(model.model.language_model)
+
+
+def train_joint(
+    base: Path, projector: dict, adapters: dict, scenes: dict, scale: Scale, seed: int, joint: bool
+) -> dict[str, Tensor]:
+    """Adapters after more training on pixels beside semantic tokens, with or without losses of the partial views.
+
+    Both read about `scale.joint_tokens` tokens, of the same scenes in the same order.
     """
-    word, pad = tokenizer.get_vocab(), tokenizer.pad_token_id
-    words_SN = [scene.patch_words() for scene in scenes]
-    ids_SN3 = torch.tensor([[[word[w] for w in x] + [pad] * (3 - len(x)) for x in row] for row in words_SN])
-    group_SN = torch.tensor([[("ground" in x) + 2 * ("tiny" in x) for x in row] for row in words_SN])
-    count_3 = group_SN.flatten().bincount(minlength=3).float()
-    weight_SN = (count_3.sum() / 3 / count_3)[group_SN]
-    embeddings = model.get_input_embeddings().weight.detach()
-    projector = model.model.multi_modal_projector
-
-    def loss_of(rows: torch.Tensor) -> torch.Tensor:
-        seen_BNE = projector(features.features_SND[rows].float().to(DEVICE))
-        ids_BN3 = ids_SN3[rows].to(DEVICE)
-        used_BN31 = (ids_BN3 != pad).unsqueeze(-1)
-        target_BNE = (embeddings[ids_BN3] * used_BN31).sum(2) / used_BN31.sum(2)
-        return ((seen_BNE - target_BNE).square().sum(-1) * weight_SN[rows].to(DEVICE)).mean()
-
-    parameters = [*projector.linear_1.parameters(), *projector.linear_2.parameters()]
-    fit(loss_of, parameters, len(scenes), scale.start_steps, 4 * scale.batch, lr=3e-3)
+    model, processor = load_start(base, projector, seed, adapters)
+    random, weights = Random(f"joint {seed}"), {FULL_ARM: 1.0}
+    if joint:
+        weights |= {replace(FULL_ARM, view=view): JOINT_WEIGHT for view in (PIXEL, SEMANTIC)}
+    patches = scenes["seen"].features_SND.shape[1]
+    images = {FULL: patches + FULL_ARM.tokens, PIXEL: patches, SEMANTIC: FULL_ARM.tokens}
+    cost = scale.pixel_batch * sum(images[arm.view] + ASKED * TEXT_TOKENS for arm in weights)
+    steps = max(1, scale.joint_tokens // cost)
+    fit(model, processor, scenes, ((weights, scale.pixel_batch) for _ in range(steps)), steps, random)
+    return get_peft_model_state_dict(model.model.language_model)
 
 
-def shared_weights(model) -> dict[str, torch.Tensor]:
-    """Of the language model and the projector; gains and controller are each arm's own."""
-    return {name: weight for name, weight in model.state_dict().items() if name.startswith(SHARED_PARTS)}
+def fit(model, processor, scenes: dict, batches, steps: int, random: Random):
+    """Train the adapters; `batches` yields the weight of each arm's loss and the number of scenes.
 
-
-def run_arm(folder: Path, scale: Scale, arm: Arm, seed: int) -> dict:
-    """Train an arm, and `evaluate` it on the test split; with `seconds`, the time of training."""
-    tokenizer = make_tokenizer()
-    model = make_model(tokenizer, arm, seed)
-    model.load_state_dict(torch.load(start_path(folder, seed), map_location=DEVICE), strict=False)
-    features, questions = features_of(folder, scale, "train"), Questions.of(scale.scenes("train"), tokenizer)
-    weights = {arm.view: 1.0} | ({PIXEL: arm.joint, SEMANTIC: arm.joint} if arm.joint else {})
-    random = Random(seed)
-
-    def loss_of(rows: torch.Tensor) -> torch.Tensor:
-        level, own, seen = random.randrange(max(1, len(arm.levels))), questions.rows(rows), features.rows(rows)
-        losses = (
-            weight * answer_loss(model, own, *embed(model, arm, seen, x, level)) for x, weight in weights.items()
-        )
-        return sum(losses)
-
-    torch.manual_seed(seed)
-    start = time.perf_counter()
-    parameters = [p for name, p in model.named_parameters() if p.requires_grad and "controller" not in name]
-    fit(loss_of, parameters, len(features), scale.arm_steps, scale.batch, lr=1e-3)
-    seconds = time.perf_counter() - start
-    splits = {split: (features_of(folder, scale, split), scale.scenes(split)) for split in ("validation", "test")}
-    return {**evaluate(model, arm, tokenizer, splits), "seconds": seconds}
-
-
-def evaluate(model, arm: Arm, tokenizer, splits: dict[str, tuple[Features, list[world.Scene]]]) -> dict:
+    Raises:
+        FloatingPointError: a loss that is not finite.
     """
-    The answers of an arm in all its views and at all its levels.
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, LEARNING_RATE, weight_decay=0.0)
+    schedule = get_cosine_schedule_with_warmup(optimizer, max(1, steps // 30), steps)
+    order, shown = [], 0.0
+    for step, (weights, count) in enumerate(bar := tqdm(batches, total=steps, mininterval=30)):
+        if len(order) < count:
+            order = random.sample(range(len(scenes["questions"])), len(scenes["questions"]))
+        rows, order = order[:count], order[count:]
+        asked = Questions.of(processor, [scenes["questions"][row] for row in rows])
+        seen = scenes["seen"].rows(torch.tensor(rows))
+        for arm, weight in weights.items():
+            log_BL, _ = answer_log_probs(model, asked, embed(model, arm, seen))
+            loss = -log_BL.sum() / (asked.segment_BL >= 0).sum()
+            if not loss.isfinite():
+                raise FloatingPointError(f"the loss of step {step} is not finite; lower the learning rate")
+            (weight * loss).backward()
+        shown = 0.95 * shown + 0.05 * loss.item() if step else loss.item()
+        bar.set_postfix(loss=f"{shown:.3f}", refresh=False)
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        schedule.step()
 
-    Returns:
-        dict: `right` and `nll` (V,G,S,Q) of the test questions; `other_image` (S,Q), right answers with the next
-        scene's image; `image_tokens`, the mean at each level; for arms with several levels `chosen`, see
-        `levels.choose_levels`.
+
+def evaluate(model, processor, scenes: dict, arms: tuple[Arm, ...], shift: int = 0, batch: int = 16) -> dict:
     """
-    levels = range(max(len(arm.levels), 1))
-    features, scenes = splits["test"]
-    questions = Questions.of(scenes, tokenizer)
-    answers = [[ask(model, arm, features, questions, view, level) for level in levels] for view in arm.views]
-    answer_VGSQ, nll_VGSQ = (
-        torch.stack([torch.stack([at_level[place] for at_level in view]) for view in answers]) for place in (0, 1)
-    )
-    other_SQ, _ = ask(model, arm, features, questions, arm.view, len(levels) // 2, shift=1)
-    shown = [embed(model, arm, features.rows(slice(100)), arm.view, level)[1] for level in levels]
-    result = {
-        "right": answer_VGSQ == questions.answer_SQ,
-        "nll": nll_VGSQ,
-        "other_image": other_SQ == questions.answer_SQ,
-        "image_tokens": [visible_BR.sum(1).float().mean().item() for visible_BR in shown],
-    }
-    if len(levels) > 1:
-        result["chosen"] = choose_levels(model, arm, tokenizer, *splits["validation"], scenes)
-    return result
-
-
-def choose_levels(
-    model, arm: Arm, tokenizer, features: Features, scenes: list[world.Scene], test_scenes: list[world.Scene]
-) -> dict:
-    """
-    The level of each question about `test_scenes` by controllers trained on template labels and on measured labels.
-
-    The model was trained with random levels, so that every policy can be compared on the same weights.
+    The answers of arms to all questions about scenes.
 
     Args:
-        features, scenes: those on which levels are measured and controllers trained.
+        shift: the image is that of the scene so many places further on.
 
     Returns:
-        dict: for "template" and "measured" the levels (S,Q); `nll` (G,Q), the mean over the measured scenes of the
-        negative log-likelihood of the right answers.
+        dict: `right` bool and `nll` (A,S,Q).
     """
-    questions, levels = Questions.of(scenes, tokenizer), range(len(arm.levels))
-    nll_GSQ = torch.stack([ask(model, arm, features, questions, arm.view, level)[1] for level in levels])
-    processor = make_processor(tokenizer, arm)
-    texts_SQ = [[question.text for question in world.make_questions(scene)] for scene in test_scenes]
+    found, count = [], len(scenes["questions"])
+    for rows in torch.arange(count).split(batch):
+        asked = Questions.of(processor, [scenes["questions"][row] for row in rows])
+        seen = scenes["seen"].rows((rows + shift) % count)
+        found.append(ask(model, arms, seen, asked))
+    right_ASQ, nll_ASQ = (torch.cat(parts, dim=1) for parts in zip(*found))
+    return {"right": right_ASQ, "nll": nll_ASQ}
+
+
+def choose_levels(model, processor, measured: dict, validation: dict, test: dict) -> dict:
+    """
+    The level of each test question by controllers that were trained on labels of its kind and on measured ones.
+
+    Args:
+        measured: scenes on which levels are measured and controllers trained.
+
+    Returns:
+        dict: for each of `LABELS` the levels (S,Q); `validation`, the mean negative log-likelihood of each level (G).
+    """
+    nll_GSQ = evaluate(model, processor, measured, LEVEL_ARMS)["nll"]
+    texts_SQ = [[question.text for question in row] for row in test["questions"]]
     distinct = sorted({text for row in texts_SQ for text in row})
-    result = {"nll": nll_GSQ.mean(1)}
+    result = {"validation": evaluate(model, processor, validation, LEVEL_ARMS)["nll"].mean((1, 2))}
     for source in LABELS:
-        rows = label_rows(source, model.config.granularity_names, scenes, nll_GSQ)
-        train_controller(model, processor, rows, epochs=20, patience=5)
-        level_of = dict(zip(distinct, predicted_levels(model, processor, distinct)))
+        rows = label_rows(source, measured["questions"], nll_GSQ)
+        train_controller(model, processor, rows, epochs=30, patience=5)
+        with torch.no_grad():
+            logits = controller_logits(model.model.granularity_controller, question_states(model, processor, distinct))
+        level_of = dict(zip(distinct, logits.argmax(-1).tolist()))
         result[source] = torch.tensor([[level_of[text] for text in row] for row in texts_SQ])
     return result
 
 
-def label_rows(source: str, names: list[str], scenes: list[world.Scene], nll_GSQ: torch.Tensor) -> list[dict]:
-    """A granularity corpus of the questions about scenes."""
-    probs_SQG = (-nll_GSQ).softmax(0).permute(1, 2, 0).tolist()
+def label_rows(source: str, asked: list[list], nll_GSQ: Tensor) -> list[dict]:
+    """A granularity corpus of questions about scenes."""
     rows = []
-    for number, scene in enumerate(scenes):
-        split = VALIDATION if number < max(1, 0.1 * len(scenes)) else TRAIN
-        for question, measured in zip(world.make_questions(scene), probs_SQG[number], strict=True):
-            probs = measured if source == MEASURED else [float(name == template_level(question)) for name in names]
-            labels = dict(zip(names, probs, strict=True))
-            key = str(scene.seed)
-            rows.append(corpus_row(question.text, labels, source, key=key, split=split, kind=question.kind))
+    for number, own in enumerate(asked):
+        split = VALIDATION if number < max(1, len(asked) // 10) else TRAIN
+        for place, question in enumerate(own):
+            measured = (-nll_GSQ[:, number, place]).softmax(0).tolist()
+            meant = [float(name == LEVEL_OF[question.kind]) for name in LEVELS]
+            labels = dict(zip(LEVELS, measured if source == MEASURED else meant, strict=True))
+            rows.append(corpus_row(question.text, labels, source, key=str(number), split=split, kind=question.kind))
     return rows
 
 
-def template_level(question: world.Question) -> str:
-    """The label that a person would write: the question's level, the finest for what only pixels show."""
-    return "fine" if question.level == "pixel" else question.level
+@dataclass(frozen=True)
+class Study:
+    """The files of a study: what was made is not made again."""
 
+    folder: Path
+    scale: Scale
 
-@torch.no_grad()
-def predicted_levels(model, processor, texts: list[str]) -> list[int]:
-    """The controller's level of each question."""
-    states_QE = question_states(model, processor, texts)
-    return controller_logits(model.model.granularity_controller, states_QE).argmax(-1).tolist()
+    @property
+    def base(self) -> Path:
+        return assembled(self.folder)
+
+    def scenes(self, split: str) -> dict:
+        count = getattr(self.scale, split)
+        return cached(self.folder / f"{split}.pt", lambda: scenes_of(split, count, self.base))
+
+    def some(self, split: str, count: int) -> dict:
+        """The first scenes of a split."""
+        scenes = self.scenes(split)
+        part = slice(count)
+        return {**scenes, "seen": scenes["seen"].rows(part), "questions": scenes["questions"][part]}
+
+    def projector(self) -> dict:
+        return cached(self.folder / "projector.pt", lambda: fit_projector(self.base, self.scenes("train"), self.scale))
+
+    def adapters(self, seed: int, joint: bool | None = None) -> dict:
+        """Of the model trained on all arms; of those trained on with (True) or without (False) joint losses."""
+        start = (self.base, self.projector())
+        if joint is None:
+            make = lambda: train_mixed(*start, self.scenes("train"), self.scale, seed)  # noqa: E731
+            return cached(self.folder / f"adapters-{seed}.pt", make)
+        name = f"adapters-{seed}-{'joint' if joint else 'full'}.pt"
+        more = (self.adapters(seed), self.scenes("train"), self.scale, seed, joint)
+        return cached(self.folder / name, lambda: train_joint(*start, *more))
+
+    def result(self, seed: int, split: str = "test") -> dict:
+        """Answers of a seed's models to the questions of a split."""
+        return cached(self.folder / f"{split}-{seed}.pt", lambda: self._measure(seed, split))
+
+    def _measure(self, seed: int, split: str) -> dict:
+        scenes, arms = self.scenes(split), (*BUDGET_ARMS, *PART_ARMS, *PIXEL_ARMS)
+        model, processor = load_start(self.base, self.projector(), seed, self.adapters(seed))
+        found = evaluate(model, processor, scenes, arms)
+        other = evaluate(model, processor, scenes, LEVEL_ARMS[1:2], shift=1)["right"][0]
+        chosen = choose_levels(
+            model, processor, self.some("train", self.scale.measured), self.scenes("validation"), scenes
+        )
+        views = {}
+        for joint in (False, True):
+            model, _ = load_start(self.base, self.projector(), seed, self.adapters(seed, joint))
+            own = tuple(replace(FULL_ARM, view=view) for view in (FULL, PIXEL, SEMANTIC))
+            views[joint] = evaluate(model, processor, scenes, own)["right"]
+        return {
+            "arms": [arm.name for arm in arms],
+            **found,
+            "other_image": other,
+            "chosen": chosen,
+            "joint": views,
+        } | {
+            "kinds": [[question.kind for question in row] for row in scenes["questions"]],
+            "scale": asdict(self.scale),
+        }

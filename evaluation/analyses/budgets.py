@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from granulon.evaluation.statistics import mean_and_interval
 from granulon.evaluation.timing import interleaved
-from granulon.evaluation.token_reduction import METHODS, fastv_answer, replaced
+from granulon.evaluation.token_reduction import METHODS, fastv_answer, nearest_level, replaced, small_grid
 from granulon.hub.inference import encode, generate, open_image, question_about
 from granulon.hub.text import exact_match, markdown_table, with_interval
 from modeling_granulon.image_tokens import FULL, PIXEL, SEMANTIC
@@ -85,22 +85,15 @@ def _settings(model, budgets):
             yield method, None, budget
 
 
-def _level(model, budget: int) -> int:
-    """The level whose gains and embedding a budget's tokens take: the coarsest that keeps as many, or the last."""
-    keeps = [entry["keep"] for entry in model.config.granularities]
-    return next((number for number, keep in enumerate(keeps) if keep >= budget), len(keeps) - 1)
-
-
 @contextmanager
 def _prepared(model, processor, method: str, budget: int | None):
     """The model with a method's tokens in place of its own; smaller images for the one that takes them."""
     size = processor.image_processor.size
     try:
         if method == SMALLER:
-            side = int(budget**0.5)
-            patch = patch_size_of(model.config.vision_config)
-            processor.image_processor.size = {"height": side * patch, "width": budget // side * patch}
-        level = None if budget is None else _level(model, budget)
+            height, width = (side * patch_size_of(model.config.vision_config) for side in small_grid(budget))
+            processor.image_processor.size = {"height": height, "width": width}
+        level = None if budget is None else nearest_level(model.config, budget)
         own = budget is None or method == FASTV
         with nullcontext() if own else replaced(model, processor, level, budget, None if method == OURS else method):
             yield level

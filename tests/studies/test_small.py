@@ -14,21 +14,6 @@ from granulon.train.data import cutouts
 from studies.small import demo, measure, run, why
 
 
-@pytest.fixture
-def stamps(tmp_path, monkeypatch):
-    """A disc in a colour of its own for every stamp and letter."""
-    random = np.random.default_rng(0)
-    known = [f"{cutout.stamp}.png" for held_out in (False, True) for cutout in cutouts.cutouts(held_out)]
-    for name in known + list(cutouts.SIGNS.values()):
-        path = tmp_path / "stamps" / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        Image.new("RGBA", (60, 60), (*random.integers(0, 255, 3).tolist(), 255)).save(path)
-    monkeypatch.setattr(cutouts, "STAMPS", tmp_path / "stamps")
-    cutouts.stamp.cache_clear()
-    yield
-    cutouts.stamp.cache_clear()
-
-
 def test_without_cut_outs_the_demo_asks_about_photographs(tmp_path, monkeypatch, capsys):
     assemble_tiny(tmp_path / "model")
     monkeypatch.setattr(demo, "fetch_stamps", lambda: None)

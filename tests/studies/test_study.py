@@ -1,175 +1,175 @@
-"""The study: arms that differ in one thing alone, answers like the model's own, figures with intervals."""
+"""The study: arms that differ in their image tokens alone, answers like the model's own, figures with intervals."""
 
 import re
-from dataclasses import asdict, replace
+from collections import Counter
+from dataclasses import replace
+from functools import partial
+from random import Random
 
 import numpy as np
 import pytest
 import torch
+from sources import text_source, vision_source
 
-from granulon.evaluation.token_reduction import grid_shape
-from granulon.train.controller.fit import train_controller
-from modeling_granulon.adaptive_token_aggregation import AdaptiveTokenAggregation
+from granulon.hub.assemble import assemble
+from granulon.hub.inference import load_model, question_about
+from granulon.train.data.cutouts import compose, patch_texts, questions
+from modeling_granulon.image_tokens import FULL, PIXEL, SEMANTIC
 from studies import run as study
-from studies import world
+from studies import training
 from studies.arms import (
-    ARMS,
     BUDGET_ARMS,
     BUDGETS,
-    LEVEL_ARMS,
+    PART_ARMS,
+    PIXEL_ARMS,
+    SMALLER,
+    SOURCES,
+    Arm,
     Questions,
-    answer_logits,
+    aggregate,
+    answer_log_probs,
     ask,
     embed,
-    make_model,
-    make_processor,
-    make_tokenizer,
 )
-from studies.encoders import as_pixels, encode, make_encoder
 from studies.report import comparisons_table, mean_over_seeds, mean_with_interval, statistics
-from studies.tokens import MODULES, SOURCES, ColourClusters
-from studies.training import TEXT_FIRST, Scale, cached, label_rows, predicted_levels, template_level
+from studies.training import LEVELS, Scale, cached, draw_arms, evaluate, label_rows, on_grid
 
-KINDS = tuple(world.KINDS)
-GRID = (world.GRID, world.GRID)
-SCENES = world.make_scenes("validation", 6)
+ALL_ARMS = (*BUDGET_ARMS, *PART_ARMS, *PIXEL_ARMS)
 
 
-@pytest.fixture(scope="module")
-def encoder():
-    return make_encoder(seed=1)
+@pytest.fixture
+def base(tmp_path, monkeypatch, stamps):
+    """A small random model of the study's families, with 16 x 16 patches."""
+    vision = vision_source(tmp_path / "vision", "dinov2")
+    text = text_source(tmp_path / "text", "llama", tie=True)
+    monkeypatch.setattr(training, "assemble", partial(assemble, image_size=64))
+    monkeypatch.setattr(training, "fetch_part", {"dinov2-small": vision, "smollm2-135m-instruct": text}.get)
+    return training.assembled(tmp_path / "study")
 
 
-@pytest.fixture(scope="module")
-def features(encoder):
-    return encode(encoder, SCENES)
+@pytest.fixture
+def scenes(base):
+    return training.scenes_of("check", 6, base)
 
 
-@pytest.fixture(scope="module")
-def tokenizer():
-    return make_tokenizer()
+@pytest.fixture
+def model_and_processor(base):
+    model = load_model(base)
+    generator = torch.Generator().manual_seed(0)
+    for parameter in model.model.multi_modal_projector.parameters():  # zeros and ones would hide what is left out
+        parameter.data += 0.2 * torch.randn(parameter.shape, generator=generator)
+    return model, training.load_processor(base, model.config)
 
 
-def module_of(source: str, features):
-    module = MODULES.get(source, AdaptiveTokenAggregation)()
-    if isinstance(module, ColourClusters):
-        module.colours = features.colours_SN3
-    return module
+def test_arms_of_one_budget_have_as_many_tokens_and_no_image_depends_on_the_batch(scenes, model_and_processor):
+    model, _ = model_and_processor
+    for arm in ALL_ARMS:
+        embeds = embed(model, arm, scenes["seen"])
+        pixels = 256 if arm.view != SEMANTIC else 0
+        own = 0 if arm.view == PIXEL else {5: 4, 10: 9, 20: 20}[arm.tokens] if arm.source == SMALLER else arm.tokens
+        assert embeds.shape[:2] == (6, pixels + own), arm.name
+        alone = embed(model, arm, scenes["seen"].rows(slice(3, 4)))
+        torch.testing.assert_close(alone[0], embeds[3], atol=1e-4, rtol=1e-4)
+    assert len({arm.name for arm in ALL_ARMS}) == len(ALL_ARMS)
 
 
-@pytest.mark.parametrize("tokens", BUDGETS)
-@pytest.mark.parametrize("source", SOURCES)
-def test_every_source_of_tokens_keeps_the_aggregations_contract(source, tokens, features):
-    module, state = module_of(source, features), torch.get_rng_state()
-    patches, clusters = features.features_SND.float(), round(1.2 * tokens)
+def test_variants_of_the_aggregation_differ_from_it(scenes):
+    sharp = torch.rand(scenes["seen"].relation_SNC.shape, generator=torch.Generator().manual_seed(0)) ** 8
+    seen = replace(scenes["seen"], relation_SNC=sharp)  # a random tower attends to everything alike
+    whole = aggregate(Arm("AdaTA"), seen).tokens
+    for arm in PART_ARMS:
+        assert not torch.allclose(aggregate(arm, seen).tokens, whole, atol=1e-3), arm.name
+
+
+@pytest.mark.parametrize("view", [SEMANTIC, PIXEL, FULL])
+def test_cached_features_and_packed_questions_give_the_likelihoods_of_single_prompts(
+    view, scenes, model_and_processor
+):
+    """Through processor and model, from pixels, one question at a time."""
+    model, processor = model_and_processor
+    arm, seen = replace(PIXEL_ARMS[1], view=view), scenes["seen"].rows(slice(2))
+    packed = Questions.of(processor, scenes["questions"][:2])
     with torch.no_grad():
-        out = module(patches, features.relation_SNC.float(), 1, clusters, GRID, tokens)
-    assert out.tokens.shape == (6, tokens, patches.shape[-1]) and out.tokens.dtype == patches.dtype
-    assert out.mask.shape == out.scores.shape == (6, tokens) and out.mask.dtype == torch.bool
-    assert out.assignment.shape == (6, *GRID)
-    assert 0 <= out.assignment.min() and out.assignment.max() < tokens
-    assert out.tokens.isfinite().all()
-    assert torch.equal(state, torch.get_rng_state())
-    for slot in range(tokens):  # a token is the mean of the patches assigned to it
-        members = (out.assignment[0].flatten() == slot).nonzero().flatten()
-        assert bool(len(members)) == bool(out.mask[0, slot])
-        if len(members):
-            assert torch.allclose(out.tokens[0, slot], patches[0, members].mean(0), atol=1e-4)
+        log_BL, _ = answer_log_probs(model, packed, embed(model, arm, seen))
+    numbers, row = [], 0
+    while len(numbers) < 2:  # the scenes of `scenes_of`
+        name = f"study check {row}"
+        numbers += [row] if len(questions(compose(name), name)) >= training.ASKED else []
+        row += 1
+    for scene, number in enumerate(numbers):
+        picture = compose(f"study check {number}").picture
+        for place, question in enumerate(scenes["questions"][scene]):
+            chat = question_about(picture, question.text)
+            prompt = processor.apply_chat_template(
+                chat, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
+            )
+            answer = torch.tensor(processor.tokenizer(f" {question.answer}", add_special_tokens=False)["input_ids"])
+            answer = torch.cat([answer, torch.tensor([processor.tokenizer.eos_token_id])])[None]
+            prompt["input_ids"] = torch.cat([prompt["input_ids"], answer], dim=1)
+            prompt["attention_mask"] = torch.ones_like(prompt["input_ids"])
+            with torch.no_grad():
+                logits = model(**prompt, granularity="medium", visual_view=view).logits[0, -answer.shape[1] - 1 : -1]
+            wanted = logits.log_softmax(-1).gather(-1, answer[0, :, None])[:, 0]
+            torch.testing.assert_close(log_BL[scene][packed.segment_BL[scene] == place], wanted, atol=2e-2, rtol=1e-2)
 
 
-@pytest.mark.parametrize("source", SOURCES)
-def test_no_image_depends_on_the_batch(source, features):
-    module, one = module_of(source, features), features.rows(slice(3, 4))
+def test_a_question_sees_the_image_and_no_other_question(scenes, model_and_processor):
+    model, processor = model_and_processor
+    packed = Questions.of(processor, scenes["questions"])
+    image = embed(model, Arm("AdaTA"), scenes["seen"])
+    changed = replace(packed, ids_BT=torch.where(packed.segment_BT == 1, 5, packed.ids_BT))
     with torch.no_grad():
-        together = module(features.features_SND.float(), features.relation_SNC.float(), 1, 10, GRID, 8)
-        if isinstance(module, ColourClusters):
-            module.colours = one.colours_SN3
-        alone = module(one.features_SND.float(), one.relation_SNC.float(), 1, 10, GRID, 8)
-    assert torch.equal(together.assignment[3], alone.assignment[0])
-    assert torch.allclose(together.tokens[3], alone.tokens[0], atol=1e-5)
-
-
-def test_grid_cells_are_square_up_to_one_patch(features):
-    assert [grid_shape(tokens) for tokens in BUDGETS] == [(2, 2), (2, 4), (4, 4), (4, 8)]
-    for tokens in BUDGETS:
-        out = module_of("grid", features)(features.features_SND.float(), None, 1, tokens, GRID, tokens)
-        places = [(out.assignment[0] == slot).nonzero() for slot in range(tokens)]
-        for axis in (0, 1):
-            lengths = [len(place[:, axis].unique()) for place in places]
-            assert max(lengths) - min(lengths) <= 1
-
-
-@pytest.mark.parametrize("tokens", BUDGETS)
-def test_arms_of_one_budget_have_as_many_tokens(tokens, features, tokenizer):
-    shown = {}
-    for arm in (arm for arm in BUDGET_ARMS if arm.slots == tokens):
-        embeds, visible = embed(make_model(tokenizer, arm), arm, features, arm.view)
-        assert embeds.shape[1] == tokens
-        shown[arm.source] = visible.sum(1).tolist()
-    assert set(shown) == set(SOURCES)
-    assert all(counts == [tokens] * len(features) for counts in shown.values())
-
-
-@pytest.mark.parametrize("name", ["pixels", "semantic 8", "pixels + grid", "levels, default K"])
-def test_cached_features_and_packed_questions_give_the_logits_of_single_prompts(name, features, tokenizer, encoder):
-    """Through the model's own forward, from pixels, one question at a time."""
-    arm = ARMS[name]
-    model = make_model(tokenizer, arm)
-    model.model.vision_tower.load_state_dict(encoder.state_dict())
-    rows, level = slice(2), len(arm.levels) // 2
-    questions = Questions.of(SCENES, tokenizer)
-    with torch.no_grad():
-        embeds, visible = embed(model, arm, features.rows(rows), arm.view, level)
-        packed = answer_logits(model, questions.rows(rows), embeds, visible)
-        pixels = as_pixels(world.draw_all(SCENES[:2]))
-        for scene in range(2):
-            for number in (0, 3, len(KINDS) - 1):
-                text = world.make_questions(SCENES[scene])[number].text
-                ids = [tokenizer.get_vocab()[word] for word in text.split()]
-                prompt = torch.tensor([[model.config.image_token_id] * embeds.shape[1] + ids])
-                single = model(
-                    input_ids=prompt, pixel_values=pixels[scene : scene + 1], visual_view=arm.view,
-                    granularity=level if arm.levels else None,
-                )  # fmt: skip
-                # Cached features are in fp16.
-                assert torch.allclose(single.logits[0, -1], packed[scene, number], atol=2e-2)
-                assert single.logits[0, -1].argmax() == packed[scene, number].argmax()
-
-
-def test_a_question_sees_the_image_and_no_other_question(features, tokenizer):
-    arm = ARMS["semantic 8"]
-    model, rows = make_model(tokenizer, arm), slice(2)
-    questions = Questions.of(SCENES, tokenizer).rows(rows)
-    with torch.no_grad():
-        embeds, visible = embed(model, arm, features.rows(rows), arm.view)
-        before = answer_logits(model, questions, embeds, visible)
-        changed = replace(questions, ids_SQL=questions.ids_SQL.clone())
-        changed.ids_SQL[:, 2] = 5
-        after = answer_logits(model, changed, embeds, visible)
-        other = answer_logits(model, questions, embeds.flip(0), visible)
-    same = [number for number in range(len(KINDS)) if number != 2]
-    assert torch.allclose(before[:, same], after[:, same], atol=1e-5)
-    assert not torch.allclose(before[:, 2], after[:, 2], atol=1e-3)
+        before, after, other = (
+            answer_log_probs(model, *given)[0]
+            for given in ((packed, image), (changed, image), (packed, image.flip(0)))
+        )
+    rest = packed.segment_BL != 1
+    torch.testing.assert_close(before[rest], after[rest], atol=1e-5, rtol=1e-5)
+    assert not torch.allclose(before[~rest], after[~rest], atol=1e-3)
     assert not torch.allclose(before, other, atol=1e-3)
 
 
-def test_arms_differ_only_in_what_is_studied():
-    assert len(ARMS) == len({repr(asdict(arm)) for arm in ARMS.values()})
-    equal, default = LEVEL_ARMS
-    assert len({keep for *_, keep in equal.levels}) == 1
-    assert [keep for *_, keep in default.levels] == [5, 10, 20]
-    for arm in BUDGET_ARMS:
-        assert replace(arm, source="semantic", name="") == replace(ARMS[f"semantic {arm.slots}"], name="")
-    assert Scale().train_scenes <= TEXT_FIRST, "the texts are about scenes that no arm sees"
+def test_an_answer_is_right_if_greedy_decoding_gives_it(scenes, model_and_processor):
+    model, processor = model_and_processor
+    arm, asked = Arm("AdaTA"), scenes["questions"][:1]
+    packed, image = Questions.of(processor, asked), embed(model, Arm("AdaTA"), scenes["seen"].rows(slice(1)))
+    with torch.no_grad():
+        hit_BL = answer_log_probs(model, packed, image)[1]
+        right = ask(model, (arm,), scenes["seen"].rows(slice(1)), packed)[0][0, 0]
+    for number in range(training.ASKED):
+        assert right[number] == hit_BL[0][packed.segment_BL[0] == number].all()
+    model.lm_head.weight.data.zero_()  # all tokens alike: the first one is the likeliest
+    first = replace(packed, ids_BT=torch.where(packed.segment_BT >= 0, 0, packed.ids_BT))
+    assert ask(model, (arm,), scenes["seen"].rows(slice(1)), first)[0].all()
 
 
-def test_shifting_asks_about_the_next_image(features, tokenizer):
-    arm = ARMS["semantic 8"]
-    model, questions = make_model(tokenizer, arm), Questions.of(SCENES, tokenizer)
-    answers, nll = ask(model, arm, features, questions, arm.view, shift=1)
-    moved = features.rows(torch.arange(len(features)).roll(-1))
-    expected = ask(model, arm, moved, questions, arm.view)
-    assert torch.equal(answers, expected[0]) and torch.allclose(nll, expected[1], atol=1e-4)
+def test_shifting_asks_about_the_next_image(scenes, model_and_processor):
+    arms, given = (Arm("ToMe", 5),), {**scenes}
+    moved = {**given, "seen": given["seen"].rows(torch.arange(6).roll(-1))}
+    found, wanted = (
+        evaluate(*model_and_processor, one, arms, shift=shift, batch=4) for one, shift in ((given, 1), (moved, 0))
+    )
+    assert found["right"].shape == (1, 6, training.ASKED)
+    torch.testing.assert_close(found["nll"], wanted["nll"], atol=1e-3, rtol=1e-3)
+
+
+def test_sources_and_budgets_are_trained_equally_often():
+    random = Random(0)
+    drawn = [draw_arms(random) for _ in range(20_000)]
+    semantic = [arm for arm in drawn if arm.view == SEMANTIC]
+    assert len(semantic) / len(drawn) == pytest.approx(0.8, abs=0.02)
+    sources = Counter(arm.source.split(",")[0] for arm in semantic)
+    assert set(sources) == set(SOURCES)
+    assert max(sources.values()) < 1.15 * min(sources.values())
+    budgets = Counter(arm.tokens for arm in semantic)
+    assert max(budgets.values()) < 1.1 * min(budgets.values())
+    assert {arm.name for arm in PART_ARMS} < {arm.name for arm in semantic}
+
+
+def test_a_patch_of_the_whole_image_has_the_token_of_the_small_image_that_lies_there():
+    label = on_grid(torch.arange(4).view(1, 2, 2), (6, 6)).view(6, 6)
+    assert [label[0, 0], label[2, 5], label[3, 0], label[5, 5]] == [0, 1, 2, 3]
+    assert torch.equal(on_grid(torch.arange(36).view(1, 6, 6), (6, 6))[0], torch.arange(36))
 
 
 def test_a_cached_result_is_made_once_and_never_half_written(tmp_path):
@@ -182,26 +182,17 @@ def test_a_cached_result_is_made_once_and_never_half_written(tmp_path):
     assert [path.name for path in (tmp_path / "x").iterdir()] == ["one.pt"]
 
 
-def test_measured_and_template_labels_have_the_corpus_form():
-    nll = torch.rand(3, len(SCENES), len(KINDS), generator=torch.Generator().manual_seed(0))
-    for source in ("template", "measured"):
-        rows = label_rows(source, ["coarse", "medium", "fine"], SCENES, nll)
-        assert len(rows) == len(SCENES) * len(KINDS)
-        assert {row["split"] for row in rows} == {"train", "validation"}
-        assert all(abs(sum(row["level_probs"].values()) - 1) < 1e-6 for row in rows)
-    assert rows[0]["level"] == ["coarse", "medium", "fine"][nll[:, 0, 0].argmin()]
-    levels = {question.kind: template_level(question) for question in world.make_questions(SCENES[0])}
-    assert levels["ground"] == "coarse" and levels["mark"] == "fine"
+def test_labels_follow_the_likelihood_or_the_kind_of_a_question(stamps):
+    asked = [questions(compose(f"study x {number}"), str(number))[:2] for number in range(12)]
+    nll = torch.rand(3, 12, 2, generator=torch.Generator().manual_seed(0))
+    measured, template = (label_rows(source, asked, nll) for source in ("measured", "template"))
+    assert [row["level"] for row in measured] == [LEVELS[n] for n in nll.argmin(0).flatten()]
+    assert [row["level"] for row in template] == [question.level for own in asked for question in own]
+    assert Counter(row["split"] for row in template) == {"train": 22, "validation": 2}
 
 
-def test_a_controller_learns_the_template_labels(tokenizer):
-    arm = LEVEL_ARMS[0]
-    model = make_model(tokenizer, arm)
-    processor = make_processor(tokenizer, arm)
-    rows = label_rows("template", model.config.granularity_names, SCENES, torch.zeros(3, len(SCENES), len(KINDS)))
-    train_controller(model, processor, rows, epochs=60, lr=3e-3)
-    texts = ["what is the ground ?", "what is the tiny mark ?", "is there a circle ?"]
-    assert predicted_levels(model, processor, texts) == [0, 2, 1]
+def test_patches_of_test_scenes_are_named(stamps):
+    assert len(patch_texts(compose("study test 0"))) == 256
 
 
 def test_intervals_take_scenes_and_seeds_into_account():
@@ -219,28 +210,34 @@ def test_intervals_take_scenes_and_seeds_into_account():
     assert width(uneven) > 2 * width(right)
 
 
-def test_comparisons_state_difference_interval_and_corrected_p():
+def test_comparisons_state_difference_interval_and_p_corrected_in_their_part():
     random = np.random.default_rng(0)
     theirs = (random.random((5, 200, 12)) < 0.6).astype(int)
     ours = np.maximum(theirs, random.random((5, 200, 12)) < 0.2)
-    text = comparisons_table([("a", "better", ours, theirs), ("a", "same", theirs, theirs)])
-    better, same = (next(line for line in text.splitlines() if f"| {name} |" in line) for name in ("better", "same"))
-    assert re.search(r"\+\d+\.\d \[\+\d+\.\d, \+\d+\.\d\]", better)
-    assert "| 5 / 0 of 5 |" in better and "| yes |" in better
-    assert "+0.0 [+0.0, +0.0]" in same and "1.0000" in same and "| no |" in same
+    text = comparisons_table(
+        [("a", "better", ours, theirs), ("a", "same", theirs, theirs), ("b", "alone", ours, theirs)]
+    )
+    better, same, alone = (
+        [cell.strip() for cell in line.split("|")[1:-1]]
+        for line in text.splitlines()
+        if re.match(r"\| [ab] \| ", line)
+    )
+    assert re.fullmatch(r"\+\d+\.\d \[\+\d+\.\d, \+\d+\.\d\]", better[2])
+    assert better[5:] == ["5 / 0 of 5", "yes"] and same[2:5] == ["+0.0 [+0.0, +0.0]", "1.0000", "1.0000"]
+    assert float(better[4]) == pytest.approx(2 * float(better[3]), abs=1.1e-4) and alone[3] == alone[4]
 
 
 @pytest.mark.slow
-def test_the_quick_study_runs_to_its_report_and_a_rerun_repeats_nothing(tmp_path):
-    options = ["--quick", "--seeds", "2", "--workers", "1", "--output", str(tmp_path)]
+def test_the_quick_study_runs_to_its_report_and_a_rerun_repeats_nothing(tmp_path, base):
+    options = ["--quick", "--seeds", "2", "--workers", "1", "--output", str(tmp_path / "study")]
     study.main(options)
-    report = (tmp_path / "results.md").read_text()
-    for part in "abcdg":
+    report = (tmp_path / "study" / "results.md").read_text()
+    for part in "abcde":
         assert re.search(rf"^\| {part} \| .* \[[-+]\d", report, re.M), f"part {part} has no comparison with interval"
-    assert all(f"| {name} |" in report or f"**{name}**" in report for name in ARMS)
-    made = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.pt")}
-    assert len([path for path in made if path.parent.name == "arms"]) == 2 * len(ARMS)
-    (tmp_path / "arms" / "grid_8-12.pt").unlink()
+    assert all(f"| {source} |" in report for source in SOURCES) and all(f"{n} tokens" in report for n in BUDGETS)
+    made = {path: path.stat().st_mtime_ns for path in (tmp_path / "study").rglob("*.pt")}
+    (tmp_path / "study" / "test-32.pt").unlink()
     study.main(options)
-    again = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.pt")}
-    assert {path.name for path in made if made[path] != again[path]} == {"grid_8-12.pt"}
+    again = {path: path.stat().st_mtime_ns for path in (tmp_path / "study").rglob("*.pt")}
+    assert {path.name for path in made if made[path] != again[path]} == {"test-32.pt"}
+    assert Scale().test * training.ASKED * 5 > 2000
