@@ -93,8 +93,8 @@ test-browser: setup
 	$(PY) -m pip install --constraint constraints.txt playwright
 	$(PY) -m pytest -m slow tests/space/test_browser.py
 
-# The study of docs/study.md: within an hour on two cores; resumes if interrupted.
-study: setup
+# The study of docs/study.md: an hour and a half on two cores; resumes if interrupted.
+study: setup parts
 	$(PY) -m studies.run
 
 conformance: setup
