@@ -25,6 +25,7 @@ from modeling_granulon.vision_features import patch_size_of
 from .files import COLOURS, MARKERS
 
 BUDGETS = (5, 10, 20, 64)  # image tokens
+SPEED = "tokens_per_second"
 OURS, FASTV, SMALLER = "Granulon", "FastV", "smaller image"
 BATCH, NEW_TOKENS, TIMED_ROWS, TIMED_TOKENS = 16, 16, 8, 16
 
@@ -38,7 +39,8 @@ def accuracy_at_budgets(model, processor, rows: list[dict], budgets=BUDGETS, tim
 
     Returns:
         dict: `rows` and `entries`, each with `method`, `budget`, `tokens` (that are read, mean), `accuracy` (value,
-        low, high; exact match) and, except for the best level, `first_token_ms` and `tokens_per_second` (medians).
+        low, high; exact match) and, except for the best level, `first_token_ms` and `tokens_per_second` (median and
+        quartiles over questions).
 
     Raises:
         ValueError: a model without levels, rows without answers.
@@ -57,18 +59,19 @@ def accuracy_at_budgets(model, processor, rows: list[dict], budgets=BUDGETS, tim
     entries = []
     for key in settings:
         method, level, budget = key
-        first, whole = (np.median(seconds[key, tokens]) for tokens in (1, TIMED_TOKENS))
+        first_R, whole_R = (seconds[key, tokens] for tokens in (1, TIMED_TOKENS))
+        speed_R = (TIMED_TOKENS - 1) / (whole_R - first_R).clip(1e-9)
         entries.append(
             {
                 "method": method, "level": level, "budget": budget, "tokens": float(np.mean(read[key])),
-                "accuracy": mean_and_interval(right[key]), "first_token_ms": 1000 * float(first),
-                "tokens_per_second": float((TIMED_TOKENS - 1) / max(whole - first, 1e-9)),
+                "accuracy": mean_and_interval(right[key]), "first_token_ms": _quartiles(1000 * first_R),
+                SPEED: _quartiles(speed_R),
             }
         )  # fmt: skip
     levels = [right[OURS, name, None] for name in model.config.granularity_names]
     entries.append(
         {"method": OURS, "level": "best of each question", "budget": None, "tokens": None}
-        | {"accuracy": mean_and_interval(np.max(levels, axis=0)), "first_token_ms": None, "tokens_per_second": None}
+        | {"accuracy": mean_and_interval(np.max(levels, axis=0)), "first_token_ms": None, SPEED: None}
     )
     return {"rows": len(rows), "timed_rows": timed_rows, "threads": torch.get_num_threads(), "entries": entries}
 
@@ -154,17 +157,22 @@ def _seconds(model, processor, rows, settings) -> dict:
     return interleaved(calls, len(rows), model.device)
 
 
+def _quartiles(values_R: np.ndarray) -> list[float]:
+    """The median and the quartiles."""
+    return np.percentile(values_R, (50, 25, 75)).tolist()
+
+
 def budgets_markdown(report: dict) -> str:
     """A table with a line for every method at every budget."""
     lines = []
     for entry in report["entries"]:
         name = entry["method"] if entry["level"] is None else f"{entry['method']}, {entry['level']}"
-        numbers = ("tokens", ".1f"), ("first_token_ms", ".0f"), ("tokens_per_second", ".1f")
-        tokens, first, speed = ("" if entry[key] is None else format(entry[key], form) for key, form in numbers)
-        lines.append([name, tokens, with_interval(*entry["accuracy"]), first, speed])
+        tokens = "" if entry["tokens"] is None else f"{entry['tokens']:.1f}"
+        timed = [with_interval(*entry[key], digits=0) if entry[key] else "" for key in ("first_token_ms", SPEED)]
+        lines.append([name, tokens, with_interval(*entry["accuracy"]), *timed])
     note = (
-        f"Exact match of greedy answers to {report['rows']} questions with 95 % intervals; medians of time over "
-        f"{report['timed_rows']} questions, one at a time, tower included, {report['threads']} threads."
+        f"Exact match of greedy answers to {report['rows']} questions with 95 % intervals; time as median and "
+        f"quartiles over {report['timed_rows']} questions, one at a time, tower included, {report['threads']} threads."
     )
     header = ["method", "image tokens", "accuracy", "first token (ms)", "tokens/s"]
     return f"{note}\n\n{markdown_table(header, lines)}"
@@ -172,14 +180,19 @@ def budgets_markdown(report: dict) -> str:
 
 def draw_budgets(report: dict) -> Figure:
     """Accuracy against tokens and against the time to the first token; what nothing beats in both is ringed."""
-    entries = [entry for entry in report["entries"] if entry["tokens"] is not None]
+    entries = [
+        entry | {"first_token_ms": entry["first_token_ms"][0]}
+        for entry in report["entries"]
+        if entry["tokens"] is not None
+    ]
     figure = Figure(figsize=(10, 4.4), layout="constrained")
     panels = figure.subplots(1, 2, sharey=True)
     methods = list(dict.fromkeys(entry["method"] for entry in entries))
     for axes, key, title in zip(panels, ("tokens", "first_token_ms"), ("image tokens", "time to first token (ms)")):
         for number, method in enumerate(methods):
-            own = sorted((entry for entry in entries if entry["method"] == method), key=lambda entry: entry[key])
-            style = {"color": COLOURS[number % len(COLOURS)], "marker": MARKERS[number % len(MARKERS)]}
+            own = [entry for entry in entries if entry["method"] == method]
+            colour, marker = number % len(COLOURS), (number + number // len(COLOURS)) % len(MARKERS)
+            style = {"color": COLOURS[colour], "marker": MARKERS[marker]}
             values = [entry["accuracy"][0] for entry in own]
             axes.plot([entry[key] for entry in own], values, linestyle="", label=method, markersize=5, **style)
         best = -1.0
