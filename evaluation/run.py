@@ -86,6 +86,7 @@ def _evaluate(arguments: EvaluateArguments):
         failed, not_computed = evaluate(selected, settings, output, arguments.batch_size)
     if PartialState().is_main_process:
         _write_tables(matrix, settings, output)
+    PartialState().destroy_process_group()  # its threads would abort a process that ends before the others
     if failed:
         if PartialState().is_main_process:
             for name, reason in failed.items():
