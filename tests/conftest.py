@@ -180,6 +180,23 @@ def model():
 
 
 @pytest.fixture
+def stamps(tmp_path, monkeypatch):
+    """In place of the cut-out photographs: a square in a colour of its own for every stamp and letter."""
+    from granulon.train.data import cutouts  # not installed where the plug-in for vLLM is tested
+
+    random = np.random.default_rng(0)
+    known = [f"{cutout.stamp}.png" for held_out in (False, True) for cutout in cutouts.cutouts(held_out)]
+    for name in known + list(cutouts.SIGNS.values()):
+        path = tmp_path / "stamps" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGBA", (60, 60), (*random.integers(0, 255, 3).tolist(), 255)).save(path)
+    monkeypatch.setattr(cutouts, "STAMPS", tmp_path / "stamps")
+    cutouts.stamp.cache_clear()
+    yield
+    cutouts.stamp.cache_clear()
+
+
+@pytest.fixture
 def interruptible():
     """SIGINT interrupts, as in a terminal; a shell lets what it starts in the background ignore it."""
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
