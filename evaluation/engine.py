@@ -26,6 +26,7 @@ from lmms_eval.utils import load_yaml_config
 from loguru import logger
 from tenacity import RetryError
 
+from granulon.hub.answer import is_hub_id
 from granulon.hub.text import first_line
 
 from .metrics import BERTSCORE, METRICS, bertscore_statistics
@@ -85,7 +86,7 @@ def own_limit(config: dict) -> int | None:
 @lru_cache
 def data_commit(path: str, revision: str | None) -> str | None:
     """The commit of a data set on the Hub, or the one in its cache; None if neither is found."""
-    if Path(path).exists():
+    if Path(path).exists() or not is_hub_id(path):
         return None
     try:
         return HfApi().dataset_info(path, revision=revision, timeout=HUB_TIMEOUT).sha
