@@ -12,7 +12,7 @@ import torch
 from joblib import Parallel, delayed
 
 from .report import Results, write_report
-from .training import Scale, Study
+from .training import Scale, Study, load_start, write_model
 
 QUICK = Scale(
     train=24, validation=8, test=6, projector_scenes=8, projector_steps=2, steps=2, batch=2, pixel_batch=2,
@@ -43,6 +43,9 @@ def main(argv: list[str] | None = None):
     parser.add_argument("--output", type=Path, help="folder for results (build/study)")
     parser.add_argument("--seeds", type=int, default=5, help="models to train (5)")
     parser.add_argument("--workers", type=int, default=2, help="processes, each on one core (2)")
+    parser.add_argument(
+        "--export", type=Path, help="write the first seed's model, trained on all arms, as a checkpoint"
+    )
     parser.add_argument("--quick", action="store_true", help="a few steps of everything; report in the output folder")
     options = parser.parse_args(argv)
     if options.seeds < 1 or options.workers < 1:
@@ -50,7 +53,10 @@ def main(argv: list[str] | None = None):
     output = options.output or Path("build/study-quick" if options.quick else "build/study")
     report = output / "results.md" if options.quick else Path("studies/results.md")
     seeds = tuple(range(FIRST_SEED, FIRST_SEED + options.seeds))
-    run(Study(output, QUICK if options.quick else Scale()), report, seeds, options.workers)
+    study = Study(output, QUICK if options.quick else Scale())
+    run(study, report, seeds, options.workers)
+    if options.export:
+        write_model(*load_start(study.base, study.projector(), seeds[0], study.adapters(seeds[0])), options.export)
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ from random import Random
 
 import torch
 from peft import LoraConfig, get_peft_model_state_dict, inject_adapter_in_model, set_peft_model_state_dict
+from peft.tuners.lora import LoraLayer
 from torch import Tensor
 from tqdm import tqdm
 from transformers import get_cosine_schedule_with_warmup
@@ -188,6 +189,17 @@ def load_start(base: Path, projector: dict[str, Tensor], seed: int, adapters: di
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
     return model, load_processor(base, model.config)
+
+
+def write_model(model, processor, folder: Path):
+    """A checkpoint of the model, whose adapters are merged, for `granulon-analyse budgets` and all else."""
+    decoder = model.model.language_model
+    for name, module in list(decoder.named_modules()):
+        if isinstance(module, LoraLayer):
+            module.merge()
+            decoder.set_submodule(name, module.base_layer)
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
 
 
 def draw_arms(random: Random) -> Arm:

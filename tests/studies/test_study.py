@@ -32,7 +32,7 @@ from studies.arms import (
     embed,
 )
 from studies.report import comparisons_table, mean_over_seeds, mean_with_interval, statistics
-from studies.training import LEVELS, Scale, cached, draw_arms, evaluate, label_rows, on_grid
+from studies.training import LEVELS, cached, draw_arms, evaluate, label_rows, on_grid
 
 ALL_ARMS = (*BUDGET_ARMS, *PART_ARMS, *PIXEL_ARMS)
 
@@ -191,6 +191,19 @@ def test_labels_follow_the_likelihood_or_the_kind_of_a_question(stamps):
     assert Counter(row["split"] for row in template) == {"train": 22, "validation": 2}
 
 
+def test_an_exported_model_answers_as_the_trained_one(base, scenes, tmp_path):
+    start = load_model(base)
+    model, processor = training.load_start(base, start.model.multi_modal_projector.state_dict(), seed=1)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            parameter.data.normal_(0, 0.1)
+    trained, untrained = (evaluate(one, processor, scenes, PIXEL_ARMS)["nll"] for one in (model, start))
+    training.write_model(model, processor, tmp_path / "model")
+    exported = evaluate(load_model(tmp_path / "model"), processor, scenes, PIXEL_ARMS)["nll"]
+    torch.testing.assert_close(exported, trained, atol=1e-2, rtol=1e-2)
+    assert not torch.allclose(trained, untrained, atol=0.1)
+
+
 def test_patches_of_test_scenes_are_named(stamps):
     assert len(patch_texts(compose("study test 0"))) == 256
 
@@ -237,7 +250,7 @@ def test_the_quick_study_runs_to_its_report_and_a_rerun_repeats_nothing(tmp_path
     assert all(f"| {source} |" in report for source in SOURCES) and all(f"{n} tokens" in report for n in BUDGETS)
     made = {path: path.stat().st_mtime_ns for path in (tmp_path / "study").rglob("*.pt")}
     (tmp_path / "study" / "test-32.pt").unlink()
-    study.main(options)
+    study.main([*options, "--export", str(tmp_path / "model")])
     again = {path: path.stat().st_mtime_ns for path in (tmp_path / "study").rglob("*.pt")}
     assert {path.name for path in made if made[path] != again[path]} == {"test-32.pt"}
-    assert Scale().test * training.ASKED * 5 > 2000
+    assert load_model(tmp_path / "model").config.granularity_names == list(LEVELS)
