@@ -12,6 +12,7 @@ from itertools import cycle
 import numpy as np
 import torch
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter
 from tqdm import tqdm
 
 from granulon.evaluation.statistics import mean_and_interval
@@ -202,6 +203,9 @@ def draw_budgets(report: dict) -> Figure:
                 axes.plot(entry[key], best, "o", markersize=11, fillstyle="none", color=COLOURS[6], linewidth=0.8)
         axes.set_xlabel(title, fontsize=9)
         axes.set_xscale("log")
+        axes.xaxis.set(
+            major_locator=LogLocator(subs=(1, 2, 5)), major_formatter="{x:g}", minor_formatter=NullFormatter()
+        )
         axes.tick_params(labelsize=8)
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
