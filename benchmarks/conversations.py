@@ -39,7 +39,7 @@ WAYS = {BEFORE: (1, False), GROUPED: (1, True), SHARED: (None, False), BOTH: (No
 PREFACE = """\
 # Rows of conversations
 
-`{command}`: {machine}, {clock}. {model} at {size} px, {batch} rows a batch, the
+`{command}`: {machine}, {clock}; {model} at {size} px, {batch} rows a batch, the
 joint objective with every level; {count} conversations of LLaVA-1.5's mix, whose {answers} answers are all learned in
 each way. Of each way {batches} batches, drawn at random, are timed; in brackets 95% bootstrap intervals over batches.
 """
