@@ -130,9 +130,8 @@ def read_matrix(name: str) -> Matrix:
     names = [(entry.group, entry.name) for entry in entries]
     if repeated := {name for name in names if names.count(name) > 1}:
         raise ValueError(f"{path} has more than one entry named {sorted(repeated)}; give each its own name")
-    tables = [
-        _with_columns(f"the table {table.get('name')} of {path}", table) for table in content.get("tables") or []
-    ]
+    known, tables = yaml.safe_load(COLUMNS.read_text()), content.get("tables") or []
+    tables = [_with_columns(f"the table {table.get('name')} of {path}", table, known) for table in tables]
     return Matrix(entries, list(content["tasks"]), tables)
 
 
@@ -273,11 +272,11 @@ def _fill(value, own: dict):
     return own[value[1:]] if value.startswith("$") and value[1:] in own else Template(value).substitute(own)
 
 
-def _with_columns(place: str, table: dict) -> dict:
-    """A table whose columns are described; those of columns.yaml may be given by their titles."""
+def _with_columns(place: str, table: dict, known: dict) -> dict:
+    """A table whose columns are described; the `known` ones of columns.yaml may be given by their titles."""
     if not table.get("columns"):
         raise ValueError(f"{place} has no columns")
-    known, columns = yaml.safe_load(COLUMNS.read_text()), []
+    columns = []
     for column in table["columns"]:
         if isinstance(column, str) and column not in known:
             raise ValueError(f"{place} has an unknown column {column!r}; describe it, or name one of {list(known)}")

@@ -42,9 +42,14 @@ def interleaved(
     return {name: np.array(values) for name, values in seconds.items()}
 
 
+def quartiles(values_R: np.ndarray) -> list[float]:
+    """The median and the two quartiles."""
+    return np.percentile(values_R, (50, 25, 75)).tolist()
+
+
 def with_quartiles(values_R: np.ndarray, shown: Callable[[float], str] | None = None) -> str:
     """The median over rounds and, in brackets, the quartiles, as `shown`; by default seconds as milliseconds."""
-    median, low, high = map(shown or milliseconds, np.percentile(values_R, (50, 25, 75)))
+    median, low, high = map(shown or milliseconds, quartiles(values_R))
     return f"{median} [{low}, {high}]"
 
 

@@ -23,6 +23,7 @@ from modeling_granulon.adaptive_token_aggregation import (
 from modeling_granulon.image_tokens import PIXEL
 
 FASTV_LAYER = 2  # layers that read all image tokens
+SMALLER = "smaller image"  # the method whose patches are those of another picture
 KMEANS_ROUNDS = 5  # as many as the aggregation has in all
 NEIGHBOURS = 32  # patches that PruMerge adds to a kept one
 
@@ -156,7 +157,7 @@ def kmeans(features: Tensor, kept: int, grid: tuple[int, int]) -> tuple[Tensor, 
 METHODS: dict[str, Callable] = {  # each with features, received attention (I,N,N), K and the grid
     "k-means": lambda features, attention, kept, grid: kmeans(features, kept, grid),
     "average pooling": lambda features, attention, kept, grid: grid_cells(features, kept, grid),
-    "smaller image": lambda features, attention, kept, grid: every_patch(features, kept),
+    SMALLER: lambda features, attention, kept, grid: every_patch(features, kept),
     "random patches": lambda features, attention, kept, grid: random_patches(features, kept),
     "ToMe": lambda features, attention, kept, grid: tome(features, kept),
     "VisionZip": lambda features, attention, kept, grid: visionzip(features, attention, kept),

@@ -15,13 +15,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from granulon.evaluation.token_reduction import METHODS, Reduction, nearest_level, small_grid
+from granulon.evaluation.token_reduction import METHODS, SMALLER, Reduction, nearest_level, small_grid
 from granulon.hub.inference import question_about
 from modeling_granulon import AdaptiveTokenAggregation
 from modeling_granulon.adaptive_token_aggregation import AggregationOutput
 from modeling_granulon.image_tokens import FULL, PIXEL, SEMANTIC
 
-ADATA, SMALLER = "AdaTA", "smaller image"
+ADATA = "AdaTA"
 BUDGETS = (5, 10, 20)
 LARGE = 64  # tokens: trained and not compared, so that checkpoints of the study can be asked at this budget too
 STRIDE, SPARE = 2, 1.2  # of the aggregation's own levels: pooling, and clusters for each kept token
@@ -141,11 +141,6 @@ class Questions:
     def answer_BL(self) -> Tensor:
         """The answers' ids."""
         return self.ids_BT.gather(1, self.place_BL)
-
-    @property
-    def count(self) -> int:
-        """Tokens of text, padding not counted."""
-        return int((self.segment_BT >= 0).sum())
 
 
 def _ids(processor, question) -> tuple[list[int], list[int], list[int]]:

@@ -109,8 +109,9 @@ def scenes_of(split: str, count: int, base: Path) -> dict:
     processor, candidate, pictures = load_processor(base, model.config), 0, []
     progress = tqdm(total=count, desc=f"{split} scenes", mininterval=10)
     while len(asked) < count:
-        scene, name = compose(f"study {split} {candidate}"), f"study {split} {candidate}"
-        candidate, own = candidate + 1, questions(scene, name)
+        name = f"study {split} {candidate}"
+        candidate, scene = candidate + 1, compose(name)
+        own = questions(scene, name)
         if len(own) < ASKED:
             continue
         asked.append(Random(name).sample(own, ASKED))

@@ -16,8 +16,8 @@ from matplotlib.ticker import LogLocator, NullFormatter
 from tqdm import tqdm
 
 from granulon.evaluation.statistics import mean_and_interval
-from granulon.evaluation.timing import interleaved
-from granulon.evaluation.token_reduction import METHODS, fastv_answer, nearest_level, replaced, small_grid
+from granulon.evaluation.timing import interleaved, quartiles
+from granulon.evaluation.token_reduction import METHODS, SMALLER, fastv_answer, nearest_level, replaced, small_grid
 from granulon.hub.inference import encode, generate, open_image, question_about
 from granulon.hub.text import exact_match, markdown_table, with_interval
 from modeling_granulon.image_tokens import FULL, PIXEL, SEMANTIC
@@ -27,7 +27,7 @@ from .files import COLOURS, MARKERS
 
 BUDGETS = (5, 10, 20, 64)  # image tokens
 SPEED = "tokens_per_second"
-OURS, FASTV, SMALLER = "Granulon", "FastV", "smaller image"
+OURS, FASTV = "Granulon", "FastV"
 BATCH, NEW_TOKENS, TIMED_ROWS, TIMED_TOKENS = 16, 16, 8, 16
 
 
@@ -65,8 +65,8 @@ def accuracy_at_budgets(model, processor, rows: list[dict], budgets=BUDGETS, tim
         entries.append(
             {
                 "method": method, "level": level, "budget": budget, "tokens": float(np.mean(read[key])),
-                "accuracy": mean_and_interval(right[key]), "first_token_ms": _quartiles(1000 * first_R),
-                SPEED: _quartiles(speed_R),
+                "accuracy": mean_and_interval(right[key]), "first_token_ms": quartiles(1000 * first_R),
+                SPEED: quartiles(speed_R),
             }
         )  # fmt: skip
     levels = [right[OURS, name, None] for name in model.config.granularity_names]
@@ -156,11 +156,6 @@ def _seconds(model, processor, rows, settings) -> dict:
                 model, processor, [next(turn)], *key, tokens=tokens, timed=True
             )
     return interleaved(calls, len(rows), model.device)
-
-
-def _quartiles(values_R: np.ndarray) -> list[float]:
-    """The median and the quartiles."""
-    return np.percentile(values_R, (50, 25, 75)).tolist()
 
 
 def budgets_markdown(report: dict) -> str:
